@@ -1,0 +1,64 @@
+# Every target sets up what it needs in .venv and changes nothing outside it (downloads go to pip's and elo's caches).
+#   make demo     the whole method on a real small model, with a table and a plot at the end
+#   make test     the tests; on a machine with a GPU the kernels' tests run on it too
+#   make lint     ruff and mypy
+#   make bench    the benchmarks of benchmarks/
+#   make setup    .venv with the `elo` command, for use by hand: .venv/bin/elo --help
+# PYTHON=python3.12 chooses the interpreter of a new .venv; CONSTRAINTS=/dev/null takes the newest versions allowed.
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+.PHONY: setup demo test lint bench clean
+.DELETE_ON_ERROR:
+
+setup: .venv/.stamp
+
+demo: .venv/.stamp
+	$(BIN)/elo demo
+
+test: .venv/.stamp-test
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.stamp-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/.stamp-test
+	$(BIN)/python -m pytest -q benchmarks
+
+clean:
+	rm -rf .venv build dist *.egg-info elo_engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "elo-engine needs Python 3.10 or newer and $(PYTHON) is older; name one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# torch comes first and by itself, so that nothing else decides its build. Without a GPU the CPU build saves gigabytes of
+# CUDA libraries; --no-deps, because its index has torch but not the pinned versions of what torch needs. Where that
+# index cannot be reached, pip's own index serves. The last line brings the rest, and torch itself if it is not there yet.
+.venv/.torch: constraints.txt | $(BIN)/python
+	@if nvidia-smi >/dev/null 2>&1; then \
+		echo "torch: this machine has an NVIDIA GPU, so the CUDA build"; \
+	else \
+		echo "torch: no NVIDIA GPU here, so the CPU build"; \
+		$(PIP) install --quiet --no-deps --retries 0 --timeout 5 --index-url $(CPU_INDEX) -c $(CONSTRAINTS) torch \
+		|| echo "torch: its CPU index does not answer, trying pip's own"; \
+	fi
+	$(PIP) install --quiet -c $(CONSTRAINTS) torch
+	@touch $@
+
+.venv/.stamp: .venv/.torch $(SOURCES)
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[demo]'
+	@touch $@
+
+# triton (extra gpu) is for the kernels' tests, which interpret and compile them without a GPU.
+.venv/.stamp-test: .venv/.torch $(SOURCES)
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[demo,dev,gpu,test]'
+	@touch $@ .venv/.stamp

@@ -1,0 +1,140 @@
+// elo_engine._csrc: the binding. Addresses and sizes come from elo_engine.model.cpu_native, which has checked dtype, device
+// and layout; here they are checked once more against what would crash: null, negative, overflow.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* pointer(Address address, const char* what) {
+  if (address == 0) throw std::invalid_argument(std::string(what) + " is a null address");
+  if (address % alignof(T)) throw std::invalid_argument(std::string(what) + " is not aligned to its element");
+  return reinterpret_cast<T*>(address);
+}
+
+// a * b elements of 8 bytes at most must be addressable.
+void check_size(int64_t a, int64_t b, const char* what) {
+  int64_t count = 0;
+  if (a < 0 || b < 0 || __builtin_mul_overflow(a, b, &count) || count > INT64_MAX / 64)
+    throw std::invalid_argument(std::string(what) + ": a size is negative or overflows");
+}
+
+const elo::Kernels& chosen(const std::string& isa) {
+  const elo::Kernels* kernels = elo::find_kernels(isa.c_str());
+  if (!kernels) throw std::invalid_argument("instruction set '" + isa + "' is unknown or this processor does not have it");
+  return *kernels;
+}
+
+void softmax_tile(Address tile, int64_t rows, int64_t cols, int64_t tile_stride, Address labels, int64_t col_begin,
+                  Address running_max, Address running_sum, Address acc, int64_t acc_cols, int64_t acc_stride,
+                  const std::string& isa) {
+  check_size(rows, tile_stride, "tile");
+  check_size(rows, acc_stride, "accumulator");
+  if (cols < 0 || cols > tile_stride || acc_cols < 0 || acc_cols > acc_stride || col_begin < 0)
+    throw std::invalid_argument("tile: a stride is smaller than its row, or a column is negative");
+  const elo::Kernels& kernels = chosen(isa);
+  if (rows == 0 || cols == 0) return;
+  const elo::SoftmaxTile a{pointer<float>(tile, "tile"),
+                           rows,
+                           cols,
+                           tile_stride,
+                           pointer<const int64_t>(labels, "labels"),
+                           col_begin,
+                           pointer<float>(running_max, "running maximum"),
+                           pointer<float>(running_sum, "running sum"),
+                           acc ? pointer<float>(acc, "accumulator") : nullptr,
+                           acc_cols,
+                           acc_stride};
+  py::gil_scoped_release release;
+  constexpr int64_t grain = 16;
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; r += grain) kernels.softmax_tile(a, r, r + grain < rows ? r + grain : rows);
+}
+
+void check_attention(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, int64_t q_stride, int64_t k_stride,
+                     int64_t v_stride, const std::vector<int64_t>& starts) {
+  if (heads < 1 || kv_heads < 1 || heads % kv_heads || width < 1 || width > 1024 || heads > (1 << 20))
+    throw std::invalid_argument("attention: heads must be a multiple of the kv heads, the width between 1 and 1024");
+  if (q_stride < heads * width || k_stride < kv_heads * width || v_stride < kv_heads * width)
+    throw std::invalid_argument("attention: a row's stride is smaller than the row");
+  check_size(tokens, q_stride, "q");
+  check_size(tokens, k_stride, "k");
+  check_size(tokens, v_stride, "v");
+  if (starts.size() < 2 || starts.front() != 0 || starts.back() != tokens)
+    throw std::invalid_argument("attention: segment starts must run from 0 to the number of tokens");
+  for (size_t i = 1; i < starts.size(); ++i)
+    if (starts[i] <= starts[i - 1]) throw std::invalid_argument("attention: segment starts must grow strictly");
+}
+
+void attention_forward(Address q, Address k, Address v, int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t tokens,
+                       int64_t heads, int64_t kv_heads, int64_t width, float scale, Address out, Address lse,
+                       const std::vector<int64_t>& starts, const std::string& isa) {
+  check_attention(tokens, heads, kv_heads, width, q_stride, k_stride, v_stride, starts);
+  const elo::AttentionForward a{pointer<const float>(q, "q"),
+                                pointer<const float>(k, "k"),
+                                pointer<const float>(v, "v"),
+                                q_stride,
+                                k_stride,
+                                v_stride,
+                                tokens,
+                                heads,
+                                kv_heads,
+                                width,
+                                scale,
+                                pointer<float>(out, "out"),
+                                pointer<float>(lse, "lse")};
+  const elo::Kernels& kernels = chosen(isa);
+  py::gil_scoped_release release;
+  elo::run_attention_forward(kernels, a, starts);
+}
+
+void attention_backward(Address q, Address k, Address v, int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t tokens,
+                        int64_t heads, int64_t kv_heads, int64_t width, float scale, Address out, Address d_out, Address lse,
+                        Address d_q, Address d_k, Address d_v, Address delta, const std::vector<int64_t>& starts,
+                        const std::string& isa) {
+  check_attention(tokens, heads, kv_heads, width, q_stride, k_stride, v_stride, starts);
+  const elo::AttentionBackward a{pointer<const float>(q, "q"),
+                                 pointer<const float>(k, "k"),
+                                 pointer<const float>(v, "v"),
+                                 q_stride,
+                                 k_stride,
+                                 v_stride,
+                                 tokens,
+                                 heads,
+                                 kv_heads,
+                                 width,
+                                 scale,
+                                 pointer<const float>(out, "out"),
+                                 pointer<const float>(d_out, "d_out"),
+                                 pointer<const float>(lse, "lse"),
+                                 pointer<float>(d_q, "d_q"),
+                                 pointer<float>(d_k, "d_k"),
+                                 pointer<float>(d_v, "d_v"),
+                                 pointer<float>(delta, "delta")};
+  const elo::Kernels& kernels = chosen(isa);
+  py::gil_scoped_release release;
+  elo::run_attention_backward(kernels, a, starts);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_csrc, m) {
+  m.doc() = "C++ kernels of the CPU path; elo_engine.model.cpu_native is their checked interface.";
+  m.attr("INTERFACE") = 1;  // cpu_native.py refuses an extension left over from another version
+  m.def("instruction_set", [](const std::string& isa) { return std::string(chosen(isa).name); }, py::arg("isa") = "auto");
+  m.def("softmax_tile", &softmax_tile);
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
+}

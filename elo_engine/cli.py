@@ -1,0 +1,217 @@
+"""The `elo` command: one function per verb, nothing else. Exit status: 0 ok, 1 failed, 2 usage or configuration, 3 refused,
+130 interrupted after a clean snapshot.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from elo_engine import __version__, console
+from elo_engine.errors import EloError, UsageError
+
+app = typer.Typer(
+    help="Teach a multilingual LLM a new language by training its outer layers (ELO, arXiv 2601.03648).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path, typer.Argument(help="configuration file (YAML)")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="overrides such as pretrain.optimizer.lr=3e-4")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, show the plan, write nothing")]
+Resume = Annotated[str, typer.Option(help="auto: continue the run in the output folder; never: refuse if it exists")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def _verb(body: Callable[..., None]) -> Callable[..., None]:
+    """Turn typed errors into one message and the right exit status."""
+
+    @functools.wraps(body)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            body(*args, **kwargs)
+        except EloError as error:
+            console.err.print(f"error: {error}", markup=False)
+            raise typer.Exit(error.exit_status) from None
+        except KeyboardInterrupt:
+            console.err.print("interrupted", markup=False)
+            raise typer.Exit(130) from None
+        except OSError as error:
+            console.err.print(f"error: {error.strerror or error}: {error.filename or 'input or output failed'}", markup=False)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _resume(value: str) -> bool:
+    if value not in ("auto", "never"):
+        raise UsageError(f"--resume {value}: use auto or never")
+    return value == "auto"
+
+
+def _stage(config_path: Path, overrides: list[str] | None, resume: str, dry_run: bool, body: Callable[..., Any]) -> None:
+    from elo_engine.config import load_config
+    from elo_engine.corpora import describe_corpora, make_mixture, require_shards
+    from elo_engine.detach import open_source
+    from elo_engine.pipeline import start
+    from elo_engine.pretrain import describe_plan, plan
+    from elo_engine.run_dir import RunDir
+
+    if config_path.is_dir():  # a run folder stands for its own configuration, continued
+        config = load_config(config_path / "config.resolved.yaml", overrides)
+        config, resume = config.model_copy(update={"output": str(config_path)}), "auto"
+    else:
+        config = load_config(config_path, overrides)
+    again = _resume(resume)
+    require_shards(config)
+    source = open_source(config)
+    make_mixture(config, source.folder, source.spec.V)  # every check of the data, before anything is written
+    if dry_run:
+        for line in (*describe_plan(plan(config, source)), *source.reasons, *describe_corpora(config)):
+            console.out.print(line, markup=False)
+        return
+    with RunDir.obtain(config, again) as run:
+        if body.__name__ != "run_pipeline":
+            start(run, source)
+        body(run, source)
+
+
+@app.command()
+@_verb
+def run(config: Config, overrides: Overrides = None, resume: Resume = "never", dry_run: DryRun = False) -> None:
+    """Detach, pretrain, reattach, align, evaluate and report."""
+    from elo_engine.pipeline import run_pipeline
+
+    _stage(config, overrides, resume, dry_run, run_pipeline)
+
+
+@app.command()
+@_verb
+def pretrain(config: Config, overrides: Overrides = None, resume: Resume = "never", dry_run: DryRun = False) -> None:
+    """Train the detached layers (ELO pretraining)."""
+    from elo_engine.pretrain import pretrain as body
+
+    _stage(config, overrides, resume, dry_run, body)
+
+
+@app.command()
+@_verb
+def reattach(run_folder: Annotated[Path, typer.Argument(help="a run folder whose pretraining is finished")]) -> None:
+    """Put the trained layers back into the original checkpoint."""
+    from elo_engine.detach import open_source
+    from elo_engine.reattach import reattach as body
+    from elo_engine.run_dir import RunDir
+
+    with RunDir.open(run_folder) as opened:
+        body(opened, open_source(opened.config))
+
+
+@app.command()
+@_verb
+def align(
+    config_or_run: Config, overrides: Overrides = None, resume: Resume = "never", dry_run: DryRun = False
+) -> None:
+    """Train the whole reattached model briefly; without one in the run, that is full continual pretraining."""
+    from elo_engine.align import align as body
+
+    _stage(config_or_run, overrides, resume, dry_run, body)
+
+
+@app.command()
+@_verb
+def inspect(
+    model: Annotated[str, typer.Argument(help="folder or hub id")],
+    verify: Annotated[bool, typer.Option("--verify", help="read every byte, check every shape")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a checkpoint is: family, layers, ties, bytes per part. Reads headers only."""
+    from elo_engine.inspection import describe_inspection, inspect_model
+
+    found = inspect_model(model, verify=verify)
+    text = [json.dumps(found, indent=2)] if as_json else describe_inspection(found)
+    for line in text:
+        console.out.print(line, markup=False)
+
+
+@app.command()
+@_verb
+def data(
+    inputs: Annotated[list[Path], typer.Argument(help="text, jsonl (field `text`) or parquet files")],
+    tokenizer: Annotated[str, typer.Option(help="model folder or hub id whose tokenizer is used")],
+    out: Annotated[Path, typer.Option(help="folder for the token shards")],
+    split_blank_lines: Annotated[bool, typer.Option(help="in text files, a blank line ends a document")] = False,
+) -> None:
+    """Turn text into token shards, in bounded memory; an interrupted call continues when it is repeated."""
+    from elo_engine.checkpoint import resolve_model
+    from elo_engine.data import build_tokens
+
+    manifest = build_tokens(inputs, resolve_model(tokenizer), out, split_blank_lines=split_blank_lines)
+    console.out.print(f"{out}: {manifest.tokens:,} tokens in {manifest.documents:,} documents", markup=False)
+
+
+@app.command("eval")
+@_verb
+def evaluate(
+    model: Annotated[str, typer.Argument(help="folder or hub id")],
+    more: Annotated[list[Path] | None, typer.Argument(help="further token folders", show_default=False)] = None,
+    tokens: Annotated[list[Path] | None, typer.Option("--tokens", help="folders made by elo data")] = None,
+    sequence_length: Annotated[int, typer.Option(min=2)] = 2048,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Held-out loss, perplexity and bits per byte of a whole model, per token folder."""
+    from elo_engine.evaluate import evaluate_command
+
+    found = evaluate_command(model, [*(tokens or []), *(more or [])], sequence_length, device, dtype)
+    if as_json:
+        console.out.print(json.dumps(found, indent=2), markup=False)
+        return
+    for name, result in found.items():
+        console.out.print(
+            f"{name}: loss {result['loss_nats']:.4f} nats/token, perplexity {result['perplexity']:.3f}, "
+            f"{result['bits_per_byte']:.4f} bits/byte over {result['tokens_loss']:,} tokens",
+            markup=False,
+        )
+
+
+@app.command()
+@_verb
+def doctor(as_json: AsJson = False) -> None:
+    """What is installed and used, and why a fast path is off."""
+    from elo_engine.doctor import examine
+
+    environment, lines = examine()
+    for line in [json.dumps(environment, indent=2)] if as_json else lines:
+        console.out.print(line, markup=False)
+
+
+@app.command()
+@_verb
+def demo(
+    output: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
+    model: Annotated[str | None, typer.Option(help="your own model in place of SmolLM2-135M")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="LANG=FILE, your own text in place of the Bible; repeat")] = None,
+    baseline: Annotated[bool, typer.Option(help="time full continual pretraining in transformers too")] = True,
+) -> None:
+    """The whole method on a real small model, with a table and a plot at the end."""
+    from elo_engine.demo import run_demo
+
+    run_demo(output, model, text or [], baseline)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.out.print(__version__)
+
+
+def main() -> None:
+    """Entry point of the `elo` script."""
+    app()

@@ -1,0 +1,292 @@
+"""The configuration of a run: strict, frozen, every key documented here and nowhere else twice.
+
+A configuration is YAML. Unknown keys are errors that name the nearest known key; budgets are in tokens and may be written
+`1e9`, `2_000_000` or `900M`. Overrides from the command line have the form `pretrain.optimizer.lr=3e-4`.
+Features that the file format promises but this version cannot honour are refused here, by name, before any work starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from elo_engine.errors import UsageError
+
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def parse_count(value: Any) -> Any:
+    """`1e9`, `2_000`, `900M` -> int. Raises ValueError when the amount is not a whole number."""
+    if isinstance(value, bool) or not isinstance(value, (str, float)):
+        return value
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([KMGBT]?)\s*", value)
+        if match is None:
+            raise ValueError(f"{value!r} is not an amount of tokens; write for example 2_000_000, 1e9 or 900M")
+        number = float(match.group(1).replace("_", "")) * _SUFFIXES[match.group(2)]
+    else:
+        number = value
+    if number != int(number):
+        raise ValueError(f"{value!r} is not a whole number of tokens")
+    return int(number)
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v)]  # YAML reads 1e-4 as text
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """Where the tokens come from and how rows are cut."""
+
+    shards: dict[str, str] = Field(min_length=1)  # language -> folder made by `elo data`
+    mix: dict[str, Annotated[float, Field(gt=0)]] | None = None  # by tokens; None: in proportion to each corpus
+    sequence_length: Annotated[Count, Field(ge=2)] = 8192
+    packing: Literal["document", "concat"] = "document"
+
+    @model_validator(mode="after")
+    def _same_languages(self) -> DataConfig:
+        if self.mix is not None and set(self.mix) != set(self.shards):
+            raise ValueError(
+                f"data.mix names {sorted(self.mix)} and data.shards {sorted(self.shards)}; they must name the same languages"
+            )
+        return self
+
+
+class DetachConfig(_Section):
+    """Which decoder layers are trained; `[first, last]` is the paper's choice (section 3.1)."""
+
+    layers: list[int | str] = Field(default=["first", "last"], min_length=1)
+    bridge: Literal["none", "linear"] = "none"
+
+    @field_validator("bridge")
+    @classmethod
+    def _bridge(cls, value: str) -> str:
+        if value != "none":
+            raise ValueError(f"bridge: {value} is not available in this version; use bridge: none, the paper's recipe")
+        return value
+
+
+class OptimizerConfig(_Section):
+    """AdamW with fp32 master weights and fp32 moments."""
+
+    lr: Annotated[Real, Field(gt=0)] = 1e-4
+    betas: tuple[Real, Real] = (0.9, 0.95)
+    eps: Annotated[Real, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    state: Literal["fp32", "8bit"] = "fp32"
+    clip: Annotated[Real, Field(gt=0)] | None = 1.0  # global gradient norm; null: no clipping
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas {list(value)} must lie in [0, 1)")
+        return value
+
+    @field_validator("state")
+    @classmethod
+    def _state(cls, value: str) -> str:
+        if value != "fp32":
+            raise ValueError("state: 8bit is not available in this version; use state: fp32")
+        return value
+
+
+class ScheduleConfig(_Section):
+    """Linear warm-up, then cosine (or constant) decay to `final` x lr."""
+
+    warmup: Annotated[Real, Field(ge=0, lt=1)] = 0.02  # fraction of the stage's steps
+    decay: Literal["cosine", "constant"] = "cosine"
+    final: Annotated[Real, Field(ge=0, le=1)] = 0.1
+
+
+class StageConfig(_Section):
+    """One training stage."""
+
+    tokens: Annotated[Count, Field(gt=0)] = 900_000_000
+    tokens_per_step: Annotated[Count, Field(gt=0)] = 262_144
+    micro_batch: Annotated[Count, Field(gt=0)] = 4  # sequences
+    recompute: Literal["none", "layer"] = "none"  # layer: keep each layer's input alone and run it again in the backward
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class AlignConfig(StageConfig):
+    """Whole-model alignment after reattachment (paper section 3.3); the same loop over all layers."""
+
+    tokens: Annotated[Count, Field(gt=0)] = 100_000_000
+    micro_batch: Annotated[Count, Field(gt=0)] = 1
+    recompute: Literal["none", "layer"] = "layer"
+    engine: Literal["auto", "resident", "streamed"] = "auto"
+    when: Literal["after", "interleaved"] = "after"
+
+    @model_validator(mode="after")
+    def _available(self) -> AlignConfig:
+        if self.engine == "streamed":
+            raise ValueError("align.engine: streamed is not available in this version; use auto or resident")
+        if self.when != "after":
+            raise ValueError(f"align.when: {self.when} is not available in this version; use after, the paper's recipe")
+        return self
+
+
+class EvaluateConfig(_Section):
+    """Held-out evaluation while training and between the stages."""
+
+    every: Annotated[Count, Field(ge=0)] = 200  # steps; 0: only between the stages
+    shards: dict[str, str] = {}
+    tokens: Annotated[Count, Field(gt=0)] | None = None  # at most this many a language; null: all
+
+
+class SnapshotConfig(_Section):
+    """How often the state of a stage is made durable, and how many snapshots stay."""
+
+    every: Annotated[Count, Field(gt=0)] = 500  # steps
+    keep: Annotated[Count, Field(ge=1)] = 3
+
+
+class RunConfig(_Section):
+    """A whole run; see the examples folder for commented files."""
+
+    model: str = Field(min_length=1)
+    output: str = Field(min_length=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    kernels: Literal["auto", "reference", "fused"] = "auto"
+    seed: Annotated[int, Field(ge=0)] = 42
+    data: DataConfig
+    detach: DetachConfig = DetachConfig()
+    pretrain: StageConfig = StageConfig()
+    align: AlignConfig = AlignConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
+
+    @model_validator(mode="after")
+    def _steps_are_whole(self) -> RunConfig:
+        for name in ("pretrain", "align"):
+            stage: StageConfig = getattr(self, name)
+            row = self.data.sequence_length
+            if stage.tokens_per_step % row:
+                raise ValueError(
+                    f"{name}.tokens_per_step {stage.tokens_per_step} is not a multiple of data.sequence_length {row}"
+                )
+            if stage.tokens < stage.tokens_per_step:
+                raise ValueError(
+                    f"{name}.tokens {stage.tokens} is less than one step of {name}.tokens_per_step {stage.tokens_per_step}"
+                )
+            if stage.micro_batch > stage.tokens_per_step // row:
+                raise ValueError(
+                    f"{name}.micro_batch {stage.micro_batch} is more than the {stage.tokens_per_step // row} rows of a step"
+                )
+        return self
+
+    def steps(self, stage: Literal["pretrain", "align"]) -> int:
+        """Optimizer steps of a stage: the token budget rounded down to whole steps."""
+        section: StageConfig = getattr(self, stage)
+        return section.tokens // section.tokens_per_step
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included, as it is written to `config.resolved.yaml`."""
+        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def _known_keys(path: tuple[Any, ...]) -> list[str]:
+    """The keys that the section at `path` (without its last part) knows."""
+    model: Any = RunConfig
+    for part in path[:-1]:
+        field = model.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError, where: str) -> UsageError:
+    lines = []
+    for item in error.errors():
+        path = tuple(item["loc"])
+        key = ".".join(str(part) for part in path) or "configuration"
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(path)
+            near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
+            hint = f"; the nearest known key is {near[0]!r}" if near else ""
+            lines.append(f"{key}: unknown key{hint} (known here: {', '.join(known)})")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing, and it has no default")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+            lines.append(f"{key}: {message}{shown}")
+    return UsageError(f"{where}: " + "; ".join(lines))
+
+
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UsageError(f"override {text!r} is not of the form a.b=c, for example pretrain.optimizer.lr=3e-4")
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise UsageError(f"override {text!r}: {part!r} is a value, not a section")
+        node = child
+    try:
+        node[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"override {text!r}: {value!r} is not a YAML value: {error}") from error
+
+
+def make_config(tree: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """Validate a parsed tree. Raises UsageError naming every key that is wrong."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, where) from error
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `a.b=c` overrides, validate.
+
+    Raises:
+        UsageError: no such file, not YAML, unknown or missing keys, values that cannot be meant.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such configuration file; the examples folder holds some to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as text: {error}") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: expected a mapping of keys at the top, found {type(tree).__name__}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return make_config(tree, str(path))
+
+
+def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
+    """Dotted keys whose values differ, for a resume that must be the same run. `snapshot` may change freely."""
+
+    def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        flat: dict[str, Any] = {}
+        for key, value in node.items():
+            flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+
+    left, right = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    keys = [key for key in (left | right) if left.get(key, ...) != right.get(key, ...)]
+    return sorted(key for key in keys if not key.startswith("snapshot."))

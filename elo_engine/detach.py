@@ -1,0 +1,60 @@
+"""Detach: from a checkpoint on disk to the shallow model in memory, reading nothing but what it needs (paper section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from elo_engine.checkpoint import CheckpointIndex, open_checkpoint, resolve_model
+from elo_engine.config import RunConfig
+from elo_engine.measure.environment import choose_device, choose_dtype
+from elo_engine.measure.meter import human_bytes
+from elo_engine.model import ops
+from elo_engine.model.decoder import Decoder
+from elo_engine.model.shallow import load_shallow
+from elo_engine.model.spec import ModelSpec, choose_layers, read_spec
+from elo_engine.run_dir import RunDir
+from elo_engine.stage import log_model
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint a stage starts from, and on what it computes."""
+
+    folder: Path
+    index: CheckpointIndex
+    spec: ModelSpec
+    layers: tuple[int, ...]  # those to detach
+    device: torch.device
+    dtype: torch.dtype
+    reasons: tuple[str, ...]  # why this device, dtype and these kernels, one line each
+
+
+def open_source(config: RunConfig, folder: Path | None = None) -> Source:
+    """Headers and configuration of the model of a run, or of `folder` in its place; no weights are read.
+
+    Raises:
+        UsageError, RefusedError, FailedError: no such model, not supported, or damaged; see `open_checkpoint`, `read_spec`.
+    """
+    folder = folder or resolve_model(config.model)
+    index = open_checkpoint(folder)
+    spec = read_spec(index.config)
+    layers = choose_layers(config.detach.layers, spec.layers)
+    device = choose_device(config.device)
+    dtype, why = choose_dtype(config.dtype, device)
+    return Source(folder, index, spec, layers, device, dtype, (why, ops.configure(config.kernels, device)))
+
+
+def detach(source: Source, run: RunDir, *, recompute: bool = False) -> Decoder:
+    """Read the detached layers, embedding, final norm and head, and say what trains, what is frozen and what is absent."""
+    model, taken = load_shallow(
+        source.index, source.spec, source.layers, device=source.device, dtype=source.dtype, recompute=recompute
+    )
+    run.say(f"detach: layers {list(source.layers)} of {source.spec.layers} from {source.folder}")
+    log_model(run, model, source.index)
+    wanted = source.index.bytes_of([*model.trainable(), *model.frozen()])
+    run.say(f"  read {human_bytes(taken)} for {human_bytes(wanted)} of wanted tensors, {human_bytes(source.index.total_bytes)} in all")
+    run.metric({"event": "detached", "bytes_read": taken, "bytes_wanted": wanted, "bytes_total": source.index.total_bytes})
+    return model

@@ -1,0 +1,48 @@
+"""`elo doctor`: what is installed and used, and why a fast path is off."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from elo_engine.measure.environment import choose_device, choose_dtype, describe_environment
+from elo_engine.measure.meter import human_bytes
+from elo_engine.model import cpu, ops
+
+
+def examine() -> tuple[dict[str, Any], list[str]]:
+    """The environment as data, and as lines for a person; a line that starts with '!' names a fast path that is off."""
+    environment = describe_environment()
+    device = choose_device("auto")
+    dtype, why = choose_dtype("auto", device)
+    lines = [
+        f"python {environment['python']} on {environment['system']}",
+        f"cpu: {environment['cpu']}, {environment['cpu_cores']} cores, {environment['cpu_threads_used']} threads used, "
+        f"{human_bytes(environment['memory_bytes'])} memory, {', '.join(environment['cpu_features']) or 'no known features'}",
+    ]
+    for gpu in environment["gpus"]:
+        lines.append(f"gpu: {gpu['name']}, {human_bytes(gpu['memory_bytes'])}, sm_{gpu['compute_capability'].replace('.', '')}")
+    if not environment["gpus"]:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        lines.append(f"! gpu: torch sees none (torch {torch.__version__} is {built}); everything runs on the CPU")
+    lines.append(f"default: {device}, {why}")
+    lines.append(ops.describe(device))
+    if cpu.HAS_CSRC:
+        lines.append("C++ extension: loaded")
+    else:
+        lines.append(f"! C++ extension: off ({cpu.CSRC_REASON})")
+    optional = {
+        "triton": "fused kernels on a GPU",
+        "flash_attn": "the fastest attention on a GPU; torch's own serves without it",
+        "matplotlib": "the plot of a report",
+        "pyarrow": "parquet input of elo data",
+        "gguf": "elo demo's model",
+        "tensorboard": "live curves",
+    }
+    for name, use in optional.items():
+        there = importlib.util.find_spec(name) is not None
+        lines.append(f"{'' if there else '! '}{name}: {'installed' if there else 'not installed'} ({use})")
+    environment["dtype"] = str(dtype).removeprefix("torch.")
+    return environment, lines

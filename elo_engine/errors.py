@@ -1,0 +1,37 @@
+"""Typed errors and the exit status each one means at the command line.
+
+Every message names what went wrong, where, why, and what to do next. `UsageError` is a `ValueError` too, so that code
+which calls the package as a library can catch what it would expect.
+"""
+
+from __future__ import annotations
+
+
+class EloError(Exception):
+    """Base of every error this package raises on purpose; `exit_status` is what `elo` exits with."""
+
+    exit_status = 1
+
+
+class FailedError(EloError):
+    """Something broke that should have worked: damaged files, I/O errors, non-finite numbers."""
+
+    exit_status = 1
+
+
+class UsageError(EloError, ValueError):
+    """The configuration or an argument cannot be meant: no such file, unknown key, out of range, empty text."""
+
+    exit_status = 2
+
+
+class RefusedError(EloError):
+    """Understood but declined: unsupported family, pickle-only weights, an existing output, a plan that does not fit."""
+
+    exit_status = 3
+
+
+class Interrupted(EloError):
+    """Stopped by a signal after a clean snapshot."""
+
+    exit_status = 130

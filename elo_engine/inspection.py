@@ -1,0 +1,83 @@
+"""`elo inspect`: what a checkpoint is, from its headers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elo_engine.checkpoint import CheckpointIndex, CheckpointReader, open_checkpoint, resolve_model
+from elo_engine.measure.meter import human_bytes
+from elo_engine.model import names
+from elo_engine.model.full import check_shapes
+from elo_engine.model.spec import ModelSpec, choose_layers, read_spec
+
+
+def inspect_model(model: str, *, verify: bool = False) -> dict[str, Any]:
+    """Family, layers, ties, bytes per part and per shard. `verify` reads every byte and checks every shape.
+
+    Raises:
+        UsageError, RefusedError, FailedError: as `open_checkpoint`, `read_spec` and, with `verify`, reading do.
+    """
+    folder = resolve_model(model)
+    index = open_checkpoint(folder)
+    spec = read_spec(index.config)
+    check_shapes(index, spec, names.expected_shapes(spec))
+    found: dict[str, Any] = {
+        "folder": str(folder),
+        "family": spec.family,
+        "layers": spec.layers,
+        "parameters": spec.parameters,
+        "shapes": {"V": spec.V, "D": spec.D, "F": spec.F, "H": spec.H, "K": spec.K, "E": spec.E},
+        "tied_head": spec.tied,
+        "rotary": {"theta": spec.rope.theta, "type": spec.rope.kind},
+        "dtypes": sorted({entry.dtype for entry in index.entries.values()}),
+        "bytes": _parts(index, spec),
+        "shards": {name: shard.size for name, shard in index.shards.items()},
+        "identity": index.identity(),
+    }
+    if verify:
+        found["verified_bytes"] = _read_everything(index)
+    return found
+
+
+def _parts(index: CheckpointIndex, spec: ModelSpec) -> dict[str, int]:
+    outer = names.outer_names(spec)
+    ends = choose_layers(["first", "last"], spec.layers)
+    detached = [name for layer in ends for name in names.layer_names(spec, layer)]
+    layers = [name for layer in range(spec.layers) for name in names.layer_names(spec, layer)]
+    known = {*outer, *layers}
+    return {
+        "total": index.total_bytes,
+        "embedding": index.bytes_of([names.EMBEDDING]),
+        "head": 0 if spec.tied else index.bytes_of([names.HEAD]),
+        "layer": index.bytes_of(names.layer_names(spec, 0)),
+        "read_by_detach": index.bytes_of([*outer, *detached]),
+        "other": index.bytes_of([name for name in index.entries if name not in known]),
+    }
+
+
+def _read_everything(index: CheckpointIndex) -> int:
+    """Tensor by tensor, so that memory stays small."""
+    with CheckpointReader(index) as reader:
+        for name in index.entries:
+            reader.read([name])
+        return reader.bytes_read
+
+
+def describe_inspection(found: dict[str, Any]) -> list[str]:
+    """The same for a person."""
+    shapes = " ".join(f"{key}={value}" for key, value in found["shapes"].items())
+    size = found["bytes"]
+    share = 100 * size["read_by_detach"] / size["total"]
+    lines = [
+        f"{found['folder']}",
+        f"  family {found['family']}, {found['layers']} layers, {found['parameters'] / 1e6:.1f}M parameters, "
+        f"{'tied' if found['tied_head'] else 'untied'} head, {', '.join(found['dtypes'])}",
+        f"  {shapes}, rotary {found['rotary']['type']} theta {found['rotary']['theta']:g}",
+        f"  {human_bytes(size['total'])} in {len(found['shards'])} shard(s): embedding {human_bytes(size['embedding'])}, head "
+        f"{human_bytes(size['head'])}, each layer {human_bytes(size['layer'])}, other {human_bytes(size['other'])}",
+        f"  detaching first and last layer reads {human_bytes(size['read_by_detach'])} ({share:.1f} %)",
+    ]
+    if "verified_bytes" in found:
+        lines.append(f"  verified: all {human_bytes(found['verified_bytes'])} of tensors could be read and have the right shapes")
+    return lines
+

@@ -1,0 +1,1 @@
+"""What a run costs: counted (`flops`), measured (`meter`), and on what (`environment`)."""

@@ -1,0 +1,183 @@
+"""The C++ kernels of csrc/ behind checks, each beside its twin in torch.
+
+The extension takes bare addresses and sizes, so every property it relies on (dtype, device, layout, shape) is checked here
+first. Where it was not built, the twin serves: `HAS_CSRC` says which, `CSRC_REASON` why.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+# torch before the extension: both name libgomp.so.1, and the first one loaded serves both. torch's wheel brings its own, and
+# one runtime means one pool of threads and one torch.set_num_threads.
+import torch
+from torch import Tensor
+
+from elo_engine.errors import UsageError
+
+_INTERFACE = 1  # of csrc/module.cpp; an extension left over from another version must not be called
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("elo_engine._csrc")
+    except ImportError as error:
+        return None, f"elo_engine._csrc does not load: {error}"
+    found = getattr(module, "INTERFACE", None)
+    if found != _INTERFACE:
+        return None, f"elo_engine._csrc was built from another version (interface {found}, expected {_INTERFACE}); reinstall"
+    return module, ""
+
+
+_csrc, CSRC_REASON = _load()
+HAS_CSRC = _csrc is not None
+_choice = "auto"
+
+
+def instruction_set() -> str:
+    """What computes now: "avx512", "avx2", "base" (4-wide vectors), or "torch" for the twins."""
+    if _csrc is None or _choice == "torch":
+        return "torch"
+    return str(_csrc.instruction_set(_choice))
+
+
+@contextmanager
+def using(choice: str) -> Iterator[None]:
+    """Force "torch", "base", "avx2" or "avx512" inside the block, for tests and benchmarks; process-wide.
+
+    Raises:
+        UsageError: it is unknown, the extension is missing, or this processor does not have it.
+    """
+    global _choice
+    if choice not in ("auto", "torch"):
+        if _csrc is None:
+            raise UsageError(f"instruction set {choice!r} needs the C++ extension: {CSRC_REASON}")
+        try:
+            _csrc.instruction_set(choice)
+        except ValueError as error:
+            raise UsageError(f"{error}; use auto, torch, base, avx2 or avx512") from None
+    before, _choice = _choice, choice
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def _native() -> ModuleType | None:
+    return None if _choice == "torch" else _csrc
+
+
+def _expect(tensor: Tensor, what: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """C++ is about to read or write this memory."""
+    assert tensor.device.type == "cpu", f"{what} is on {tensor.device}"
+    assert tensor.dtype == dtype, f"{what} is {tensor.dtype}, expected {dtype}"
+    assert tuple(tensor.shape) == shape, f"{what} is {tuple(tensor.shape)}, expected {shape}"
+    inner = 1
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        assert stride == inner or size == 1, f"{what} has strides {tensor.stride()}"
+        inner *= size
+    assert tensor.ndim > 1 or tensor.numel() < 2 or tensor.stride(0) == 1, f"{what} has strides {tensor.stride()}"
+    assert tensor.ndim < 2 or tensor.shape[0] < 2 or tensor.stride(0) >= inner, f"{what} overlaps itself"
+
+
+def _row_stride(tensor: Tensor) -> int:
+    """Elements from row to row; a single row may carry any stride, which is not trusted."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else tensor[0].numel()
+
+
+def softmax_tile(
+    tile_RC: Tensor, labels_R: Tensor, col_begin: int, max_R: Tensor, sum_R: Tensor, acc_RD: Tensor | None
+) -> None:
+    """One tile of an online softmax over the vocabulary without the target, everything in place.
+
+    The tile [R, C] of fp32 logits, columns col_begin.. of the whole, becomes exp(logit - max_R) with the maximum so far; a
+    row's target (`labels_R`, int64) becomes 0 and counts in neither. Where a maximum grows, `sum_R` and the row of `acc_RD`
+    (fp32, may be None) are rescaled to it. One sweep over a tile in cache, where torch needs five.
+    """
+    native = _native()
+    if native is None:
+        _softmax_tile_torch(tile_RC, labels_R, col_begin, max_R, sum_R, acc_RD)
+        return
+    R, C = tile_RC.shape
+    if R == 0 or C == 0:
+        return
+    _expect(tile_RC, "tile", (R, C), torch.float32)
+    _expect(labels_R, "labels", (R,), torch.int64)
+    _expect(max_R, "maximum", (R,), torch.float32)
+    _expect(sum_R, "sum", (R,), torch.float32)
+    acc = (0, 0, 0)
+    if acc_RD is not None:
+        _expect(acc_RD, "accumulator", (R, acc_RD.shape[1]), torch.float32)
+        acc = (acc_RD.data_ptr(), acc_RD.shape[1], _row_stride(acc_RD))
+    native.softmax_tile(
+        tile_RC.data_ptr(), R, C, _row_stride(tile_RC), labels_R.data_ptr(), col_begin,
+        max_R.data_ptr(), sum_R.data_ptr(), *acc, _choice,
+    )  # fmt: skip
+
+
+def _softmax_tile_torch(
+    tile_RC: Tensor, labels_R: Tensor, col_begin: int, max_R: Tensor, sum_R: Tensor, acc_RD: Tensor | None
+) -> None:
+    columns_R = labels_R - col_begin
+    hit = ((columns_R >= 0) & (columns_R < tile_RC.shape[1])).nonzero().squeeze(1)
+    tile_RC[hit, columns_R[hit]] = -torch.inf
+    top_R = torch.maximum(max_R, tile_RC.amax(dim=1))
+    reference_R = top_R.masked_fill(top_R == -torch.inf, 0.0)  # nothing but -inf so far: any finite number makes it zeros
+    shrink_R = torch.exp(max_R - reference_R)
+    tile_RC.sub_(reference_R[:, None]).exp_()
+    sum_R.mul_(shrink_R).add_(tile_RC.sum(dim=1))
+    if acc_RD is not None:
+        acc_RD.mul_(shrink_R[:, None])
+    max_R.copy_(top_R)
+
+
+def has_attention() -> bool:
+    """Whether the C++ attention computes; its twin is torch's scaled_dot_product_attention (cpu_attention.py)."""
+    return _native() is not None
+
+
+def attention_forward(
+    q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """-> out [N, H, E] and the log-sum-exp of the scaled scores [H, N], both fp32."""
+    native = _native()
+    assert native is not None
+    (N, H, E), K = q_NHE.shape, k_NKE.shape[1]
+    _expect(q_NHE, "q", (N, H, E), torch.float32)
+    _expect(k_NKE, "k", (N, K, E), torch.float32)
+    _expect(v_NKE, "v", (N, K, E), torch.float32)
+    out_NHE, lse_HN = q_NHE.new_empty(N, H, E), q_NHE.new_empty(H, N)
+    native.attention_forward(
+        q_NHE.data_ptr(), k_NKE.data_ptr(), v_NKE.data_ptr(), _row_stride(q_NHE), _row_stride(k_NKE), _row_stride(v_NKE),
+        N, H, K, E, scale, out_NHE.data_ptr(), lse_HN.data_ptr(), segment_starts, _choice,
+    )  # fmt: skip
+    return out_NHE, lse_HN
+
+
+def attention_backward(
+    q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, out_NHE: Tensor, lse_HN: Tensor, d_out_NHE: Tensor,
+    segment_starts: list[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> d_q [N, H, E], d_k and d_v [N, K, E], fp32 and contiguous."""
+    native = _native()
+    assert native is not None
+    (N, H, E), K = q_NHE.shape, k_NKE.shape[1]
+    _expect(q_NHE, "q", (N, H, E), torch.float32)
+    _expect(k_NKE, "k", (N, K, E), torch.float32)
+    _expect(v_NKE, "v", (N, K, E), torch.float32)
+    for tensor, what in ((out_NHE, "out"), (d_out_NHE, "d_out")):
+        _expect(tensor, what, (N, H, E), torch.float32)
+        assert _row_stride(tensor) == H * E, f"{what} has strides {tensor.stride()}"
+    _expect(lse_HN, "log-sum-exp", (H, N), torch.float32)
+    assert lse_HN.is_contiguous()
+    d_q_NHE, d_k_NKE, d_v_NKE = q_NHE.new_empty(N, H, E), q_NHE.new_empty(N, K, E), q_NHE.new_empty(N, K, E)
+    delta_HN = torch.empty_like(lse_HN)
+    native.attention_backward(
+        q_NHE.data_ptr(), k_NKE.data_ptr(), v_NKE.data_ptr(), _row_stride(q_NHE), _row_stride(k_NKE), _row_stride(v_NKE),
+        N, H, K, E, scale, out_NHE.data_ptr(), d_out_NHE.data_ptr(), lse_HN.data_ptr(),
+        d_q_NHE.data_ptr(), d_k_NKE.data_ptr(), d_v_NKE.data_ptr(), delta_HN.data_ptr(), segment_starts, _choice,
+    )  # fmt: skip
+    return d_q_NHE, d_k_NKE, d_v_NKE

@@ -1,0 +1,45 @@
+"""The shallow model of ELO pretraining: the detached layers between the frozen embedding and the frozen norm and head.
+
+Paper section 3.2: the output of one detached layer is the input of the next; the layers between them are not loaded at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from elo_engine.checkpoint import CheckpointIndex, CheckpointReader
+from elo_engine.model import names
+from elo_engine.model.decoder import Decoder
+from elo_engine.model.full import check_shapes
+from elo_engine.model.spec import ModelSpec
+
+
+def shallow_names(spec: ModelSpec, layers: tuple[int, ...]) -> list[str]:
+    """Checkpoint names of everything the shallow model holds."""
+    return names.outer_names(spec) + [name for index in layers for name in names.layer_names(spec, index)]
+
+
+def load_shallow(
+    index: CheckpointIndex,
+    spec: ModelSpec,
+    layers: tuple[int, ...],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    recompute: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Decoder, int]:
+    """Read only the detached tensors and make the shallow model; returns it and the bytes taken from the checkpoint.
+
+    Raises:
+        FailedError: a tensor that the spec needs is missing or has another shape.
+    """
+    wanted = shallow_names(spec, layers)
+    check_shapes(index, spec, wanted)
+    with CheckpointReader(index) as reader:
+        tensors: dict[str, Any] = reader.read(wanted, device=str(device), dtype=dtype, progress=progress)
+        taken = reader.bytes_read
+    return Decoder(spec, tensors, layers, train_outer=False, recompute=recompute), taken

@@ -1,0 +1,77 @@
+"""The chain `elo run`: evaluate, pretrain, reattach, evaluate, align, evaluate, report. Finished parts are not done again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from elo_engine import report
+from elo_engine.align import align
+from elo_engine.corpora import describe_corpora, open_heldout, require_shards
+from elo_engine.detach import Source
+from elo_engine.evaluate import evaluate_folder
+from elo_engine.pretrain import describe_plan, plan, pretrain
+from elo_engine.reattach import reattach
+from elo_engine.run_dir import RunDir
+
+
+def read_results(run: RunDir) -> dict[str, Any]:
+    """`results.json`: evaluations of the whole model by moment, and the summary of each stage."""
+    path = run.path / "results.json"
+    if not path.exists():
+        return {"evaluations": {}, "stages": {}}
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def start(run: RunDir, source: Source) -> None:
+    """Say what will be done and on what; write `plan.json`."""
+    require_shards(run.config)
+    planned = plan(run.config, source)
+    run.write_json("plan.json", planned)
+    for line in (*describe_plan(planned), *source.reasons, *describe_corpora(run.config)):
+        run.say(line)
+
+
+def evaluate_once(run: RunDir, source: Source, moment: str, folder: Path) -> None:
+    """Score the whole model on every held-out set, unless this run has done so already."""
+    results = read_results(run)
+    if not run.config.evaluate.shards or moment in results["evaluations"]:
+        return
+    heldout = open_heldout(run.config, source.folder, source.spec.V)
+    run.status(state="running", stage=f"evaluate {moment}")
+    found = evaluate_folder(folder, heldout, device=source.device, dtype=source.dtype)
+    results["evaluations"][moment] = {language: asdict(result) for language, result in found.items()}
+    run.write_json("results.json", results)
+    for language, result in found.items():
+        run.metric({"event": "evaluated", "model": moment, "language": language, **asdict(result)})
+        run.say(
+            f"{moment}: held-out {language} loss {result.loss_nats:.4f} nats/token, perplexity {result.perplexity:.2f}, "
+            f"{result.bits_per_byte:.4f} bits/byte"
+        )
+
+
+def keep_summary(run: RunDir, stage: str, summary: dict[str, Any]) -> None:
+    """Add a stage's summary to `results.json`; an empty one (the stage was already done) changes nothing."""
+    if summary:
+        results = read_results(run)
+        results["stages"][stage] = summary
+        run.write_json("results.json", results)
+
+
+def run_pipeline(run: RunDir, source: Source) -> Path:
+    """The whole method, from the newest complete part on; returns the folder of the aligned model."""
+    start(run, source)
+    evaluate_once(run, source, "base", source.folder)
+    reattached = run.folder("reattached")
+    if not reattached.exists():
+        keep_summary(run, "pretrain", pretrain(run, source))
+        reattach(run, source)
+    evaluate_once(run, source, "reattached", reattached)
+    keep_summary(run, "align", align(run, source))
+    evaluate_once(run, source, "aligned", run.folder("model"))
+    report.write_report(run.path, read_results(run))
+    run.status(state="finished")
+    run.say(f"finished: the model is in {run.folder('model')}, the report in {run.path / 'report.md'}")
+    return run.folder("model")

@@ -1,0 +1,75 @@
+"""ELO pretraining: train the detached layers on the mixture, embedding, final norm and head frozen (paper section 3.2).
+
+Inputs on disk: a checkpoint and token shards. Output: snapshots under `RUN/pretrain/`, the last one being the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elo_engine.config import RunConfig
+from elo_engine.corpora import make_mixture, open_heldout
+from elo_engine.detach import Source, detach
+from elo_engine.measure.flops import full_step, ideal_speedup, shallow_step
+from elo_engine.measure.meter import human_bytes
+from elo_engine.run_dir import RunDir
+from elo_engine.stage import run_stage
+
+
+def plan(config: RunConfig, source: Source) -> dict[str, Any]:
+    """What the stages will do, counted from shapes alone; written to `plan.json` and shown by `--dry-run`."""
+    spec, T = source.spec, config.data.sequence_length
+    shallow, full = shallow_step(spec, len(source.layers), T), full_step(spec, T)
+    trains = len(source.layers) * spec.layer_parameters
+    width = 2 if str(source.dtype) == "torch.bfloat16" else 4
+    outer = spec.V * spec.D * (1 if spec.tied else 2) + spec.D
+    # masters, gradients and two moments in fp32; the compute copy is a fifth tensor only where it is not the master itself
+    state = 16 + (width if width == 2 else 0)
+    share = config.pretrain.tokens / (config.pretrain.tokens + config.align.tokens)
+    return {
+        "model": {"family": spec.family, "layers": spec.layers, "parameters": spec.parameters, "tied": spec.tied},
+        "device": str(source.device),
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "detached_layers": list(source.layers),
+        "pretrain": {
+            "steps": config.steps("pretrain"),
+            "tokens": config.pretrain.tokens,
+            "trainable_parameters": trains,
+            "weights_and_state_bytes": outer * width + trains * state,
+            "flops_per_token": shallow.total,
+        },
+        "align": {
+            "steps": config.steps("align"),
+            "tokens": config.align.tokens,
+            "trainable_parameters": spec.parameters,
+            "weights_and_state_bytes": spec.parameters * state,
+            "flops_per_token": full.total,
+        },
+        "flops_ratio": shallow.total / full.total,
+        "ideal_pipeline_speedup": ideal_speedup(spec, len(source.layers), T, share),
+    }
+
+
+def describe_plan(plan: dict[str, Any]) -> list[str]:
+    """The plan in a few lines."""
+    lines = [
+        f"model: {plan['model']['family']}, {plan['model']['layers']} layers, {plan['model']['parameters'] / 1e6:.1f}M parameters, "
+        f"{'tied' if plan['model']['tied'] else 'untied'} head; {plan['device']}, {plan['dtype']}"
+    ]
+    for stage in ("pretrain", "align"):
+        part = plan[stage]
+        lines.append(
+            f"{stage}: {part['steps']} steps, {part['tokens']:,} tokens, {part['trainable_parameters'] / 1e6:.1f}M trainable, weights "
+            f"and state {human_bytes(part['weights_and_state_bytes'])}, {part['flops_per_token'] / 1e9:.2f} GFLOP/token"
+        )
+    lines.append(f"ideal pipeline speedup from the operations alone: {plan['ideal_pipeline_speedup']:.2f}x")
+    return lines
+
+
+def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
+    """Run the stage to its end (or from its newest snapshot) and return its summary; see `run_stage`."""
+    config = run.config
+    mixture = make_mixture(config, source.folder, source.spec.V)
+    heldout = open_heldout(config, source.folder, source.spec.V) if config.evaluate.every else None
+    model = detach(source, run, recompute=config.pretrain.recompute == "layer")
+    return run_stage(run, "pretrain", model, source.index, mixture, heldout)

@@ -1,0 +1,124 @@
+"""`report.md`, `report.json` and the plot of a run, made from its records alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from elo_engine.console import format_seconds
+from elo_engine.measure.meter import human_bytes
+
+MOMENTS = ("base", "reattached", "aligned")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Step records of `metrics.jsonl`; after a resume the last line of a step counts."""
+    steps: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "loss_nats" in record and "step_s" in record:
+            steps[record["stage"], record["step"]] = record
+    return [steps[key] for key in sorted(steps, key=lambda key: (key[0] != "pretrain", key[1]))]
+
+
+def evaluation_rows(evaluations: dict[str, Any]) -> list[list[str]]:
+    """Language, then loss (and its change against the base) and bits per byte at each moment."""
+    moments = [moment for moment in MOMENTS if moment in evaluations]
+    languages = list(evaluations[moments[0]]) if moments else []
+    rows = []
+    for language in languages:
+        row = [language]
+        for moment in moments:
+            found, base = evaluations[moment][language], evaluations[moments[0]][language]
+            change = found["loss_nats"] - base["loss_nats"]
+            shown = "" if moment == moments[0] else f" ({change:+.3f})"
+            row.append(f"{found['loss_nats']:.3f}{shown}, {found['bits_per_byte']:.3f} bpb")
+        rows.append(row)
+    return rows
+
+
+def stage_rows(stages: dict[str, Any]) -> list[list[str]]:
+    """Stage, tokens, time, speed with spread, peak memory."""
+    rows = []
+    for name, summary in stages.items():
+        times = summary["step_s"]
+        speed = "-" if times is None else (
+            f"{summary['tokens_per_s']:.0f} tokens/s (step {times['median']:.2f} s, p10 {times['p10']:.2f}, p90 {times['p90']:.2f})"
+        )  # fmt: skip
+        memory = f"{human_bytes(summary['peak_bytes'])} {summary['peak_what']}"
+        rows.append([name, f"{summary['tokens_total']:,}", format_seconds(summary["seconds"]), speed, memory])
+    return rows
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A GitHub table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def evaluation_header(evaluations: dict[str, Any]) -> list[str]:
+    """Column titles for `evaluation_rows`."""
+    return ["held-out", *(moment for moment in MOMENTS if moment in evaluations)]
+
+
+STAGE_HEADER = ["stage", "tokens", "time", "speed", "memory"]
+
+
+def write_report(path: Path, results: dict[str, Any], extra_sections: list[str] | None = None) -> None:
+    """Write `report.json`, `report.md` and, where matplotlib is installed, `report.png` into the run folder."""
+    environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+    (path / "report.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    evaluations = results["evaluations"]
+    gpu = environment["gpus"][0]["name"] if environment["gpus"] else "no GPU"
+    lines = [
+        "# ELO run",
+        "",
+        f"On {environment['cpu']}, {environment['cpu_threads_used']} threads, {gpu}; torch {environment['packages']['torch']}.",
+        "",
+    ]
+    if evaluations:
+        lines += ["Loss of the whole model in nats per token (change against the base), and bits per byte:", ""]
+        lines += [markdown_table(evaluation_header(evaluations), evaluation_rows(evaluations)), ""]
+    if results["stages"]:
+        lines += [markdown_table(STAGE_HEADER, stage_rows(results["stages"])), ""]
+    for section in extra_sections or []:
+        lines += [section, ""]
+    if _plot(path, read_metrics(path), evaluations):
+        lines += ["![loss](report.png)", ""]
+    (path / "report.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _plot(path: Path, steps: list[dict[str, Any]], evaluations: dict[str, Any]) -> bool:
+    """Training loss of the shallow and of the whole model in panels of their own (the two are not comparable), and the
+    held-out loss of the whole model at each moment. False when matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    titles = {"pretrain": "ELO pretraining (shallow model)", "align": "alignment (whole model)"}
+    for axis, (stage, title) in zip(axes[:2], titles.items(), strict=True):
+        found = [record for record in steps if record["stage"] == stage]
+        axis.plot([r["tokens_total"] / 1000 for r in found], [r["loss_nats"] for r in found], color="#3366cc", linewidth=1.5)
+        axis.set(title=title, xlabel="thousand tokens", ylabel="training loss, nats/token")
+        axis.grid(alpha=0.3)
+    moments = [moment for moment in MOMENTS if moment in evaluations]
+    for number, language in enumerate(evaluations[moments[0]] if moments else []):
+        values = [evaluations[moment][language]["loss_nats"] for moment in moments]
+        axes[2].plot(moments, values, marker="o", label=language, color=("#3366cc", "#cc6633", "#338855", "#7744aa")[number % 4])
+        for moment, value in zip(moments, values, strict=True):
+            axes[2].annotate(f"{value:.2f}", (moment, value), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=9)
+    axes[2].set(title="held-out loss of the whole model", ylabel="nats/token")
+    axes[2].margins(0.15, 0.2)
+    axes[2].grid(alpha=0.3)
+    if moments:
+        axes[2].legend()
+    figure.savefig(path / "report.png", dpi=120, facecolor="white")
+    plt.close(figure)
+    return True

@@ -1,0 +1,154 @@
+"""A run on disk: configuration, environment, plan, log, metrics, STATUS, and the folders of its stages.
+
+Nothing is written over but STATUS, which is replaced whole. `metrics.jsonl` is append-only: after a resume, steps that were
+lost appear again, and the last line of a step is the one that counts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from elo_engine import console
+from elo_engine.config import RunConfig, changed_keys, load_config
+from elo_engine.errors import RefusedError, UsageError
+from elo_engine.measure.environment import describe_environment
+
+
+class RunDir:
+    """An open run folder, locked against a second writer until `close`."""
+
+    def __init__(self, path: Path, config: RunConfig, run_id: str, lock: int) -> None:
+        self.path, self.config, self.run_id = path, config, run_id
+        self._lock = lock
+        self._log = (path / "log.txt").open("a", encoding="utf-8")
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = _tensorboard(path)
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunDir:
+        """Make a new run folder.
+
+        Raises:
+            RefusedError: it exists and is not empty.
+        """
+        path = Path(config.output)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            hint = "continue it with --resume auto, or" if (path / "config.resolved.yaml").exists() else ""
+            raise RefusedError(f"{path}: the output folder exists and nothing is ever written over; {hint} choose another output")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+        run_id = uuid.uuid4().hex
+        (path / "run.json").write_text(json.dumps({"run_id": run_id, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")
+        (path / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
+        # the resolved configuration is what makes the folder a run, so it comes last and whole
+        temporary = path / ".config.resolved.yaml.tmp"
+        temporary.write_text(config.to_yaml(), encoding="utf-8")
+        temporary.rename(path / "config.resolved.yaml")
+        return cls(path, config, run_id, lock)
+
+    @classmethod
+    def open(cls, path: Path, expected: RunConfig | None = None) -> RunDir:
+        """Open an existing run; with `expected`, only if that is the configuration it was started with.
+
+        Raises:
+            UsageError: no run there. RefusedError: another configuration, or another process writes to it.
+        """
+        resolved = path / "config.resolved.yaml"
+        if not resolved.exists():
+            raise UsageError(f"{path}: not a run folder (it has no config.resolved.yaml); start one with elo run or elo pretrain")
+        config = load_config(resolved)
+        if expected is not None:
+            keys = changed_keys(config, expected)
+            if keys:
+                raise RefusedError(
+                    f"{path}: was started with another configuration, differing in {', '.join(keys)}; resume with the same "
+                    "one, or start a new run in another output folder"
+                )
+            config = expected
+        lock = _lock(path)
+        return cls(path, config, json.loads((path / "run.json").read_text())["run_id"], lock)
+
+    @classmethod
+    def obtain(cls, config: RunConfig, resume: bool) -> RunDir:
+        """`create`, or with `resume` open what is there and create otherwise."""
+        path = Path(config.output)
+        if resume and (path / "config.resolved.yaml").exists():
+            return cls.open(path, config)
+        return cls.create(config)
+
+    def folder(self, name: str) -> Path:
+        """A sub-folder's path: `pretrain`, `align`, `reattached`, `model`."""
+        return self.path / name
+
+    def say(self, text: str) -> None:
+        """One line to the log and to the person."""
+        self.log(text)
+        console.err.print(text, markup=False)
+
+    def log(self, text: str) -> None:
+        """One line to the log alone."""
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+
+    def metric(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, units in the names; numbers go to tensorboard too when it is installed."""
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        if self._board is not None and "step" in record:
+            for key, value in record.items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self._board.add_scalar(f"{record.get('stage', 'run')}/{key}", value, record["step"])
+
+    def status(self, **fields: Any) -> None:
+        """Replace STATUS: what the run is doing, since when, and which process does it."""
+        temporary = self.path / ".STATUS.tmp"
+        fields |= {"pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / "STATUS")
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """A small JSON file at the top of the run, whole or not at all."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / name)
+
+    def close(self) -> None:
+        """Flush everything and let go of the lock."""
+        self._log.close()
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+        os.close(self._lock)
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.log(f"stopped: {type(error).__name__}: {error}")
+            self.status(state="interrupted" if getattr(error, "exit_status", 1) == 130 else "failed", reason=str(error))
+        self.close()
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise RefusedError(f"{path}: another process is working on this run (see its STATUS); wait for it or stop it") from None
+    return descriptor
+
+
+def _tensorboard(path: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(path / "tensorboard"))

@@ -1,0 +1,163 @@
+"""What ELO pretraining and alignment share around the loop: data, snapshots, evaluation, metrics, the progress bar, signals."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from elo_engine import __version__, console
+from elo_engine.checkpoint import CheckpointIndex
+from elo_engine.config import RunConfig, StageConfig
+from elo_engine.corpora import Heldout
+from elo_engine.data import Mixture
+from elo_engine.errors import Interrupted
+from elo_engine.evaluate import evaluate_all
+from elo_engine.measure.meter import human_bytes, peak_memory, spread
+from elo_engine.model.decoder import Decoder
+from elo_engine.run_dir import RunDir
+from elo_engine.train import state
+from elo_engine.train.loop import Hooks, Progress, StopSignal, train
+from elo_engine.train.optim import MasterAdamW
+
+StageName = Literal["pretrain", "align"]
+
+
+def log_model(run: RunDir, model: Decoder, index: CheckpointIndex) -> None:
+    """Say what trains, what is frozen and what is absent, in tensors and bytes of the checkpoint."""
+    trains, frozen = set(model.trainable()), set(model.frozen())
+    absent = set(index.entries) - trains - frozen
+    total = index.total_bytes
+    for title, group in (("trains", trains), ("frozen", frozen), ("absent", absent)):
+        size = index.bytes_of([name for name in group if name in index.entries])
+        run.say(f"  {title}: {len(group)} tensors, {human_bytes(size)} ({100 * size / total:.1f} % of the checkpoint)")
+
+
+def snapshot_identity(run: RunDir, stage: StageName, index: CheckpointIndex, config: RunConfig) -> dict[str, Any]:
+    """What must be the same for a snapshot to continue: run, stage, source weights and data."""
+    shards = {
+        language: hashlib.sha256((Path(folder) / "manifest.json").read_bytes()).hexdigest()
+        for language, folder in sorted(config.data.shards.items())
+    }
+    return {"run_id": run.run_id, "stage": stage, "checkpoint": index.identity(), "data": shards, "seed": config.seed}
+
+
+def _numerics(model: Decoder) -> dict[str, Any]:
+    """What may change between two sessions but then costs bit-for-bit equality, so it is recorded."""
+    return {
+        "elo_engine": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "device": model.device.type,
+        "dtype": str(model.dtype),
+    }
+
+
+def _resume(run: RunDir, name: StageName, optimizer: MasterAdamW, model: Decoder, identity: dict[str, Any]) -> Progress:
+    folder = state.latest_snapshot(run.folder(name), run.say)
+    if folder is None:
+        return Progress()
+    progress, before = state.read_progress(folder, identity)
+    now = _numerics(model)
+    changed = {key: [before.get(key), now[key]] for key in now if before.get(key) != now[key]}
+    state.restore(folder, optimizer)
+    if changed:
+        run.say(f"{name}: continues, but not bit for bit, because these changed: {changed}")
+    run.say(f"{name}: resumed at step {progress.step} from {folder.name}")
+    run.metric({"event": "resumed", "stage": name, "step": progress.step, "bit_exact": not changed, "changed": changed})
+    return progress
+
+
+def run_stage(
+    run: RunDir, name: StageName, model: Decoder, index: CheckpointIndex, mixture: Mixture, heldout: Heldout | None
+) -> dict[str, Any]:
+    """Train a stage to its end, from the newest snapshot if there is one; returns its summary and leaves a final snapshot.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a snapshot of the last completed step was saved first.
+    """
+    config = run.config
+    section: StageConfig = config.pretrain if name == "pretrain" else config.align
+    steps = config.steps(name)
+    optimizer = MasterAdamW(model, section.optimizer)
+    identity = snapshot_identity(run, name, index, config)
+    progress = _resume(run, name, optimizer, model, identity)
+    step_s: list[float] = []
+    losses: list[float] = []
+    stop = StopSignal()
+
+    def save(at: Progress) -> Path:
+        return state.save_snapshot(run.folder(name), optimizer, at, identity, _numerics(model), config.snapshot.keep)
+
+    def evaluate(at: Progress) -> None:
+        if heldout is None:
+            return
+        what = "shallow" if name == "pretrain" else "whole"
+        for language, result in evaluate_all(model, heldout).items():
+            run.metric(
+                {"stage": name, "step": at.step, "model": what, "language": language, "heldout_loss_nats": result.loss_nats}
+            )
+            run.say(f"{name} step {at.step}: held-out {language} loss of the {what} model {result.loss_nats:.4f} nats/token")
+
+    run.status(state="running", stage=name, step=progress.step, steps=steps)
+    with (
+        stop.installed(),
+        peak_memory(model.device) as peak,
+        console.progress_bar(f"{name}", steps, progress.step) as bar,
+    ):
+
+        def on_step(at: Progress, metrics: dict[str, Any]) -> None:
+            step_s.append(metrics["step_s"])
+            losses.append(metrics["loss_nats"])
+            run.metric({"stage": name, "step": at.step, **metrics, "tokens_total": at.tokens_total, "tokens_loss": at.tokens_loss})
+            if not metrics["updated"]:
+                run.say(f"{name} step {at.step}: gradient norm {metrics['gradient_norm']} is not finite; the step changed nothing")
+            bar(at.step, f"loss {metrics['loss_nats']:.3f}  {metrics['tokens_per_s']:.0f} tokens/s")
+            run.status(state="running", stage=name, step=at.step, steps=steps)
+
+        every: dict[int, list[Callable[[Progress], None]]] = {}
+        every.setdefault(config.evaluate.every, []).append(evaluate)
+        every.setdefault(config.snapshot.every, []).append(lambda at: save(at) and None)
+        began = time.perf_counter()
+        hooks = Hooks(on_step=on_step, every=every, should_stop=stop)
+        finished = train(
+            model, optimizer, mixture, section,
+            steps=steps, sequence_length=config.data.sequence_length, progress=progress, hooks=hooks,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        snapshot = save(progress) if progress.step else None
+    if not finished:
+        where = snapshot.name if snapshot else "the start"
+        raise Interrupted(
+            f"{name} interrupted by {stop.received.name if stop.received else 'a signal'} after step {progress.step}; "
+            f"continue from {where} with --resume auto"
+        )
+    warm = step_s[1:] or step_s  # the first step of a process also pays for set-up
+    times = spread(warm)
+    summary = {
+        "steps": steps,
+        "tokens_total": progress.tokens_total,
+        "tokens_loss": progress.tokens_loss,
+        "steps_skipped": progress.skipped,
+        "loss_first_nats": losses[0] if losses else None,
+        "loss_last_nats": losses[-1] if losses else None,
+        "seconds": seconds,
+        "step_s": asdict(times) if times else None,
+        "tokens_per_s": section.tokens_per_step / times.median if times else None,
+        "peak_bytes": peak.bytes,
+        "peak_what": peak.what,
+    }
+    if times is not None:
+        run.say(
+            f"{name}: {len(step_s)} steps, {summary['tokens_per_s']:.0f} tokens/s (median step {times.median:.3f} s, p10 "
+            f"{times.p10:.3f}, p90 {times.p90:.3f}), {peak.what} {human_bytes(peak.bytes)}"
+        )
+    run.metric({"event": "stage finished", "stage": name, **summary})
+    return summary

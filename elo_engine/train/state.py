@@ -1,0 +1,114 @@
+"""A stage's state on disk: fp32 weights and moments in safetensors, the rest in JSON, published whole or not at all.
+
+`STAGE/step-XXXXXXXX/` holds `weights.safetensors` (fp32 masters under the checkpoint's names), `optimizer.safetensors`,
+`state.json` and `COMMIT.json`. A snapshot counts only if its COMMIT verifies; steps are ordered as numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from elo_engine.checkpoint import preflight_space, publish, verify_commit, write_safetensors
+from elo_engine.errors import FailedError, RefusedError
+from elo_engine.train.loop import Progress
+from elo_engine.train.optim import MasterAdamW
+
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def snapshot_folder(stage_folder: Path, step: int) -> Path:
+    """`STAGE/step-XXXXXXXX`."""
+    return stage_folder / f"step-{step:08d}"
+
+
+def _steps(stage_folder: Path) -> list[tuple[int, Path]]:
+    if not stage_folder.is_dir():
+        return []
+    found = [(_STEP.fullmatch(path.name), path) for path in stage_folder.iterdir()]
+    return sorted((int(match.group(1)), path) for match, path in found if match and path.is_dir())
+
+
+def save_snapshot(
+    stage_folder: Path,
+    optimizer: MasterAdamW,
+    progress: Progress,
+    identity: dict[str, Any],
+    numerics: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Publish the state after `progress.step` steps, then retire all but the newest `keep` snapshots.
+
+    Raises:
+        FailedError, RefusedError: not enough space, or the disk refuses; earlier snapshots stay.
+    """
+    target = snapshot_folder(stage_folder, progress.step)
+    if target.exists():
+        verify_commit(target, deep=False)
+        return target
+    stage_folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: view.detach().cpu().contiguous() for name, view in optimizer.weights().items()}
+    moments = {name: view.detach().cpu().contiguous() for name, view in optimizer.moments().items()}
+    preflight_space(target, sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values())))
+    with publish(target) as folder:
+        write_safetensors(folder / "weights.safetensors", weights)
+        write_safetensors(folder / "optimizer.safetensors", moments)
+        state = {"format": 1, "progress": asdict(progress), "identity": identity, "numerics": numerics}
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    for _, old in _steps(stage_folder)[:-keep]:
+        _retire(old)
+    return target
+
+
+def _retire(folder: Path) -> None:
+    """COMMIT goes first: a removal that is cut half-way leaves a folder that does not count."""
+    (folder / "COMMIT.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def latest_snapshot(stage_folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest snapshot that verifies; each one passed over is reported with its reason."""
+    for _, folder in reversed(_steps(stage_folder)):
+        try:
+            verify_commit(folder)
+        except FailedError as error:
+            report(f"snapshot {folder.name} is passed over: {error}")
+            continue
+        return folder
+    return None
+
+
+def read_progress(folder: Path, identity: dict[str, Any]) -> tuple[Progress, dict[str, Any]]:
+    """The progress a snapshot stands at and the numerics it was made with, after holding its identity against this run's.
+
+    Raises:
+        RefusedError: it belongs to another run, model, data or environment; the differing keys are named.
+    """
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    saved = state["identity"]
+    different = sorted(key for key in saved.keys() | identity.keys() if saved.get(key) != identity.get(key))
+    if different:
+        told = "; ".join(f"{key}: snapshot {saved.get(key)!r}, now {identity.get(key)!r}" for key in different)
+        raise RefusedError(
+            f"{folder}: this snapshot does not continue this run ({told}); restore what changed, or start a new run in "
+            "another output folder"
+        )
+    return Progress(**state["progress"]), state["numerics"]
+
+
+def restore(folder: Path, optimizer: MasterAdamW) -> None:
+    """Load weights and moments of a verified snapshot into the optimizer and its model."""
+    optimizer.load(load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors"))
+
+
+def load_weights(folder: Path) -> dict[str, Any]:
+    """The fp32 weights of a snapshot by checkpoint name, after verifying it."""
+    verify_commit(folder)
+    return load_file(folder / "weights.safetensors")

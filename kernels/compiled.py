@@ -1,0 +1,201 @@
+"""Every kernel compiled for every card it is meant for, without having one: does ptxas take it, and what does
+it cost.
+
+`python -m elo_engine.kernels.compiled` prints the table of registers, spills and shared memory, and with
+`--write` puts it into README.md beside this file, where a test compares it. Compiling at the shapes of
+Llama-3.1-8B (D 4096, F 14336, V 128256) in bf16 is what the launchers would do there: sizes and strides
+divisible by 16, pointers aligned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from . import cross_entropy, rms_norm, swiglu
+
+# A100, RTX 30 and A10, RTX 40 and L4, H100 and H200, RTX 50.
+TARGETS = (80, 86, 89, 90, 120)
+
+BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
+README = Path(__file__).with_name("README.md")
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One kernel at one set of compile-time numbers, as a launcher would ask for it.
+
+    `floats` is the type behind every pointer that `pointers` does not name; plain arguments are 32-bit
+    integers.
+    """
+
+    name: str
+    kernel: Any
+    constants: Mapping[str, Any]
+    num_warps: int
+    floats: str = "bf16"
+    pointers: Mapping[str, str] = field(default_factory=dict)
+
+    def source(self) -> ASTSource:
+        """What triton.compile takes: signature, constants, and what is known to be divisible by 16."""
+        names = self.kernel.arg_names
+        signature = {name: self._type(name) for name in names}
+        # N is left out: a ragged number of rows is the ordinary case. `eps` is a float.
+        divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if self._divisible(name)}
+        return ASTSource(self.kernel, signature, constexprs=dict(self.constants), attrs=divisible)
+
+    def _type(self, name: str) -> str:
+        if name in self.constants:
+            return "constexpr"
+        if name.endswith("_ptr"):
+            return "*" + self.pointers.get(name, self.floats)
+        return "fp32" if name == "eps" else "i32"
+
+    def _divisible(self, name: str) -> bool:
+        return name not in self.constants and name not in ("N", "eps")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What ptxas reports for one kernel on one target: per thread, but shared memory per program."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+def specimens(floats: str = "bf16", width: int = 4096) -> list[Specimen]:
+    """Every kernel in every variant that a launcher can ask for.
+
+    Args:
+        floats: "bf16" or "fp32", the type of activations.
+        width: D of the RMSNorm.
+    """
+    block_n, block_d, warps = rms_norm.LAUNCH.tile(width)
+    tile = {"BLOCK_N": block_n, "BLOCK_D": block_d}
+    fp32 = {"rstd_ptr": "fp32", "d_gamma_parts_ptr": "fp32"}
+
+    def norm(name: str, kernel: Any, **needs: bool | None) -> Specimen:
+        return Specimen(name, kernel, {**needs, **tile}, warps, floats, fp32)
+
+    def loss(name: str, need_d_logits: bool) -> Specimen:
+        constants = {
+            "IGNORED": cross_entropy.IGNORED_LABEL,
+            "NEED_D_LOGITS": need_d_logits,
+            "BLOCK_V": cross_entropy.LAUNCH.block_v,
+        }
+        pointers = {"labels_ptr": "i64", "loss_ptr": "fp32"}
+        warps = cross_entropy.LAUNCH.num_warps
+        return Specimen(name, cross_entropy._cross_entropy_forward_kernel, constants, warps, floats, pointers)
+
+    def gated(name: str, kernel: Any) -> Specimen:
+        return Specimen(name, kernel, {"BLOCK_F": swiglu.LAUNCH.block_f}, swiglu.LAUNCH.num_warps, floats)
+
+    forward, backward = rms_norm._rms_norm_forward_kernel, rms_norm._rms_norm_backward_kernel
+    return [
+        norm("rms_norm forward", forward),
+        norm("rms_norm backward", backward, NEED_D_X=True, NEED_D_GAMMA=True),
+        # The pointer of what is not wanted is None, as in the launcher: nothing is allocated for it.
+        norm(
+            "rms_norm backward, d_x only", backward, NEED_D_X=True, NEED_D_GAMMA=False, d_gamma_parts_ptr=None
+        ),
+        norm("rms_norm backward, d_gamma only", backward, NEED_D_X=False, NEED_D_GAMMA=True, d_x_ptr=None),
+        gated("swiglu forward", swiglu._swiglu_forward_kernel),
+        gated("swiglu backward", swiglu._swiglu_backward_kernel),
+        loss("cross_entropy, loss and gradient", True),
+        loss("cross_entropy, loss only", False),
+    ]
+
+
+def _compile(specimen: Specimen, capability: int) -> Any:
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(specimen.source(), target=target, options={"num_warps": specimen.num_warps})
+
+
+def ptx_for(specimen: Specimen, capability: int) -> str:
+    """The PTX that Triton makes of a kernel for one target."""
+    ptx: str = _compile(specimen, capability).asm["ptx"]
+    return ptx
+
+
+def compile_for(specimen: Specimen, capability: int) -> Cost:
+    """Compile to machine code with the ptxas that Triton ships; what Triton makes is cached by Triton.
+
+    Raises:
+        RuntimeError: ptxas refuses the code that Triton made, with its message.
+    """
+    # Triton's metadata has no spills, and a cached kernel was not assembled now, so ptxas is asked once more.
+    ptx = ptx_for(specimen, capability)
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={target[1]}"]
+        done = subprocess.run([*command, str(source), "-o", str(result)], capture_output=True, text=True)
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    if done.returncode or registers is None or spills is None:
+        raise RuntimeError(f"{specimen.name} for sm_{capability}: ptxas said: {done.stdout}{done.stderr}")
+    shared: int = _compile(specimen, capability).metadata.shared
+    return Cost(int(registers[1]), int(spills[1]) + int(spills[2]), shared)
+
+
+def table(progress: Callable[[str], None] | None = None) -> str:
+    """The table of README.md: one line a kernel, one column a target."""
+    heads = " | ".join(f"sm_{target}" for target in TARGETS)
+    lines = [
+        f"triton {triton.__version__}: registers / bytes spilled (both a thread) / bytes of shared memory.",
+        "",
+        f"| bf16, D 4096 | warps | {heads} |",
+        "|---|---|" + "---|" * len(TARGETS),
+    ]
+    for specimen in specimens():
+        costs = [compile_for(specimen, target) for target in TARGETS]
+        cells = " | ".join(f"{cost.registers} / {cost.spill_bytes} / {cost.shared_bytes}" for cost in costs)
+        lines.append(f"| {specimen.name} | {specimen.num_warps} | {cells} |")
+        if progress is not None:
+            progress(specimen.name)
+    return "\n".join(lines)
+
+
+def written_table() -> str:
+    """The table that README.md holds now.
+
+    Raises:
+        ValueError: README.md has lost the two markers.
+    """
+    text = README.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{README}: put the markers {BEGIN} and {END} around the table, once each")
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Compile every kernel for every target and tabulate the cost."
+    )
+    parser.add_argument("--write", action="store_true", help=f"put the table into {README}")
+    write = parser.parse_args().write
+    found = table(progress=lambda name: print(f"compiled {name}", file=sys.stderr))
+    print(found)
+    if write:
+        written_table()
+        before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n\n{found}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

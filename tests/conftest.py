@@ -1,0 +1,135 @@
+"""Tiny real parts that most tests need: checkpoints made by transformers, token shards, a whole run configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the fixture modules beside the tests; the repository root stays off the path
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from tokenizer_fixture import make_tokenizer  # noqa: E402
+
+VOCABULARY = 320
+WORDS = "light water earth heaven day night man woman tree fruit river stone bread house word king son field seed star".split()
+SYLLABLES = "か き く け こ さ し す せ そ た ち つ て と な に ぬ ね の は ひ ふ へ ほ".split()
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_checkpoint(tied=True, shards=1, **LlamaConfig fields)` -> folder with weights, config and tokenizer."""
+
+    def make(
+        *, family: str = "llama", tied: bool = True, shards: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any
+    ) -> Path:
+        from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+        shape: dict[str, Any] = {
+            "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-5, "initializer_range": 0.15, "tie_word_embeddings": tied, "bos_token_id": 0, "eos_token_id": 0,
+        }  # fmt: skip
+        config = {"llama": LlamaConfig, "mistral": MistralConfig}[family](**(shape | fields))
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        folder = tmp_path_factory.mktemp("checkpoint")
+        total = sum(p.numel() * p.element_size() for p in model.parameters())
+        model.save_pretrained(folder, max_shard_size="5GB" if shards == 1 else total // shards)
+        make_tokenizer(folder, VOCABULARY)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tied(make_checkpoint: Callable[..., Path]) -> Path:
+    """One shard, tied head."""
+    return make_checkpoint(tied=True)
+
+
+@pytest.fixture(scope="session")
+def untied(make_checkpoint: Callable[..., Path]) -> Path:
+    """Several shards, untied head, bf16."""
+    return make_checkpoint(tied=False, shards=3, dtype=torch.bfloat16)
+
+
+def write_texts(folder: Path) -> dict[str, Path]:
+    """Two small made-up languages as jsonl, train and held-out."""
+    rng = random.Random(7)
+    files: dict[str, Path] = {}
+    for language, words, glue in (("ja", SYLLABLES, ""), ("en", WORDS, " ")):
+        for kind, count in (("train", 60), ("heldout", 6)):
+            path = folder / f"{language}-{kind}.jsonl"
+            lines = [glue.join(rng.choice(words) for _ in range(rng.randint(8, 60))) for _ in range(count)]
+            path.write_text("".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+            files[f"{language}-{kind}"] = path
+    return files
+
+
+@pytest.fixture(scope="session")
+def shards(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Token folders `ja-train`, `ja-heldout`, `en-train`, `en-heldout`, made by the fixture checkpoints' tokenizer."""
+    from elo_engine.data import build_tokens
+
+    folder = tmp_path_factory.mktemp("corpus")
+    found: dict[str, str] = {}
+    for name, path in write_texts(folder).items():
+        build_tokens([path], tied, folder / name)
+        found[name] = str(folder / name)
+    return found
+
+
+@pytest.fixture
+def run_tree(tied: Path, shards: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    """A whole configuration as a tree: 6 + 3 steps on the tiny model, seconds on a CPU."""
+    return {
+        "model": str(tied),
+        "output": str(tmp_path / "run"),
+        "device": "cpu",
+        "dtype": "fp32",
+        "data": {"shards": {"ja": shards["ja-train"], "en": shards["en-train"]}, "mix": {"ja": 9, "en": 1}, "sequence_length": 32},
+        "pretrain": {"tokens": 768, "tokens_per_step": 128, "micro_batch": 2, "optimizer": {"lr": 3e-3}},
+        "align": {"tokens": 384, "tokens_per_step": 128, "micro_batch": 2, "optimizer": {"lr": 1e-3}},
+        "evaluate": {"every": 3, "shards": {"ja": shards["ja-heldout"], "en": shards["en-heldout"]}},
+        "snapshot": {"every": 2, "keep": 2},
+    }
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """A tree as a YAML file."""
+    import yaml
+
+    def write(tree: dict[str, Any], name: str = "config.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def elo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """`elo("run", path)` -> exit status and everything printed, through the real command line in this process."""
+    from elo_engine import cli
+
+    def call(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["elo", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        shown = capsys.readouterr()
+        return status, shown.out + shown.err
+
+    return call
