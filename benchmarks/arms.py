@@ -1,8 +1,9 @@
-"""The arms of the speed comparison. Started as `python arms.py ARM SPEC.json`; for each line on stdin, one step is run and
-one JSON line with its seconds and loss is printed; the first line printed describes what trains.
+"""The arms of the speed comparison. Started as `python arms.py ARM SPEC.json`; for each line on stdin, one step is
+run and one JSON line with its seconds and loss is printed; the first line printed describes what trains.
 
-Arms: `engine_shallow` and `transformers_shallow` (first and last layer, embedding, norm and head frozen), `engine_full` and
-`transformers_full` (everything learns). Same weights, rows, labels, dtype, clipping and fused AdamW; every row is one document.
+Arms: `engine_shallow` and `transformers_shallow` (first and last layer, embedding, norm and head frozen),
+`engine_full` and `transformers_full` (everything learns). Same weights, rows, labels, dtype, clipping and fused
+AdamW; every row is one document.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from elo_engine.measure.environment import choose_device
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
-def engine(spec: dict[str, Any], device: torch.device, dtype: torch.dtype, shallow: bool) -> tuple[Step, dict[str, Any]]:
+def engine(
+    spec: dict[str, Any], device: torch.device, dtype: torch.dtype, shallow: bool
+) -> tuple[Step, dict[str, Any]]:
     """This engine's model and optimizer, as the training loop drives them."""
     from elo_engine.checkpoint import open_checkpoint
     from elo_engine.model import ops

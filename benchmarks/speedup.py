@@ -1,7 +1,9 @@
-"""Pipeline speedup, measured: four arms interleaved step by step in processes of their own, ratios taken round by round.
+"""Pipeline speedup, measured: four arms interleaved step by step in processes of their own, ratios taken round by
+round.
 
-Pipeline speedup = T(full CP on all tokens) / (T(ELO pretraining on 90 %) + T(alignment on 10 %)), from seconds per token of
-the same run: against transformers' full CP, and against full CP in this engine. The demo's model and text unless told otherwise.
+Pipeline speedup = T(full CP on all tokens) / (T(ELO pretraining on 90 %) + T(alignment on 10 %)), from seconds per
+token of the same run: against transformers' full CP, and against full CP in this engine. The demo's model and text
+unless told otherwise.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Arm:
 
     def __init__(self, name: str, spec: Path) -> None:
         command = [sys.executable, str(Path(__file__).with_name("arms.py")), name, str(spec)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         self.name = name
         self.described = self._read()
 
@@ -104,7 +108,8 @@ def ratios(seconds: dict[str, list[float]], share: float = 0.9) -> dict[str, lis
         "pipeline over transformers' full CP": [pipeline(r, "transformers_full") for r in rounds],
         "pipeline over this engine's full CP": [pipeline(r, "engine_full") for r in rounds],
         "pipeline made of transformers' parts over its full CP": [
-            r["transformers_full"] / (share * r["transformers_shallow"] + (1 - share) * r["transformers_full"]) for r in rounds
+            r["transformers_full"] / (share * r["transformers_shallow"] + (1 - share) * r["transformers_full"])
+            for r in rounds
         ],
     }
 

@@ -1,7 +1,7 @@
 """Layer alignment: train the whole reattached model briefly (paper section 3.3), with the loop of every other stage.
 
-Without a reattached checkpoint in the run folder the source model itself is trained: that is full continual pretraining, the
-paper's baseline. Output: `RUN/model/`, a checkpoint that loads wherever the source did.
+Without a reattached checkpoint in the run folder the source model itself is trained: that is full continual
+pretraining, the paper's baseline. Output: `RUN/model/`, a checkpoint that loads wherever the source did.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from elo_engine.stage import log_model, run_stage
 
 
 def align(run: RunDir, source: Source) -> dict[str, Any]:
-    """Train the whole model and publish `RUN/model`; returns the stage's summary (empty when the model is already there)."""
+    """Train the whole model and publish `RUN/model`; returns the stage's summary (empty when the model is already
+    there).
+    """
     config = run.config
     target = run.folder("model")
     if target.exists():
@@ -45,7 +47,9 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
 
 
 def _model_card(config: RunConfig, source: Source, summary: dict[str, Any]) -> str:
-    languages = ", ".join(f"{name} {weight:g}" for name, weight in (config.data.mix or {}).items()) or ", ".join(config.data.shards)
+    languages = ", ".join(f"{name} {weight:g}" for name, weight in (config.data.mix or {}).items()) or ", ".join(
+        config.data.shards
+    )
     base = Path(config.model).name or config.model
     steps = summary.get("tokens_total", 0)
     return f"""---
@@ -55,10 +59,11 @@ tags: [elo, continual-pretraining]
 # {base}, taught by ELO
 
 Continual pretraining by ELO (Efficient Layer-Specific Optimization, arXiv 2601.03648) with elo_engine: decoder layers
-{list(source.layers)} of {source.spec.layers} were detached and trained on {config.pretrain.tokens:,} tokens, put back, and the whole
-model was aligned on {steps:,} tokens.
+{list(source.layers)} of {source.spec.layers} were detached and trained on {config.pretrain.tokens:,} tokens, put back,
+and the whole model was aligned on {steps:,} tokens.
 
 * Mixture by tokens: {languages}; sequence length {config.data.sequence_length}; {config.data.packing} packing.
-* Peak learning rates: {config.pretrain.optimizer.lr:g} for the detached layers, {config.align.optimizer.lr:g} for the alignment.
+* Peak learning rates: {config.pretrain.optimizer.lr:g} for the detached layers, {config.align.optimizer.lr:g} for the
+  alignment.
 * Tokenizer and configuration are those of the base model, byte for byte; so are its licence and its limits.
 """

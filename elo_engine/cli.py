@@ -1,5 +1,5 @@
-"""The `elo` command: one function per verb, nothing else. Exit status: 0 ok, 1 failed, 2 usage or configuration, 3 refused,
-130 interrupted after a clean snapshot.
+"""The `elo` command: one function per verb, nothing else. Exit status: 0 ok, 1 failed, 2 usage or configuration, 3
+refused, 130 interrupted after a clean snapshot.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def _verb(body: Callable[..., None]) -> Callable[..., None]:
             console.err.print("interrupted", markup=False)
             raise typer.Exit(130) from None
         except OSError as error:
-            console.err.print(f"error: {error.strerror or error}: {error.filename or 'input or output failed'}", markup=False)
+            console.err.print(
+                f"error: {error.strerror or error}: {error.filename or 'input or output failed'}", markup=False
+            )
             raise typer.Exit(1) from None
 
     return run
@@ -55,7 +57,9 @@ def _resume(value: str) -> bool:
     return value == "auto"
 
 
-def _stage(config_path: Path, overrides: list[str] | None, resume: str, dry_run: bool, body: Callable[..., Any]) -> None:
+def _stage(
+    config_path: Path, overrides: list[str] | None, resume: str, dry_run: bool, body: Callable[..., Any]
+) -> None:
     from elo_engine.config import load_config
     from elo_engine.corpora import describe_corpora, make_mixture, require_shards
     from elo_engine.detach import open_source
@@ -152,7 +156,9 @@ def data(
     from elo_engine.data import build_tokens
 
     manifest = build_tokens(inputs, resolve_model(tokenizer), out, split_blank_lines=split_blank_lines)
-    console.out.print(f"{out}: {manifest.tokens:,} tokens in {manifest.documents:,} documents", markup=False)
+    console.out.print(
+        f"{out}: {manifest.totals.tokens:,} tokens in {manifest.totals.documents:,} documents", markup=False
+    )
 
 
 @app.command("eval")
@@ -197,7 +203,9 @@ def doctor(as_json: AsJson = False) -> None:
 def demo(
     output: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
     model: Annotated[str | None, typer.Option(help="your own model in place of SmolLM2-135M")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="LANG=FILE, your own text in place of the Bible; repeat")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="LANG=FILE, your own text in place of the Bible; repeat")
+    ] = None,
     baseline: Annotated[bool, typer.Option(help="time full continual pretraining in transformers too")] = True,
 ) -> None:
     """The whole method on a real small model, with a table and a plot at the end."""

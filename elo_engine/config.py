@@ -1,8 +1,9 @@
 """The configuration of a run: strict, frozen, every key documented here and nowhere else twice.
 
-A configuration is YAML. Unknown keys are errors that name the nearest known key; budgets are in tokens and may be written
-`1e9`, `2_000_000` or `900M`. Overrides from the command line have the form `pretrain.optimizer.lr=3e-4`.
-Features that the file format promises but this version cannot honour are refused here, by name, before any work starts.
+A configuration is YAML. Unknown keys are errors that name the nearest known key; budgets are in tokens and may be
+written `1e9`, `2_000_000` or `900M`. Overrides from the command line have the form `pretrain.optimizer.lr=3e-4`.
+Features that the file format promises but this version cannot honour are refused here, by name, before any work
+starts.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class DataConfig(_Section):
     def _same_languages(self) -> DataConfig:
         if self.mix is not None and set(self.mix) != set(self.shards):
             raise ValueError(
-                f"data.mix names {sorted(self.mix)} and data.shards {sorted(self.shards)}; they must name the same languages"
+                f"data.mix names {sorted(self.mix)} and data.shards {sorted(self.shards)}; they must name the "
+                "same languages"
             )
         return self
 
@@ -115,7 +117,9 @@ class StageConfig(_Section):
     tokens: Annotated[Count, Field(gt=0)] = 900_000_000
     tokens_per_step: Annotated[Count, Field(gt=0)] = 262_144
     micro_batch: Annotated[Count, Field(gt=0)] = 4  # sequences
-    recompute: Literal["none", "layer"] = "none"  # layer: keep each layer's input alone and run it again in the backward
+    recompute: Literal["none", "layer"] = (
+        "none"  # layer: keep each layer's input alone and run it again in the backward
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
 
@@ -180,11 +184,13 @@ class RunConfig(_Section):
                 )
             if stage.tokens < stage.tokens_per_step:
                 raise ValueError(
-                    f"{name}.tokens {stage.tokens} is less than one step of {name}.tokens_per_step {stage.tokens_per_step}"
+                    f"{name}.tokens {stage.tokens} is less than one step of {name}.tokens_per_step "
+                    f"{stage.tokens_per_step}"
                 )
             if stage.micro_batch > stage.tokens_per_step // row:
                 raise ValueError(
-                    f"{name}.micro_batch {stage.micro_batch} is more than the {stage.tokens_per_step // row} rows of a step"
+                    f"{name}.micro_batch {stage.micro_batch} is more than the {stage.tokens_per_step // row} "
+                    "rows of a step"
                 )
         return self
 
@@ -195,7 +201,7 @@ class RunConfig(_Section):
 
     def to_yaml(self) -> str:
         """The whole configuration, defaults included, as it is written to `config.resolved.yaml`."""
-        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True)
+        return str(yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True))
 
 
 def _known_keys(path: tuple[Any, ...]) -> list[str]:

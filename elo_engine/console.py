@@ -35,7 +35,11 @@ def progress_bar(title: str, total: int, start: int = 0) -> Iterator[Callable[[i
     )  # fmt: skip
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(title, total=total, completed=start, note="")
-        yield lambda done, note="": bar.update(task, completed=done, note=note)
+
+        def update(done: int, note: str = "") -> None:
+            bar.update(task, completed=done, note=note)
+
+        yield update
 
 
 def _plain(title: str, total: int, start: int) -> Callable[[int, str], None]:

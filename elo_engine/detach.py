@@ -1,4 +1,6 @@
-"""Detach: from a checkpoint on disk to the shallow model in memory, reading nothing but what it needs (paper section 3.1)."""
+"""Detach: from a checkpoint on disk to the shallow model in memory, reading nothing but what it needs (paper section
+3.1).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def open_source(config: RunConfig, folder: Path | None = None) -> Source:
     """Headers and configuration of the model of a run, or of `folder` in its place; no weights are read.
 
     Raises:
-        UsageError, RefusedError, FailedError: no such model, not supported, or damaged; see `open_checkpoint`, `read_spec`.
+        UsageError, RefusedError, FailedError: no such model, not supported, or damaged; see `open_checkpoint`,
+        `read_spec`.
     """
     folder = folder or resolve_model(config.model)
     index = open_checkpoint(folder)
@@ -48,13 +51,20 @@ def open_source(config: RunConfig, folder: Path | None = None) -> Source:
 
 
 def detach(source: Source, run: RunDir, *, recompute: bool = False) -> Decoder:
-    """Read the detached layers, embedding, final norm and head, and say what trains, what is frozen and what is absent."""
+    """Read the detached layers, embedding, final norm and head, and say what trains, what is frozen and what is
+    absent.
+    """
     model, taken = load_shallow(
         source.index, source.spec, source.layers, device=source.device, dtype=source.dtype, recompute=recompute
     )
     run.say(f"detach: layers {list(source.layers)} of {source.spec.layers} from {source.folder}")
     log_model(run, model, source.index)
     wanted = source.index.bytes_of([*model.trainable(), *model.frozen()])
-    run.say(f"  read {human_bytes(taken)} for {human_bytes(wanted)} of wanted tensors, {human_bytes(source.index.total_bytes)} in all")
-    run.metric({"event": "detached", "bytes_read": taken, "bytes_wanted": wanted, "bytes_total": source.index.total_bytes})
+    run.say(
+        f"  read {human_bytes(taken)} for {human_bytes(wanted)} of wanted tensors, "
+        f"{human_bytes(source.index.total_bytes)} in all"
+    )
+    run.metric(
+        {"event": "detached", "bytes_read": taken, "bytes_wanted": wanted, "bytes_total": source.index.total_bytes}
+    )
     return model

@@ -20,10 +20,13 @@ def examine() -> tuple[dict[str, Any], list[str]]:
     lines = [
         f"python {environment['python']} on {environment['system']}",
         f"cpu: {environment['cpu']}, {environment['cpu_cores']} cores, {environment['cpu_threads_used']} threads used, "
-        f"{human_bytes(environment['memory_bytes'])} memory, {', '.join(environment['cpu_features']) or 'no known features'}",
+        f"{human_bytes(environment['memory_bytes'])} memory, "
+        f"{', '.join(environment['cpu_features']) or 'no known features'}",
     ]
     for gpu in environment["gpus"]:
-        lines.append(f"gpu: {gpu['name']}, {human_bytes(gpu['memory_bytes'])}, sm_{gpu['compute_capability'].replace('.', '')}")
+        lines.append(
+            f"gpu: {gpu['name']}, {human_bytes(gpu['memory_bytes'])}, sm_{gpu['compute_capability'].replace('.', '')}"
+        )
     if not environment["gpus"]:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
         lines.append(f"! gpu: torch sees none (torch {torch.__version__} is {built}); everything runs on the CPU")

@@ -26,7 +26,8 @@ class UsageError(EloError, ValueError):
 
 
 class RefusedError(EloError):
-    """Understood but declined: unsupported family, pickle-only weights, an existing output, a plan that does not fit."""
+    """Understood but declined: unsupported family, pickle-only weights, an existing output, a plan that does not fit.
+    """
 
     exit_status = 3
 

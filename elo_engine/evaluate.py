@@ -1,8 +1,8 @@
 """Held-out loss, perplexity and bits per byte of a model, per language.
 
-Every document is scored once, in rows of the given length; a document that spans rows loses its earlier context there, like
-in training. The first token of a document is not predicted unless the tokenizer puts a bos token before it, so bits per byte
-counts a document's bytes in full against one prediction fewer.
+Every document is scored once, in rows of the given length; a document that spans rows loses its earlier context
+there, like in training. The first token of a document is not predicted unless the tokenizer puts a bos token before
+it, so bits per byte counts a document's bytes in full against one prediction fewer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def evaluate_store(
     tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score one held-out set. With a cap, the first rows are scored and the bytes taken in proportion to their tokens."""
+    """Score one held-out set. With a cap, the first rows are scored and the bytes taken in proportion to their
+    tokens.
+    """
     batch_rows = max(1, TOKENS_AT_ONCE // sequence_length)
     batches = math.ceil(store.tokens_total / sequence_length / batch_rows)
     if tokens is not None:

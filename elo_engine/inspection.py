@@ -73,11 +73,13 @@ def describe_inspection(found: dict[str, Any]) -> list[str]:
         f"  family {found['family']}, {found['layers']} layers, {found['parameters'] / 1e6:.1f}M parameters, "
         f"{'tied' if found['tied_head'] else 'untied'} head, {', '.join(found['dtypes'])}",
         f"  {shapes}, rotary {found['rotary']['type']} theta {found['rotary']['theta']:g}",
-        f"  {human_bytes(size['total'])} in {len(found['shards'])} shard(s): embedding {human_bytes(size['embedding'])}, head "
+        f"  {human_bytes(size['total'])} in {len(found['shards'])} shard(s): embedding "
+        f"{human_bytes(size['embedding'])}, head "
         f"{human_bytes(size['head'])}, each layer {human_bytes(size['layer'])}, other {human_bytes(size['other'])}",
         f"  detaching first and last layer reads {human_bytes(size['read_by_detach'])} ({share:.1f} %)",
     ]
     if "verified_bytes" in found:
-        lines.append(f"  verified: all {human_bytes(found['verified_bytes'])} of tensors could be read and have the right shapes")
+        lines.append(
+            f"  verified: all {human_bytes(found['verified_bytes'])} of tensors could be read and have the right shapes"
+        )
     return lines
-

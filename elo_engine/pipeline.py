@@ -1,4 +1,6 @@
-"""The chain `elo run`: evaluate, pretrain, reattach, evaluate, align, evaluate, report. Finished parts are not done again."""
+"""The chain `elo run`: evaluate, pretrain, reattach, evaluate, align, evaluate, report. Finished parts are not done
+again.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def evaluate_once(run: RunDir, source: Source, moment: str, folder: Path) -> Non
     for language, result in found.items():
         run.metric({"event": "evaluated", "model": moment, "language": language, **asdict(result)})
         run.say(
-            f"{moment}: held-out {language} loss {result.loss_nats:.4f} nats/token, perplexity {result.perplexity:.2f}, "
+            f"{moment}: held-out {language} loss {result.loss_nats:.4f} nats/token, perplexity "
+            f"{result.perplexity:.2f}, "
             f"{result.bits_per_byte:.4f} bits/byte"
         )
 

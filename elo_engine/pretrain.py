@@ -23,7 +23,7 @@ def plan(config: RunConfig, source: Source) -> dict[str, Any]:
     trains = len(source.layers) * spec.layer_parameters
     width = 2 if str(source.dtype) == "torch.bfloat16" else 4
     outer = spec.V * spec.D * (1 if spec.tied else 2) + spec.D
-    # masters, gradients and two moments in fp32; the compute copy is a fifth tensor only where it is not the master itself
+    # masters, gradients and two moments in fp32; a compute copy only where it is not the master itself
     state = 16 + (width if width == 2 else 0)
     share = config.pretrain.tokens / (config.pretrain.tokens + config.align.tokens)
     return {
@@ -53,13 +53,15 @@ def plan(config: RunConfig, source: Source) -> dict[str, Any]:
 def describe_plan(plan: dict[str, Any]) -> list[str]:
     """The plan in a few lines."""
     lines = [
-        f"model: {plan['model']['family']}, {plan['model']['layers']} layers, {plan['model']['parameters'] / 1e6:.1f}M parameters, "
+        f"model: {plan['model']['family']}, {plan['model']['layers']} layers, "
+        f"{plan['model']['parameters'] / 1e6:.1f}M parameters, "
         f"{'tied' if plan['model']['tied'] else 'untied'} head; {plan['device']}, {plan['dtype']}"
     ]
     for stage in ("pretrain", "align"):
         part = plan[stage]
         lines.append(
-            f"{stage}: {part['steps']} steps, {part['tokens']:,} tokens, {part['trainable_parameters'] / 1e6:.1f}M trainable, weights "
+            f"{stage}: {part['steps']} steps, {part['tokens']:,} tokens, "
+            f"{part['trainable_parameters'] / 1e6:.1f}M trainable, weights "
             f"and state {human_bytes(part['weights_and_state_bytes'])}, {part['flops_per_token'] / 1e9:.2f} GFLOP/token"
         )
     lines.append(f"ideal pipeline speedup from the operations alone: {plan['ideal_pipeline_speedup']:.2f}x")

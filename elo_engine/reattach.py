@@ -1,7 +1,7 @@
 """Reattach: put the trained layers back into the original checkpoint (paper section 3.3).
 
-Every shard is cloned and only the changed tensors' bytes are written, in the checkpoint's own dtype, so every other byte is
-that of the source. Output: `RUN/reattached/`, published whole or not at all.
+Every shard is cloned and only the changed tensors' bytes are written, in the checkpoint's own dtype, so every other
+byte is that of the source. Output: `RUN/reattached/`, published whole or not at all.
 """
 
 from __future__ import annotations
@@ -30,18 +30,25 @@ def final_weights(run: RunDir, stage: str) -> dict[str, Tensor]:
     steps = run.config.steps("pretrain" if stage == "pretrain" else "align")
     if folder is None or folder != state.snapshot_folder(run.folder(stage), steps):
         at = folder.name if folder else "no snapshot"
-        raise UsageError(f"{run.path}: {stage} is not finished ({at} of {steps} steps); run elo {stage} with --resume auto first")
+        raise UsageError(
+            f"{run.path}: {stage} is not finished ({at} of {steps} steps); run elo {stage} with --resume auto first"
+        )
     return state.load_weights(folder)
 
 
 def write_model(
-    run: RunDir, index: CheckpointIndex, changed: dict[str, Tensor], target: Path, extra: dict[str, Any], card: str | None = None
+    run: RunDir,
+    index: CheckpointIndex,
+    changed: dict[str, Tensor],
+    target: Path,
+    extra: dict[str, Any],
+    card: str | None = None,
 ) -> None:
     """Publish a copy of the checkpoint with the changed tensors in it.
 
     Raises:
-        RefusedError: the target exists or there is no room. FailedError: a changed tensor is not in the checkpoint, or not
-        finite.
+        RefusedError: the target exists or there is no room. FailedError: a changed tensor is not in the checkpoint,
+        or not finite.
     """
     # some tied checkpoints store the head a second time; a changed embedding must change both or the tie is broken
     if names.EMBEDDING in changed and names.HEAD in index.entries and names.HEAD not in changed:
@@ -55,7 +62,8 @@ def write_model(
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
     run.say(
-        f"wrote {target}: {len(changed)} of {len(index.entries)} tensors changed, {human_bytes(stats.bytes_written)} written, "
+        f"wrote {target}: {len(changed)} of {len(index.entries)} tensors changed, "
+        f"{human_bytes(stats.bytes_written)} written, "
         f"{human_bytes(stats.bytes_cloned)} cloned"
     )
 

@@ -45,7 +45,8 @@ def stage_rows(stages: dict[str, Any]) -> list[list[str]]:
     for name, summary in stages.items():
         times = summary["step_s"]
         speed = "-" if times is None else (
-            f"{summary['tokens_per_s']:.0f} tokens/s (step {times['median']:.2f} s, p10 {times['p10']:.2f}, p90 {times['p90']:.2f})"
+            f"{summary['tokens_per_s']:.0f} tokens/s (step {times['median']:.2f} s, p10 {times['p10']:.2f}, p90 "
+            f"{times['p90']:.2f})"
         )  # fmt: skip
         memory = f"{human_bytes(summary['peak_bytes'])} {summary['peak_what']}"
         rows.append([name, f"{summary['tokens_total']:,}", format_seconds(summary["seconds"]), speed, memory])
@@ -75,7 +76,8 @@ def write_report(path: Path, results: dict[str, Any], extra_sections: list[str] 
     lines = [
         "# ELO run",
         "",
-        f"On {environment['cpu']}, {environment['cpu_threads_used']} threads, {gpu}; torch {environment['packages']['torch']}.",
+        f"On {environment['cpu']}, {environment['cpu_threads_used']} threads, {gpu}; torch "
+        f"{environment['packages']['torch']}.",
         "",
     ]
     if evaluations:
@@ -105,15 +107,21 @@ def _plot(path: Path, steps: list[dict[str, Any]], evaluations: dict[str, Any]) 
     titles = {"pretrain": "ELO pretraining (shallow model)", "align": "alignment (whole model)"}
     for axis, (stage, title) in zip(axes[:2], titles.items(), strict=True):
         found = [record for record in steps if record["stage"] == stage]
-        axis.plot([r["tokens_total"] / 1000 for r in found], [r["loss_nats"] for r in found], color="#3366cc", linewidth=1.5)
+        axis.plot(
+            [r["tokens_total"] / 1000 for r in found], [r["loss_nats"] for r in found], color="#3366cc", linewidth=1.5
+        )
         axis.set(title=title, xlabel="thousand tokens", ylabel="training loss, nats/token")
         axis.grid(alpha=0.3)
     moments = [moment for moment in MOMENTS if moment in evaluations]
     for number, language in enumerate(evaluations[moments[0]] if moments else []):
         values = [evaluations[moment][language]["loss_nats"] for moment in moments]
-        axes[2].plot(moments, values, marker="o", label=language, color=("#3366cc", "#cc6633", "#338855", "#7744aa")[number % 4])
+        axes[2].plot(
+            moments, values, marker="o", label=language, color=("#3366cc", "#cc6633", "#338855", "#7744aa")[number % 4]
+        )
         for moment, value in zip(moments, values, strict=True):
-            axes[2].annotate(f"{value:.2f}", (moment, value), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=9)
+            axes[2].annotate(
+                f"{value:.2f}", (moment, value), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=9
+            )
     axes[2].set(title="held-out loss of the whole model", ylabel="nats/token")
     axes[2].margins(0.15, 0.2)
     axes[2].grid(alpha=0.3)

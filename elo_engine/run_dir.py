@@ -1,7 +1,7 @@
 """A run on disk: configuration, environment, plan, log, metrics, STATUS, and the folders of its stages.
 
-Nothing is written over but STATUS, which is replaced whole. `metrics.jsonl` is append-only: after a resume, steps that were
-lost appear again, and the last line of a step is the one that counts.
+Nothing is written over but STATUS, which is replaced whole. `metrics.jsonl` is append-only: after a resume, steps
+that were lost appear again, and the last line of a step is the one that counts.
 """
 
 from __future__ import annotations
@@ -40,11 +40,15 @@ class RunDir:
         path = Path(config.output)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             hint = "continue it with --resume auto, or" if (path / "config.resolved.yaml").exists() else ""
-            raise RefusedError(f"{path}: the output folder exists and nothing is ever written over; {hint} choose another output")
+            raise RefusedError(
+                f"{path}: the output folder exists and nothing is ever written over; {hint} choose another output"
+            )
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         run_id = uuid.uuid4().hex
-        (path / "run.json").write_text(json.dumps({"run_id": run_id, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")
+        (path / "run.json").write_text(
+            json.dumps({"run_id": run_id, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n"
+        )
         (path / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
         # the resolved configuration is what makes the folder a run, so it comes last and whole
         temporary = path / ".config.resolved.yaml.tmp"
@@ -61,13 +65,16 @@ class RunDir:
         """
         resolved = path / "config.resolved.yaml"
         if not resolved.exists():
-            raise UsageError(f"{path}: not a run folder (it has no config.resolved.yaml); start one with elo run or elo pretrain")
+            raise UsageError(
+                f"{path}: not a run folder (it has no config.resolved.yaml); start one with elo run or elo pretrain"
+            )
         config = load_config(resolved)
         if expected is not None:
             keys = changed_keys(config, expected)
             if keys:
                 raise RefusedError(
-                    f"{path}: was started with another configuration, differing in {', '.join(keys)}; resume with the same "
+                    f"{path}: was started with another configuration, differing in {', '.join(keys)}; resume "
+                    "with the same "
                     "one, or start a new run in another output folder"
                 )
             config = expected
@@ -142,7 +149,9 @@ def _lock(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise RefusedError(f"{path}: another process is working on this run (see its STATUS); wait for it or stop it") from None
+        raise RefusedError(
+            f"{path}: another process is working on this run (see its STATUS); wait for it or stop it"
+        ) from None
     return descriptor
 
 

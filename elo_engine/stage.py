@@ -1,4 +1,6 @@
-"""What ELO pretraining and alignment share around the loop: data, snapshots, evaluation, metrics, the progress bar, signals."""
+"""What ELO pretraining and alignment share around the loop: data, snapshots, evaluation, metrics, the progress bar,
+signals.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,8 @@ def _resume(run: RunDir, name: StageName, optimizer: MasterAdamW, model: Decoder
 def run_stage(
     run: RunDir, name: StageName, model: Decoder, index: CheckpointIndex, mixture: Mixture, heldout: Heldout | None
 ) -> dict[str, Any]:
-    """Train a stage to its end, from the newest snapshot if there is one; returns its summary and leaves a final snapshot.
+    """Train a stage to its end, from the newest snapshot if there is one; returns its summary and leaves a final
+    snapshot.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a snapshot of the last completed step was saved first.
@@ -102,9 +105,17 @@ def run_stage(
         what = "shallow" if name == "pretrain" else "whole"
         for language, result in evaluate_all(model, heldout).items():
             run.metric(
-                {"stage": name, "step": at.step, "model": what, "language": language, "heldout_loss_nats": result.loss_nats}
+                {
+                    "stage": name,
+                    "step": at.step,
+                    "model": what,
+                    "language": language,
+                    "heldout_loss_nats": result.loss_nats,
+                }
             )
-            run.say(f"{name} step {at.step}: held-out {language} loss of the {what} model {result.loss_nats:.4f} nats/token")
+            run.say(
+                f"{name} step {at.step}: held-out {language} loss of the {what} model {result.loss_nats:.4f} nats/token"
+            )
 
     run.status(state="running", stage=name, step=progress.step, steps=steps)
     with (
@@ -116,15 +127,26 @@ def run_stage(
         def on_step(at: Progress, metrics: dict[str, Any]) -> None:
             step_s.append(metrics["step_s"])
             losses.append(metrics["loss_nats"])
-            run.metric({"stage": name, "step": at.step, **metrics, "tokens_total": at.tokens_total, "tokens_loss": at.tokens_loss})
+            run.metric(
+                {
+                    "stage": name,
+                    "step": at.step,
+                    **metrics,
+                    "tokens_total": at.tokens_total,
+                    "tokens_loss": at.tokens_loss,
+                }
+            )
             if not metrics["updated"]:
-                run.say(f"{name} step {at.step}: gradient norm {metrics['gradient_norm']} is not finite; the step changed nothing")
+                run.say(
+                    f"{name} step {at.step}: gradient norm {metrics['gradient_norm']} is not finite; the step "
+                    "changed nothing"
+                )
             bar(at.step, f"loss {metrics['loss_nats']:.3f}  {metrics['tokens_per_s']:.0f} tokens/s")
             run.status(state="running", stage=name, step=at.step, steps=steps)
 
-        every: dict[int, list[Callable[[Progress], None]]] = {}
+        every: dict[int, list[Callable[[Progress], Any]]] = {}
         every.setdefault(config.evaluate.every, []).append(evaluate)
-        every.setdefault(config.snapshot.every, []).append(lambda at: save(at) and None)
+        every.setdefault(config.snapshot.every, []).append(save)
         began = time.perf_counter()
         hooks = Hooks(on_step=on_step, every=every, should_stop=stop)
         finished = train(
@@ -156,7 +178,8 @@ def run_stage(
     }
     if times is not None:
         run.say(
-            f"{name}: {len(step_s)} steps, {summary['tokens_per_s']:.0f} tokens/s (median step {times.median:.3f} s, p10 "
+            f"{name}: {len(step_s)} steps, {summary['tokens_per_s']:.0f} tokens/s (median step "
+            f"{times.median:.3f} s, p10 "
             f"{times.p10:.3f}, p90 {times.p90:.3f}), {peak.what} {human_bytes(peak.bytes)}"
         )
     run.metric({"event": "stage finished", "stage": name, **summary})

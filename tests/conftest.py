@@ -13,14 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # the fixture modules beside the tests; the repository root stays off the path
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # the fixture modules beside the tests; the repository root stays off the path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tokenizer_fixture import make_tokenizer  # noqa: E402
+from tokenizer_fixture import make_tokenizer
 
 VOCABULARY = 320
-WORDS = "light water earth heaven day night man woman tree fruit river stone bread house word king son field seed star".split()
-SYLLABLES = "か き く け こ さ し す せ そ た ち つ て と な に ぬ ね の は ひ ふ へ ほ".split()
+WORDS = (
+    "light", "water", "earth", "heaven", "day", "night", "man", "woman", "tree", "fruit", "river", "stone", "bread",
+    "house", "word", "king", "son", "field", "seed", "star",
+)  # fmt: skip
+SYLLABLES = list("かきくけこさしすせそたちつてとなにぬねのはひふへほ")
 
 
 @pytest.fixture(scope="session")
@@ -28,14 +33,21 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     """`make_checkpoint(tied=True, shards=1, **LlamaConfig fields)` -> folder with weights, config and tokenizer."""
 
     def make(
-        *, family: str = "llama", tied: bool = True, shards: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any
+        *,
+        family: str = "llama",
+        tied: bool = True,
+        shards: int = 1,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        **fields: Any,
     ) -> Path:
         from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
         shape: dict[str, Any] = {
             "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4,
             "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
-            "rms_norm_eps": 1e-5, "initializer_range": 0.15, "tie_word_embeddings": tied, "bos_token_id": 0, "eos_token_id": 0,
+            "rms_norm_eps": 1e-5, "initializer_range": 0.15, "tie_word_embeddings": tied, "bos_token_id": 0,
+            "eos_token_id": 0,
         }  # fmt: skip
         config = {"llama": LlamaConfig, "mistral": MistralConfig}[family](**(shape | fields))
         torch.manual_seed(seed)
@@ -69,7 +81,9 @@ def write_texts(folder: Path) -> dict[str, Path]:
         for kind, count in (("train", 60), ("heldout", 6)):
             path = folder / f"{language}-{kind}.jsonl"
             lines = [glue.join(rng.choice(words) for _ in range(rng.randint(8, 60))) for _ in range(count)]
-            path.write_text("".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+            path.write_text(
+                "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+            )
             files[f"{language}-{kind}"] = path
     return files
 
@@ -95,7 +109,11 @@ def run_tree(tied: Path, shards: dict[str, str], tmp_path: Path) -> dict[str, An
         "output": str(tmp_path / "run"),
         "device": "cpu",
         "dtype": "fp32",
-        "data": {"shards": {"ja": shards["ja-train"], "en": shards["en-train"]}, "mix": {"ja": 9, "en": 1}, "sequence_length": 32},
+        "data": {
+            "shards": {"ja": shards["ja-train"], "en": shards["en-train"]},
+            "mix": {"ja": 9, "en": 1},
+            "sequence_length": 32,
+        },
         "pretrain": {"tokens": 768, "tokens_per_step": 128, "micro_batch": 2, "optimizer": {"lr": 3e-3}},
         "align": {"tokens": 384, "tokens_per_step": 128, "micro_batch": 2, "optimizer": {"lr": 1e-3}},
         "evaluate": {"every": 3, "shards": {"ja": shards["ja-heldout"], "en": shards["en-heldout"]}},

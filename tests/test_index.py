@@ -132,7 +132,7 @@ def test_pickle_only(tmp_path: Path, pickle: str) -> None:
     with pytest.raises(UsageError, match="no weights"):
         open_checkpoint(tmp_path)
     (tmp_path / pickle).write_bytes(b"\x80\x02")
-    with pytest.raises(RefusedError, match=r"only there as pickle.*save_pretrained.*safe_serialization"):
+    with pytest.raises(RefusedError, match=r"only there as pickle.*save_pretrained.*writes safetensors"):
         open_checkpoint(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -21,7 +22,6 @@ from elo_engine.checkpoint import open_checkpoint
 from elo_engine.config import OptimizerConfig, ScheduleConfig, StageConfig
 from elo_engine.data import Mixture, TokenStore
 from elo_engine.errors import FailedError
-from elo_engine.model.full import load_full
 from elo_engine.model.shallow import load_shallow
 from elo_engine.model.spec import read_spec
 from elo_engine.train.loop import Hooks, Progress, check_first_gradients, micro_batches, to_batch, train
@@ -121,7 +121,16 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped_then_stop(tied: Pa
         model.norm_D[0] = poison  # the frozen norm, so that the loss of the next step breaks
 
     with pytest.raises(FailedError, match="4 times in a row"):
-        train(model, optimizer, mixture, section, steps=9, sequence_length=32, progress=Progress(), hooks=Hooks(on_step=on_step))
+        train(
+            model,
+            optimizer,
+            mixture,
+            section,
+            steps=9,
+            sequence_length=32,
+            progress=Progress(),
+            hooks=Hooks(on_step=on_step),
+        )
     assert [number + 1 for number, updated in enumerate(kept) if not updated] == [3, 6, 7, 8, 9]
     assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[1]), "a skipped step changes nothing"
     assert not all(torch.equal(weights[2][name], weights[3][name]) for name in weights[2]), "the next good one does"
@@ -131,7 +140,7 @@ def test_learning_rate_warms_up_and_decays_to_its_final_share() -> None:
     schedule = ScheduleConfig(warmup=0.1, final=0.1)
     rates = [learning_rate(step, 100, 1.0, schedule) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
-    assert rates[99] == pytest.approx(0.1) and all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert rates[99] == pytest.approx(0.1) and all(a >= b for a, b in itertools.pairwise(rates[9:]))
     constant = ScheduleConfig(warmup=0.0, decay="constant")
     assert [learning_rate(step, 5, 2.0, constant) for step in range(5)] == [2.0] * 5
 
@@ -184,7 +193,8 @@ def test_interrupted_and_resumed_twice_equals_uninterrupted_bit_for_bit(
     run_tree: dict[str, Any], write_config: Callable[..., Path], elo: Callable[..., tuple[int, str]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Ctrl-C in pretraining (between two snapshots) and again in alignment: exit 130, a clean snapshot, the same end."""
+    """Ctrl-C in pretraining (between two snapshots) and again in alignment: exit 130, a clean snapshot, the same end.
+    """
     straight = dict(run_tree, output=str(tmp_path / "straight"))
     assert elo("run", write_config(straight, "straight.yaml"))[0] == 0
     config = write_config(run_tree)

@@ -54,7 +54,16 @@ def test_run_makes_a_model_that_transformers_loads_with_the_same_loss(
     assert status == 0, shown
     assert fingerprint(source) == before, "the source's bytes and times never change"
     run = Path(run_tree["output"])
-    for name in ("config.resolved.yaml", "environment.json", "plan.json", "metrics.jsonl", "log.txt", "STATUS", "report.md", "report.json"):
+    for name in (
+        "config.resolved.yaml",
+        "environment.json",
+        "plan.json",
+        "metrics.jsonl",
+        "log.txt",
+        "STATUS",
+        "report.md",
+        "report.json",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert json.loads((run / "STATUS").read_text())["state"] == "finished"
     assert "trains: 18 tensors" in shown and "absent:" in shown
@@ -66,13 +75,17 @@ def test_run_makes_a_model_that_transformers_loads_with_the_same_loss(
         same = raw(tensor) == raw(reattached[name])
         assert same == (name not in trained), name
         assert reattached[name].dtype == aligned[name].dtype == tensor.dtype
-    assert any(raw(old[name]) != raw(aligned[name]) for name in old if ".layers.1." in name), "alignment trains the middle"
+    assert any(raw(old[name]) != raw(aligned[name]) for name in old if ".layers.1." in name), (
+        "alignment trains the middle"
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         assert (source / name).read_bytes() == (run / "model" / name).read_bytes()
 
     # the loss that `elo eval` prints is the one transformers finds, document by document
     folder = run_tree["evaluate"]["shards"]["ja"]
-    status, shown = elo("eval", run / "model", "--tokens", folder, "--sequence-length", 256, "--dtype", "fp32", "--json")
+    status, shown = elo(
+        "eval", run / "model", "--tokens", folder, "--sequence-length", 256, "--dtype", "fp32", "--json"
+    )
     assert status == 0, shown
     ours = json.loads(shown)[folder]["loss_nats"]
     model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
@@ -88,7 +101,9 @@ def test_run_makes_a_model_that_transformers_loads_with_the_same_loss(
             piece, following = ids[:room], ids[room : room + 1]
             labels = torch.cat([piece[1:], following if len(following) else torch.tensor([-100])])
             logits = model(input_ids=piece[None]).logits[0]
-            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100).detach())
+            total += float(
+                torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100).detach()
+            )
             count += int((labels >= 0).sum())
             position += len(piece)
             ids = ids[room:]
@@ -130,7 +145,9 @@ def test_detach_and_reattach_without_training_is_byte_identical(
 def test_detach_reads_only_what_it_needs(
     make_checkpoint: Callable[..., Path], run_tree: dict[str, Any], write_config: Callable[..., Path]
 ) -> None:
-    """Bytes that the process read from the checkpoint's files, as the kernel counts them, against the detached tensors'."""
+    """Bytes that the process read from the checkpoint's files, as the kernel counts them, against the detached
+    tensors'.
+    """
     from elo_engine.checkpoint import CheckpointReader
     from elo_engine.model.shallow import shallow_names
     from elo_engine.model.spec import read_spec
@@ -140,7 +157,9 @@ def test_detach_reads_only_what_it_needs(
     wanted = shallow_names(read_spec(index.config), (0, 11))
 
     def read_so_far() -> int:
-        return next(int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+        return next(
+            int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar")
+        )
 
     if not os.path.exists("/proc/self/io"):
         pytest.skip("the kernel of this machine does not count a process's reads")

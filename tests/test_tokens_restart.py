@@ -22,7 +22,7 @@ import pytest
 from elo_engine.data import tokens as tokens_module
 from elo_engine.data.tokens import build_tokens
 from elo_engine.data.writing import locked
-from elo_engine.errors import FailedError, RefusedError
+from elo_engine.errors import FailedError, RefusedError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 500
@@ -183,6 +183,26 @@ def test_a_finished_folder_that_was_not_renamed_is_not_made_again(
     calls: list[int] = []
     assert build(out, progress=lambda done, total: calls.append(done)) == expected
     assert calls == []
+
+
+def test_a_finished_folder_of_another_recipe_is_made_again(
+    build: Callable[..., dict[str, bytes]], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    build(tmp_path / "other", shard_tokens=700)
+    (tmp_path / "other").rename(partial(out))
+    assert build(out) == expected
+
+
+def test_an_error_has_the_same_line_number_after_a_restart(
+    build: Callable[..., dict[str, bytes]], inputs: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(inputs[1].read_bytes() + b"oops\n")
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"a\.jsonl, line 26: not JSON"):
+            build(tmp_path / "out", inputs=[path])
+        assert (partial(tmp_path / "out") / "tokens-00001.bin").exists()
 
 
 def test_a_killed_process_is_continued(

@@ -189,8 +189,8 @@ def _weight_map(names: set[str], dir_fd: int, folder: Path) -> dict[str, str] | 
             raise RefusedError(
                 f"{folder}: the weights are only there as pickle ({pickles[0]}), which can run code when it "
                 "is opened and is never loaded. Convert them once, where you trust the source: "
-                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, "
-                "safe_serialization=True), and give the new folder."
+                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), which "
+                "writes safetensors, and give the new folder."
             )
         raise UsageError(
             f"{folder}: no weights: neither {SINGLE_NAME} nor {INDEX_NAME}. Give a folder with a complete "

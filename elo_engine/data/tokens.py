@@ -51,8 +51,8 @@ _SHARD_FILE = re.compile(r"(tokens|documents)-\d{5,}\.bin")
 class _Progress(Record):
     """progress.json: the complete shards, and where the document after them is read.
 
-    `input` is the number of the input file, `offset` and `line` its reader's position, `documents` how many
-    were taken from it so far, `empty_documents` how many were left out of all inputs so far.
+    `input` is the number of the input file, `offset` and `line` its reader's position, `empty_documents` how
+    many were left out of all inputs so far.
     """
 
     recipe: Recipe
@@ -60,7 +60,6 @@ class _Progress(Record):
     input: int = 0
     offset: int = 0
     line: int = 0
-    documents: int = 0
     empty_documents: int = 0
 
 
@@ -135,7 +134,7 @@ class _Builder:
         self.files, self.encoder, self.work, self.progress = files, encoder, work, progress
         self.recipe, self.shards = start.recipe, start.shards
         self.input, self.offset, self.line = start.input, start.offset, start.line
-        self.documents, self.empty_documents = start.documents, start.empty_documents
+        self.empty_documents = start.empty_documents
         self.writer = ShardWriter(work, len(self.shards), self.recipe.dtype)
 
     def run(self) -> None:
@@ -143,7 +142,7 @@ class _Builder:
         try:
             while self.input < len(self.files):
                 self._tokenise_input(self.files[self.input])
-                self.input, self.offset, self.line, self.documents = self.input + 1, 0, 0, 0
+                self.input, self.offset, self.line = self.input + 1, 0, 0
                 self._report()
             if self.writer.tokens:
                 self._finish_shard()
@@ -163,17 +162,22 @@ class _Builder:
             offset=self.offset,
             line=self.line,
         )
+        taken = (
+            0  # after a restart too: a shard ends where a further document is at hand, which is read again
+        )
         for batch in _batches(documents):
             for document, ids in zip(batch, self.encoder.encode([d.text for d in batch]), strict=True):
-                self._add(document, ids)
+                taken += self._add(document, ids)
             self._report()
-        if not self.documents:
+        if not taken:
             raise UsageError(
                 f"{file.path}: no text in this file, only blank records; leave it out or give one with text"
             )
 
-    def _add(self, document: Document, ids: list[int]) -> None:
-        if not ids or document.text.isspace():
+    def _add(self, document: Document, ids: list[int]) -> bool:
+        """Append a document to the shards; False when it has no text."""
+        empty = not ids or document.text.isspace()
+        if empty:
             self.empty_documents += 1
         else:
             front = [] if self.recipe.bos_id is None else [self.recipe.bos_id]
@@ -182,8 +186,8 @@ class _Builder:
                 self._finish_shard()
                 self.writer = ShardWriter(self.work, len(self.shards), self.recipe.dtype)
             self.writer.add(whole, document.utf8_bytes)
-            self.documents += 1
         self.offset, self.line = document.offset, document.line
+        return not empty
 
     def _finish_shard(self) -> None:
         """Complete the current shard; the progress file then points at the document after its last."""
@@ -194,7 +198,6 @@ class _Builder:
             input=self.input,
             offset=self.offset,
             line=self.line,
-            documents=self.documents,
             empty_documents=self.empty_documents,
         )
         write_file(self.work / _PROGRESS, state.model_dump_json(indent=1).encode())

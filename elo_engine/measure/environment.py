@@ -1,4 +1,6 @@
-"""On what a run computes: the device and number format it chooses and why, and the versions that go into every record."""
+"""On what a run computes: the device and number format it chooses and why, and the versions that go into every
+record.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import torch
 from elo_engine.errors import RefusedError
 
 PACKAGES = (
-    "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn", "huggingface_hub", "pydantic",
+    "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn", "huggingface_hub",
+    "pydantic",
     "matplotlib", "gguf", "pyarrow", "tensorboard", "liger-kernel", "peft", "bitsandbytes",
 )  # fmt: skip
 
@@ -22,7 +25,9 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """Raises RefusedError when `cuda` is forced and there is none."""
     if wanted == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"
-        raise RefusedError(f"device: cuda is asked for and torch sees no GPU (torch {torch.__version__}, built for {built})")
+        raise RefusedError(
+            f"device: cuda is asked for and torch sees no GPU (torch {torch.__version__}, built for {built})"
+        )
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(wanted)
@@ -31,7 +36,7 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
 def has_bf16(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16 matrices natively (emulation is slower than fp32)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     flags = cpu_flags()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 

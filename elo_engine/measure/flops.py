@@ -1,8 +1,8 @@
 """Floating-point operations that the method must do, counted from the shapes.
 
-Counted: the GEMMs of the layers, causal attention (forward 2, backward 2.5 times its two products), the head. Not counted:
-norms, activations, the embedding lookup, the optimizer, the gradient of a frozen head, dX below the first trained layer.
-One multiply-add is two operations. Attention takes every row as one document of T tokens.
+Counted: the GEMMs of the layers, causal attention (forward 2, backward 2.5 times its two products), the head. Not
+counted: norms, activations, the embedding lookup, the optimizer, the gradient of a frozen head, dX below the first
+trained layer. One multiply-add is two operations. Attention takes every row as one document of T tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def _attention_forward(spec: ModelSpec, T: int) -> float:
 
 
 def full_step(spec: ModelSpec, T: int, *, recompute: bool = False) -> TokenFlops:
-    """Whole-model training (alignment, full continual pretraining); `recompute`: each layer's forward pass runs twice."""
+    """Whole-model training (alignment, full continual pretraining); `recompute`: each layer's forward pass runs
+    twice.
+    """
     passes = 4 if recompute else 3
     attention = _attention_forward(spec, T) * (4.5 if recompute else 3.5)
     return TokenFlops(
@@ -50,8 +52,8 @@ def full_step(spec: ModelSpec, T: int, *, recompute: bool = False) -> TokenFlops
 
 
 def shallow_step(spec: ModelSpec, layers: int, T: int) -> TokenFlops:
-    """ELO pretraining of `layers` detached layers: the frozen head needs logits and dX alone, and nothing is needed below
-    the first layer's query, key and value projection.
+    """ELO pretraining of `layers` detached layers: the frozen head needs logits and dX alone, and nothing is needed
+    below the first layer's query, key and value projection.
     """
     below_first = 2.0 * spec.D * spec.E * (spec.H + 2 * spec.K)
     return TokenFlops(

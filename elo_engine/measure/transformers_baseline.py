@@ -1,8 +1,10 @@
-"""Full continual pretraining in transformers, timed over a few steps in a process of its own: what ELO is held against.
+"""Full continual pretraining in transformers, timed over a few steps in a process of its own: what ELO is held
+against.
 
-Run as `python -m elo_engine.measure.transformers_baseline SPEC.json`; prints one JSON object. SPEC: `model` (folder), `rows`
-(an .npz with ids_BT and labels_BT, one array of S * B rows), `micro_batch`, `warmup`, `steps`, `dtype`, `lr`. Every parameter
-learns, AdamW is torch's fused one, attention is SDPA, no gradient checkpointing: the fastest plain recipe on this device.
+Run as `python -m elo_engine.measure.transformers_baseline SPEC.json`; prints one JSON object. SPEC: `model` (folder),
+`rows` (an .npz with ids_BT and labels_BT, one array of S * B rows), `micro_batch`, `warmup`, `steps`, `dtype`, `lr`.
+Every parameter learns, AdamW is torch's fused one, attention is SDPA, no gradient checkpointing: the fastest plain
+recipe on this device.
 """
 
 from __future__ import annotations

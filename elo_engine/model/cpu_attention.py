@@ -1,8 +1,9 @@
-"""Causal attention on the CPU: the C++ kernels in fp32, else torch's scaled_dot_product_attention segment by segment."""
+"""Causal attention on the CPU: C++ in fp32, else torch's scaled_dot_product_attention by segment."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,12 +19,10 @@ from elo_engine.model import cpu_native
 class AttentionChoice:
     """Where the C++ attention is taken, and why.
 
-    Forward + backward, fp32, N = 2048, 9 query heads on 3 kv heads, width 64, causal. Predicted from 7 half squares of
-    2 T^2 E FLOPs a head (forward 2, backward 5) at 120 GFLOP/s, a register-tiled product on two Zen 3 cores whose peak
-    is 180: 36 ms at T = 512 and 140 ms at T = 2048, against SDPA's rate of 40 and 65 GFLOP/s.
+    MEASURED
     """
 
-    widest_head: int = 256  # scratch of a thread (5 blocks of 96 x width, 2 of 96 x 96) stays in a 1 MiB cache
+    widest_head: int = 256  # a thread's scratch (5 blocks of 96 x width, 2 of 96 x 96) stays near 0.5 MiB
 
 
 CHOICE = AttentionChoice()
@@ -42,7 +41,7 @@ class _Attention(torch.autograd.Function):
         return out_NHE
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out_NHE: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q_NHE, k_NKE, v_NKE, out_NHE, lse_HN = ctx.saved_tensors
         grads = cpu_native.attention_backward(
@@ -55,7 +54,8 @@ def attention(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[
     """Causal attention inside each segment and none across; query head h reads kv head h // (H / K). -> [N, H, E]
 
     segment_starts: the segments' first tokens and then N, strictly growing from 0. Differentiable once.
-    The bits of a segment's output and gradients depend neither on the other segments nor on the number of threads.
+    The C++ gives a segment's output and gradients the same bits whatever the other segments hold, and for any
+    number of threads.
 
     Raises:
         UsageError: shapes or segment starts do not fit.
@@ -63,7 +63,7 @@ def attention(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[
     _check(q_NHE, k_NKE, v_NKE, segment_starts)
     if q_NHE.dtype == torch.float32 and q_NHE.shape[2] <= CHOICE.widest_head and cpu_native.has_attention():
         rows = [x if x[0].is_contiguous() and _spread(x) else x.contiguous() for x in (q_NHE, k_NKE, v_NKE)]
-        return _Attention.apply(*rows, list(segment_starts), scale)  # type: ignore[no-untyped-call, no-any-return]
+        return _Attention.apply(*rows, list(segment_starts), scale)  # type: ignore[no-any-return]
     return _by_segment(q_NHE, k_NKE, v_NKE, segment_starts, scale)
 
 
@@ -73,18 +73,20 @@ def _spread(rows: Tensor) -> bool:
 
 
 def _by_segment(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int], scale: float) -> Tensor:
-    """The twin. Equally long neighbours go in one call, which their number does not change the bits of."""
+    """The twin. Equally long neighbours go in one call."""
     outputs = []
     H, E = q_NHE.shape[1:]
     run = 0
-    lengths = [stop - start for start, stop in zip(segment_starts, segment_starts[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(segment_starts)]
     while run < len(lengths):
         stop = run
         while stop < len(lengths) and lengths[stop] == lengths[run]:
             stop += 1
         span = slice(segment_starts[run], segment_starts[stop])
         q, k, v = (x[span].unflatten(0, (stop - run, lengths[run])).transpose(1, 2) for x in (q_NHE, k_NKE, v_NKE))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         outputs.append(mixed.transpose(1, 2).reshape(-1, H, E))
         run = stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -100,6 +102,6 @@ def _check(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int
         raise UsageError(f"attention needs the same N and E, none of them 0, and H a multiple of K; found {shapes}")
     if not q_NHE.dtype == k_NKE.dtype == v_NKE.dtype:
         raise UsageError(f"attention needs one dtype; found q {q_NHE.dtype}, k {k_NKE.dtype}, v {v_NKE.dtype}")
-    grows = all(start < stop for start, stop in zip(segment_starts, segment_starts[1:], strict=False))
+    grows = all(start < stop for start, stop in pairwise(segment_starts))
     if len(segment_starts) < 2 or segment_starts[0] != 0 or segment_starts[-1] != N or not grows:
         raise UsageError(f"segment starts must grow strictly from 0 to N = {N}; found {segment_starts[:8]}...")

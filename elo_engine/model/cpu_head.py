@@ -1,11 +1,12 @@
-"""The language-model head's cross-entropy on the CPU, with its gradients made in the forward pass, in tiles of the vocabulary.
+"""The head's cross-entropy on the CPU, its gradients made in the forward pass, in tiles of the vocabulary.
 
-Frozen head: the gradient of a token's loss by its hidden state is softmax(x W^T) W - W[target]. As in flash attention, an
-online maximum and sum make it in one sweep: a tile of logits is made, turned into exp(logit - maximum so far) while it is in
-cache, and multiplied by the same rows of W. That is 4 D V FLOPs a token, no gradient of W, and no N x V or V x D buffer.
+Frozen head: the gradient of a token's loss by its hidden state is softmax(x W^T) W - W[target]. As in flash
+attention, an online maximum and sum make it in one sweep: a tile of logits is made, turned into
+exp(logit - maximum so far) while it is in cache, and multiplied by the same rows of W. That is 4 D V FLOPs a
+token, no gradient of W, and no N x V or V x D buffer.
 
-The target is left out of the sweep and added exactly. With z its logit (a dot product in fp32) and o the log-sum-exp of all
-others, the loss is softplus(o - z) and the weight of every term 1 - p = sigmoid(o - z):
+The target is left out of the sweep and added exactly. With z its logit (a dot product in fp32) and o the
+log-sum-exp of all others, the loss is softplus(o - z) and the weight of every term 1 - p = sigmoid(o - z):
     d_hidden = (1 - p) (softmax over the others @ W - W[target]).
 Neither cancels: a target of probability 1 - 1e-9 has a loss of 1e-9, where lse - z in fp32 gives 0.
 """
@@ -42,10 +43,11 @@ TILES = HeadTiles()
 def frozen_head_loss(
     hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, need_d_hidden: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of each token in nats (fp32 [N], 0 where the label is -100), and the gradient of their SUM by hidden_ND
-    in its dtype (rows without a label are exactly 0), or None.
+    """Cross-entropy of each token in nats, and the gradient of their SUM by the hidden states.
 
-    Sums are kept in fp32; bf16 operands meet in bf16 products where the processor has them, in fp32 otherwise.
+    -> losses fp32 [N], 0 where the label is -100; gradient [N, D] in hidden_ND's dtype, rows without a label
+    exactly 0, or None. Sums are kept in fp32; bf16 operands meet in bf16 products where the processor has them,
+    in fp32 otherwise.
 
     Raises:
         UsageError: shapes or dtypes do not fit, or a label is neither -100 nor a row of the head.
@@ -68,8 +70,8 @@ def frozen_head_loss(
         losses_R, others_R = part.finish()
         loss_N[rows_R] = losses_R
         if d_hidden_ND is not None and part.acc_RD is not None:
-            d_target_RD = part.target_RD.mul_(others_R[:, None])
-            d_hidden_ND[rows_R] = part.acc_RD.mul_(part.share(others_R)[:, None]).sub_(d_target_RD).to(d_hidden_ND.dtype)
+            part.acc_RD.mul_(part.share(others_R)[:, None]).sub_(part.target_RD.mul_(others_R[:, None]))
+            d_hidden_ND[rows_R] = part.acc_RD.to(d_hidden_ND.dtype)
     return loss_N, d_hidden_ND
 
 
@@ -79,8 +81,9 @@ def head_loss(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`frozen_head_loss` for a head that learns: also the gradient of the SUM of the losses by the head, fp32 [V, D].
 
-    6 D V FLOPs a token. Rows go in chunks whose unnormalised probabilities are kept (`HeadTiles.chunk_bytes`) until their
-    maximum and sum are known. The head's gradient is added to `d_head_out_VD` (fp32) where one is given, and that is returned.
+    6 D V FLOPs a token. Rows go in chunks whose unnormalised probabilities are kept (`HeadTiles.chunk_bytes`)
+    until their maximum and sum are known. Where `d_head_out_VD` (fp32) is given, the head's gradient is added to
+    it and it is returned. Without `need_grads` it is left alone.
 
     Raises:
         UsageError: as `frozen_head_loss`; or `d_head_out_VD` is not a contiguous fp32 [V, D].
@@ -93,9 +96,8 @@ def head_loss(
     if d_head_out_VD is None:
         d_head_out_VD = torch.zeros(head_VD.shape, dtype=torch.float32)
     elif d_head_out_VD.shape != head_VD.shape or d_head_out_VD.dtype != torch.float32:
-        raise UsageError(
-            f"d_head_out_VD is {d_head_out_VD.dtype} {tuple(d_head_out_VD.shape)}; it must be float32 {tuple(head_VD.shape)}"
-        )
+        found = f"{d_head_out_VD.dtype} {tuple(d_head_out_VD.shape)}"
+        raise UsageError(f"d_head_out_VD is {found}; it must be torch.float32 {tuple(head_VD.shape)}")
     loss_N = torch.zeros(labels_N.shape, dtype=torch.float32)
     d_hidden_ND = torch.zeros_like(hidden_ND, memory_format=torch.contiguous_format)
     chunk = max(1, min(TILES.rows, TILES.chunk_bytes // (4 * V)))
@@ -111,14 +113,15 @@ def head_loss(
         tiles = []
         for at, begin in enumerate(starts):
             weight_CD = part.weight(begin, begin + cols)
-            tile_RC = buffer[R * begin : R * (begin + len(weight_CD))].view(R, -1)  # each tile on its own stretch
+            tile_RC = buffer[R * begin :][: R * len(weight_CD)].view(R, -1)  # contiguous, beside the others
             part.multiply_into(tile_RC, weight_CD)
             softmax_tile(tile_RC, labels_R, begin, part.max_R, part.sum_R, None)
             maxima_SR[at] = part.max_R
             tiles.append(tile_RC)
         loss_N[rows_R], others_R = part.finish()
         # From each tile's own maximum to the last one; a tile before any finite logit holds zeros.
-        scale_SR = torch.exp(maxima_SR - part.max_R).mul_(part.share(others_R)).masked_fill_(maxima_SR == -torch.inf, 0.0)
+        scale_SR = torch.exp(maxima_SR - part.max_R).mul_(part.share(others_R))
+        scale_SR.masked_fill_(maxima_SR == -torch.inf, 0.0)
         for at, (begin, tile_RC) in enumerate(zip(starts, tiles, strict=True)):
             tile_RC.mul_(scale_SR[at][:, None])
             hit = ((labels_R >= begin) & (labels_R < begin + cols)).nonzero().squeeze(1)
@@ -155,7 +158,7 @@ class _Rows:
             torch.mm(self.hidden_RD, weight_CD.t(), out=tile_RC)
 
     def add_product(self, sum_AB: Tensor, left_AC: Tensor, right_CB: Tensor) -> None:
-        """sum += left @ right; torch has no bf16 product that adds into fp32 on a CPU, so the product is rounded once."""
+        """sum += left @ right. torch has no bf16 product that adds into fp32 on a CPU: it is rounded once."""
         if self._low:
             sum_AB.add_(torch.mm(left_AC.bfloat16(), right_CB))
         else:
@@ -178,7 +181,7 @@ def _has_bf16_products() -> bool:
 
 
 def _labelled_rows(labels_N: Tensor, most: int) -> Iterator[slice | Tensor]:
-    """The rows that carry a loss, in even parts of at most `most`; a slice where none is left out, which copies nothing."""
+    """The rows with a label, in even parts of at most `most`; slices, which copy nothing, where all have one."""
     index_R = (labels_N != IGNORED).nonzero().squeeze(1)
     count = len(index_R)
     if count == 0:
@@ -198,13 +201,13 @@ def _check(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> None:
     kinds = (torch.float32, torch.bfloat16)
     if hidden_ND.dtype not in kinds or head_VD.dtype not in kinds or labels_N.dtype != torch.int64:
         raise UsageError(
-            f"the head takes float32 or bfloat16 and int64 labels; found hidden {hidden_ND.dtype}, head {head_VD.dtype}, "
-            f"labels {labels_N.dtype}"
+            "the head takes float32 or bfloat16 and int64 labels; found "
+            f"hidden {hidden_ND.dtype}, head {head_VD.dtype}, labels {labels_N.dtype}"
         )
     wrong_N = (labels_N != IGNORED) & ((labels_N < 0) | (labels_N >= head_VD.shape[0]))
     if bool(wrong_N.any()):
         at = int(wrong_N.nonzero()[0])
         raise UsageError(
-            f"label {int(labels_N[at])} at position {at} is neither {IGNORED} nor a row of the head's {head_VD.shape[0]}; "
-            "was the text tokenised with this model's tokenizer?"
+            f"label {int(labels_N[at])} at position {at} is neither {IGNORED} nor one of the head's "
+            f"{head_VD.shape[0]} rows; was the text tokenised with this model's tokenizer?"
         )

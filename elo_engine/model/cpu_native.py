@@ -1,7 +1,7 @@
 """The C++ kernels of csrc/ behind checks, each beside its twin in torch.
 
-The extension takes bare addresses and sizes, so every property it relies on (dtype, device, layout, shape) is checked here
-first. Where it was not built, the twin serves: `HAS_CSRC` says which, `CSRC_REASON` why.
+The extension takes bare addresses and sizes, so every property it relies on (dtype, device, layout, shape) is
+checked here first. Where it was not built, the twin serves: `HAS_CSRC` says which, `CSRC_REASON` why.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-# torch before the extension: both name libgomp.so.1, and the first one loaded serves both. torch's wheel brings its own, and
-# one runtime means one pool of threads and one torch.set_num_threads.
+# torch before the extension: both name libgomp.so.1, and the first one loaded serves both. torch's wheel brings
+# its own, and one runtime means one pool of threads and one torch.set_num_threads.
 import torch
 from torch import Tensor
 
@@ -28,7 +28,7 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"elo_engine._csrc does not load: {error}"
     found = getattr(module, "INTERFACE", None)
     if found != _INTERFACE:
-        return None, f"elo_engine._csrc was built from another version (interface {found}, expected {_INTERFACE}); reinstall"
+        return None, f"elo_engine._csrc has interface {found}, this version needs {_INTERFACE}: reinstall elo_engine"
     return module, ""
 
 
@@ -93,9 +93,9 @@ def softmax_tile(
 ) -> None:
     """One tile of an online softmax over the vocabulary without the target, everything in place.
 
-    The tile [R, C] of fp32 logits, columns col_begin.. of the whole, becomes exp(logit - max_R) with the maximum so far; a
-    row's target (`labels_R`, int64) becomes 0 and counts in neither. Where a maximum grows, `sum_R` and the row of `acc_RD`
-    (fp32, may be None) are rescaled to it. One sweep over a tile in cache, where torch needs five.
+    The tile [R, C] of fp32 logits, columns col_begin.. of the whole, becomes exp(logit - max_R) with the maximum
+    so far; a row's target (`labels_R`, int64) becomes 0 and counts in neither. Where a maximum grows, `sum_R` and
+    the row of `acc_RD` (fp32, may be None) are rescaled to it. One sweep over a tile in cache; torch needs five.
     """
     native = _native()
     if native is None:
@@ -125,7 +125,7 @@ def _softmax_tile_torch(
     hit = ((columns_R >= 0) & (columns_R < tile_RC.shape[1])).nonzero().squeeze(1)
     tile_RC[hit, columns_R[hit]] = -torch.inf
     top_R = torch.maximum(max_R, tile_RC.amax(dim=1))
-    reference_R = top_R.masked_fill(top_R == -torch.inf, 0.0)  # nothing but -inf so far: any finite number makes it zeros
+    reference_R = top_R.masked_fill(top_R == -torch.inf, 0.0)  # only -inf so far: any finite number gives zeros
     shrink_R = torch.exp(max_R - reference_R)
     tile_RC.sub_(reference_R[:, None]).exp_()
     sum_R.mul_(shrink_R).add_(tile_RC.sum(dim=1))
@@ -135,7 +135,7 @@ def _softmax_tile_torch(
 
 
 def has_attention() -> bool:
-    """Whether the C++ attention computes; its twin is torch's scaled_dot_product_attention (cpu_attention.py)."""
+    """Whether C++ computes the attention; its twin is torch's scaled_dot_product_attention."""
     return _native() is not None
 
 
@@ -151,7 +151,8 @@ def attention_forward(
     _expect(v_NKE, "v", (N, K, E), torch.float32)
     out_NHE, lse_HN = q_NHE.new_empty(N, H, E), q_NHE.new_empty(H, N)
     native.attention_forward(
-        q_NHE.data_ptr(), k_NKE.data_ptr(), v_NKE.data_ptr(), _row_stride(q_NHE), _row_stride(k_NKE), _row_stride(v_NKE),
+        q_NHE.data_ptr(), k_NKE.data_ptr(), v_NKE.data_ptr(),
+        _row_stride(q_NHE), _row_stride(k_NKE), _row_stride(v_NKE),
         N, H, K, E, scale, out_NHE.data_ptr(), lse_HN.data_ptr(), segment_starts, _choice,
     )  # fmt: skip
     return out_NHE, lse_HN
@@ -176,8 +177,10 @@ def attention_backward(
     d_q_NHE, d_k_NKE, d_v_NKE = q_NHE.new_empty(N, H, E), q_NHE.new_empty(N, K, E), q_NHE.new_empty(N, K, E)
     delta_HN = torch.empty_like(lse_HN)
     native.attention_backward(
-        q_NHE.data_ptr(), k_NKE.data_ptr(), v_NKE.data_ptr(), _row_stride(q_NHE), _row_stride(k_NKE), _row_stride(v_NKE),
+        q_NHE.data_ptr(), k_NKE.data_ptr(), v_NKE.data_ptr(),
+        _row_stride(q_NHE), _row_stride(k_NKE), _row_stride(v_NKE),
         N, H, K, E, scale, out_NHE.data_ptr(), d_out_NHE.data_ptr(), lse_HN.data_ptr(),
-        d_q_NHE.data_ptr(), d_k_NKE.data_ptr(), d_v_NKE.data_ptr(), delta_HN.data_ptr(), segment_starts, _choice,
+        d_q_NHE.data_ptr(), d_k_NKE.data_ptr(), d_v_NKE.data_ptr(), delta_HN.data_ptr(),
+        segment_starts, _choice,
     )  # fmt: skip
     return d_q_NHE, d_k_NKE, d_v_NKE

@@ -1,7 +1,8 @@
-"""Norm, SwiGLU and rotary on the CPU: written-out forward and backward passes with as few sweeps over memory as torch allows.
+"""Norm, SwiGLU and rotary on the CPU: written-out forward and backward passes with as few sweeps over memory as torch
+allows.
 
-autograd on the plain definitions saves every intermediate and sweeps memory once for each; here the backward passes compute
-from the saved inputs. fp32 inside, the input's dtype outside. Shapes as in `reference`.
+autograd on the plain definitions saves every intermediate and sweeps memory once for each; here the backward passes
+compute from the saved inputs. fp32 inside, the input's dtype outside. Shapes as in `reference`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""A decoder with some or all of its layers: the one model class, of which the shallow and the whole model are two fillings.
+"""A decoder with some or all of its layers: the one model class, of which the shallow and the whole model are two
+fillings.
 
-Weights are leaves in the compute dtype, packed as `names.layer_parts` says. Which of them learn is fixed when the model is
-made: the shallow model's embedding, final norm and head are frozen (paper section 3.2), the whole model learns everything.
+Weights are leaves in the compute dtype, packed as `names.layer_parts` says. Which of them learn is fixed when the
+model is made: the shallow model's embedding, final norm and head are frozen (paper section 3.2), the whole model
+learns everything.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ class Decoder:
             weights: LayerWeights = {}
             for part in names.layer_parts(spec):
                 full = tuple(names.layer_prefix(index) + name for name in part.names)
-                pieces = [tensors.pop(name) for name in full]  # taken out, so that packing never holds two copies of all
+                pieces = [
+                    tensors.pop(name) for name in full
+                ]  # taken out, so that packing never holds two copies of all
                 packed = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
                 weights[part.key] = self._leaf(packed, full, part.shapes, train_layers)
             self.layers.append(weights)
@@ -107,7 +111,9 @@ class Decoder:
         for index, weights in zip(self.layer_indices, self.layers, strict=True):
             for part in names.layer_parts(self.spec):
                 if not weights[part.key].requires_grad:
-                    leaf = Leaf(weights[part.key], tuple(names.layer_prefix(index) + n for n in part.names), part.shapes)
+                    leaf = Leaf(
+                        weights[part.key], tuple(names.layer_prefix(index) + n for n in part.names), part.shapes
+                    )
                     kept.update(leaf.split(leaf.tensor))
         return kept
 
@@ -125,7 +131,9 @@ class Decoder:
         return ops.rms_norm(hidden_ND, self.norm_D, self.spec.norm_eps)
 
     def loss_sum(self, batch: Batch) -> Tensor:
-        """Sum of the cross-entropies in nats over the tokens with a label: fp32 scalar, to be divided by the step's count."""
+        """Sum of the cross-entropies in nats over the tokens with a label: fp32 scalar, to be divided by the step's
+        count.
+        """
         return ops.head_loss_sum(self.hidden_states(batch), self.head_VD, batch.labels_N)
 
     @torch.no_grad()

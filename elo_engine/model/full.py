@@ -1,4 +1,6 @@
-"""The whole model: every layer, everything learns. For alignment, for the full continual pretraining baseline, for evaluation."""
+"""The whole model: every layer, everything learns. For alignment, for the full continual pretraining baseline, for
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,10 @@ def check_shapes(index: CheckpointIndex, spec: ModelSpec, wanted: Iterable[str])
         entry = index.entries.get(name)
         if entry is None:
             raise FailedError(
-                f"{index.folder}: tensor {name!r} is missing although config.json ({spec.family}, {spec.layers} layers, "
-                f"{'tied' if spec.tied else 'untied'} head) calls for it; the checkpoint and its config.json do not belong together"
+                f"{index.folder}: tensor {name!r} is missing although config.json ({spec.family}, {spec.layers} "
+                "layers, "
+                f"{'tied' if spec.tied else 'untied'} head) calls for it; the checkpoint and its config.json do "
+                "not belong together"
             )
         if entry.shape != expected[name]:
             raise FailedError(

@@ -1,7 +1,8 @@
-"""The decoder layer as a function, and what travels beside the hidden states: positions, rotary tables, document bounds.
+"""The decoder layer as a function, and what travels beside the hidden states: positions, rotary tables, document
+bounds.
 
-The shallow model, the whole model and every baseline in this engine call the same `decoder_layer`. Families differ by the
-data in `spec` and `names`; a layer's weights are a dictionary with the keys of `names.layer_parts`.
+The shallow model, the whole model and every baseline in this engine call the same `decoder_layer`. Families differ by
+the data in `spec` and `names`; a layer's weights are a dictionary with the keys of `names.layer_parts`.
 """
 
 from __future__ import annotations
@@ -29,14 +30,18 @@ class Packing:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary tables gathered for the positions of one micro-batch, both halves alike: cos_NE, sin_NE in compute dtype."""
+    """Rotary tables gathered for the positions of one micro-batch, both halves alike: cos_NE, sin_NE in compute
+    dtype.
+    """
 
     cos_NE: Tensor
     sin_NE: Tensor
 
 
 class RopeTable:
-    """Angles for every position met so far, grown on demand; scaling as transformers initialises it (its own code is called)."""
+    """Angles for every position met so far, grown on demand; scaling as transformers initialises it (its own code is
+    called).
+    """
 
     def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
         self._dtype = dtype

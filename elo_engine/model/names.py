@@ -1,8 +1,8 @@
 """Where each weight lives in a checkpoint: the names of a family, as data.
 
-In memory, weights that are multiplied with the same input are one matrix (`qkv`, `gate_up`): one GEMM instead of three
-or two. A `Part` says which checkpoint tensors make it up, stacked in this order along dimension 0, so that reading packs
-and writing unpacks by the same table.
+In memory, weights that are multiplied with the same input are one matrix (`qkv`, `gate_up`): one GEMM instead of
+three or two. A `Part` says which checkpoint tensors make it up, stacked in this order along dimension 0, so that
+reading packs and writing unpacks by the same table.
 """
 
 from __future__ import annotations

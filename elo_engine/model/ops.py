@@ -1,13 +1,14 @@
 """The one seam between the model and how its ops are computed.
 
-Everything above calls these functions; only this module knows `reference` (plain torch), `cpu` (the CPU fast path, C++ where
-it pays) and `elo_engine.kernels` (Triton). `configure("reference")` forces the definitions, `"fused"` the fast paths and
-fails where one is missing, `"auto"` takes what is there and `describe()` says what and why.
+Everything above calls these functions; only this module knows `reference` (plain torch), `cpu` (the CPU fast path,
+C++ where it pays) and `elo_engine.kernels` (Triton). `configure("reference")` forces the definitions, `"fused"` the
+fast paths and fails where one is missing, `"auto"` takes what is there and `describe()` says what and why.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,9 @@ def configure(mode: Mode, device: torch.device) -> str:
     """
     global _mode
     if mode == "fused" and device.type == "cuda" and not _HAS_TRITON:
-        raise RefusedError("kernels: fused needs triton on a GPU and it is not installed; pip install triton, or kernels: auto")
+        raise RefusedError(
+            "kernels: fused needs triton on a GPU and it is not installed; pip install triton, or kernels: auto"
+        )
     if mode == "fused" and device.type == "cpu" and not cpu.HAS_CSRC:
         raise RefusedError(
             f"kernels: fused needs the C++ extension on a CPU and it is missing ({cpu.CSRC_REASON}); "
@@ -70,6 +73,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, gamma_D: Tensor, eps: float) -> Tensor:
+        y_ND: Tensor
         if _triton(hidden_ND):
             from elo_engine.kernels import rms_norm as kernel
 
@@ -121,7 +125,9 @@ class _Swiglu(torch.autograd.Function):
             from elo_engine.kernels import swiglu as kernel
 
             gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
-            return torch.cat(kernel.swiglu_backward(grads[0].contiguous(), gate_NF.contiguous(), up_NF.contiguous()), -1)
+            return torch.cat(
+                kernel.swiglu_backward(grads[0].contiguous(), gate_NF.contiguous(), up_NF.contiguous()), -1
+            )
         return cpu_pointwise.swiglu_backward(grads[0].contiguous(), gate_up_N2F)
 
 
@@ -151,7 +157,9 @@ class _RotaryPacked(torch.autograd.Function):
         return d_qkv_NC, None, None, None
 
 
-def rotary_packed(qkv_NC: Tensor, H: int, K: int, E: int, cos_NE: Tensor, sin_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def rotary_packed(
+    qkv_NC: Tensor, H: int, K: int, E: int, cos_NE: Tensor, sin_NE: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """[N, (H + 2K) E] -> rotated q_NHE, rotated k_NKE, v_NKE. Takes the input over: it is written in place."""
     heads = (H, K, K)
     if _mode == "reference":
@@ -176,11 +184,13 @@ def attention(
 def _sdpa_by_segment(
     q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int], scale: float, window: int | None
 ) -> Tensor:
-    """torch's scaled_dot_product_attention on runs of equally long segments: the masks stay causal, so flash kernels serve."""
+    """torch's scaled_dot_product_attention on runs of equally long segments: the masks stay causal, so flash kernels
+    serve.
+    """
     outputs: list[Tensor] = []
     H, E = q_NHE.shape[1:]
     run = 0
-    lengths = [stop - start for start, stop in zip(segment_starts, segment_starts[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(segment_starts)]
     while run < len(lengths):
         stop = run
         while stop < len(lengths) and lengths[stop] == lengths[run]:
@@ -262,7 +272,9 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def head_loss_sum(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Sum of the cross-entropies in nats (fp32 scalar) over the tokens with a label; a frozen head gets no gradient work."""
+    """Sum of the cross-entropies in nats (fp32 scalar) over the tokens with a label; a frozen head gets no gradient
+    work.
+    """
     if head_VD.requires_grad and torch.is_grad_enabled():
         return _HeadLoss.apply(hidden_ND, head_VD, labels_N)  # type: ignore[no-any-return]
     return _FrozenHeadLoss.apply(hidden_ND, head_VD, labels_N)  # type: ignore[no-any-return]

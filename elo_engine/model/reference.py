@@ -1,7 +1,7 @@
 """Every op in plain torch: the definition that each fast path is tested against, and the path where none exists.
 
-Nothing here is tuned. Norms and the loss compute in fp32 whatever the dtype, as the checkpoints' own training code does.
-Shapes: hidden_ND, q_NHE, k_NKE, v_NKE, head_VD, labels_N (-100 = no loss); letters in `elo_engine.__init__`.
+Nothing here is tuned. Norms and the loss compute in fp32 whatever the dtype, as the checkpoints' own training code
+does. Shapes: hidden_ND, q_NHE, k_NKE, v_NKE, head_VD, labels_N (-100 = no loss); letters in `elo_engine.__init__`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def attention(
     Returns:
         [N, H, E]
     """
-    N, H, E = q_NHE.shape
+    N, H = q_NHE.shape[:2]
     group = H // k_NKE.shape[1]
     segment_N = torch.zeros(N, dtype=torch.long, device=q_NHE.device)
     segment_N[torch.tensor(segment_starts[1:-1], dtype=torch.long, device=q_NHE.device)] = 1
@@ -94,7 +94,8 @@ def frozen_head_chunks(
 def head_chunks(
     hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, chunk: int = 1024
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of a head that learns, in chunks of rows; returns losses_N, d_hidden_ND and d_head_VD (fp32) of their sum."""
+    """Loss of a head that learns, in chunks of rows; returns losses_N, d_hidden_ND and d_head_VD (fp32) of their sum.
+    """
     losses_N = torch.zeros(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
     d_hidden_ND = torch.empty_like(hidden_ND)
     d_head_VD = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device)

@@ -1,6 +1,8 @@
-"""The shallow model of ELO pretraining: the detached layers between the frozen embedding and the frozen norm and head.
+"""The shallow model of ELO pretraining: the detached layers between the frozen embedding and the frozen norm and
+head.
 
-Paper section 3.2: the output of one detached layer is the input of the next; the layers between them are not loaded at all.
+Paper section 3.2: the output of one detached layer is the input of the next; the layers between them are not loaded
+at all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a checkpoint's `config.json` says, as plain data.
 
-One `ModelSpec` describes every supported family; what a family may vary is a field here and a row in `names.py`, never a
-class of its own. A field that would change the maths and is not understood is refused by name.
+One `ModelSpec` describes every supported family; what a family may vary is a field here and a row in `names.py`,
+never a class of its own. A field that would change the maths and is not understood is refused by name.
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ def choose_layers(wanted: list[int | str], layers: int) -> tuple[int, ...]:
                 ) from None
         for index in span:
             if not -layers <= index < layers:
-                raise UsageError(f"detach.layers: layer {index} does not exist; this model has layers 0 to {layers - 1}")
+                raise UsageError(
+                    f"detach.layers: layer {index} does not exist; this model has layers 0 to {layers - 1}"
+                )
             chosen.add(index % layers)
     if not chosen:
         raise UsageError(f"detach.layers: {wanted} selects no layer; this model has layers 0 to {layers - 1}")

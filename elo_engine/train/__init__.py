@@ -1,1 +1,3 @@
-"""Training: one loop (`loop`), its optimizer (`optim`), learning-rate schedule (`schedule`) and durable state (`state`)."""
+"""Training: one loop (`loop`), its optimizer (`optim`), learning-rate schedule (`schedule`) and durable state
+(`state`).
+"""

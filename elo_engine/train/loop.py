@@ -1,8 +1,9 @@
-"""The only training loop: ELO pretraining, alignment and the full continual pretraining baseline all run through `train`.
+"""The only training loop: ELO pretraining, alignment and the full continual pretraining baseline all run through
+`train`.
 
-A step is: its rows from the mixture (a pure function of seed and step), forward and backward per micro-batch with the loss
-divided by the loss tokens of the whole step (so that k micro-batches of b equal one of k x b), clip, AdamW. The loop knows
-nothing of files: what it should evaluate, save and show is passed in.
+A step is: its rows from the mixture (a pure function of seed and step), forward and backward per micro-batch with the
+loss divided by the loss tokens of the whole step (so that k micro-batches of b equal one of k x b), clip, AdamW. The
+loop knows nothing of files: what it should evaluate, save and show is passed in.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Hooks:
     """What happens around the steps; each is called with the progress made so far."""
 
     on_step: Callable[[Progress, dict[str, Any]], None] = lambda progress, metrics: None
-    every: dict[int, list[Callable[[Progress], None]]] = field(default_factory=dict)  # steps -> callbacks
+    every: dict[int, list[Callable[[Progress], Any]]] = field(default_factory=dict)  # steps -> callbacks
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -60,8 +61,8 @@ class StopSignal:
 
     @contextmanager
     def installed(self) -> Iterator[StopSignal]:
-        """Handlers in place inside the block and restored after it. A second signal changes nothing: a snapshot is atomic,
-        and the step in hand is given up at once.
+        """Handlers in place inside the block and restored after it. A second signal changes nothing: a snapshot is
+        atomic, and the step in hand is given up at once.
         """
 
         def handler(number: int, frame: Any) -> None:
@@ -101,7 +102,8 @@ def micro_batches(rows: RowBatch, micro_batch: int) -> Iterator[RowBatch]:
 
 
 def check_first_gradients(model: Decoder, optimizer: MasterAdamW) -> None:
-    """After the first backward pass: everything that should learn has a finite, non-zero gradient, nothing else has one.
+    """After the first backward pass: everything that should learn has a finite, non-zero gradient, nothing else has
+    one.
 
     Raises:
         FailedError: naming the first tensor for which this does not hold.
@@ -111,7 +113,9 @@ def check_first_gradients(model: Decoder, optimizer: MasterAdamW) -> None:
             raise FailedError(f"first step: {name} should learn and got no gradient")
         largest = float(gradient.abs().max())
         if not math.isfinite(largest):
-            raise FailedError(f"first step: the gradient of {name} is not finite; check the checkpoint and the learning data")
+            raise FailedError(
+                f"first step: the gradient of {name} is not finite; check the checkpoint and the learning data"
+            )
         if largest == 0.0:
             raise FailedError(f"first step: the gradient of {name} is zero everywhere, so it would never learn")
     for name, tensor in model.frozen().items():
@@ -177,7 +181,8 @@ def train(
         hooks.on_step(progress, metrics)
         if progress.skipped_in_a_row >= NON_FINITE_LIMIT:
             raise FailedError(
-                f"step {progress.step}: the gradient was not finite {NON_FINITE_LIMIT} times in a row (norm {norm}); those "
+                f"step {progress.step}: the gradient was not finite {NON_FINITE_LIMIT} times in a row (norm "
+                f"{norm}); those "
                 "steps changed nothing. Lower the learning rate, or continue from the last snapshot with --resume auto"
             )
         for interval, callbacks in hooks.every.items():

@@ -1,8 +1,9 @@
-"""AdamW (Loshchilov and Hutter 2019) over a model's leaves, with fp32 master weights, moments and gradient accumulation.
+"""AdamW (Loshchilov and Hutter 2019) over a model's leaves, with fp32 master weights, moments and gradient
+accumulation.
 
-The update itself is torch's fused kernel. Where the model computes in fp32 its leaves are the masters; where it computes in
-bf16 the masters are copies, the gradients of each micro-batch are added to fp32 buffers as soon as they are complete, and
-the leaves are rewritten after the update.
+The update itself is torch's fused kernel. Where the model computes in fp32 its leaves are the masters; where it
+computes in bf16 the masters are copies, the gradients of each micro-batch are added to fp32 buffers as soon as they
+are complete, and the leaves are rewritten after the update.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class MasterAdamW:
         return {name: view for leaf, master in self.masters for name, view in leaf.split(master.detach())}
 
     def moments(self) -> dict[str, Tensor]:
-        """`exp_avg.NAME` and `exp_avg_sq.NAME` for every tensor, and `step`: what a snapshot needs besides the weights."""
+        """`exp_avg.NAME` and `exp_avg_sq.NAME` for every tensor, and `step`: what a snapshot needs besides the
+        weights.
+        """
         out: dict[str, Tensor] = {}
         for leaf, master in self.masters:
             state = self._adamw.state.get(master)

@@ -8,7 +8,8 @@ from elo_engine.config import ScheduleConfig
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """Rate of optimizer step `step` (from 0) out of `steps`: linear warm-up, then cosine to `final` x peak (or constant).
+    """Rate of optimizer step `step` (from 0) out of `steps`: linear warm-up, then cosine to `final` x peak (or
+    constant).
 
     The first step already learns (warm-up counts from 1), the last one runs at `final` x peak.
     """

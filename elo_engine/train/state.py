@@ -86,7 +86,8 @@ def latest_snapshot(stage_folder: Path, report: Callable[[str], None]) -> Path |
 
 
 def read_progress(folder: Path, identity: dict[str, Any]) -> tuple[Progress, dict[str, Any]]:
-    """The progress a snapshot stands at and the numerics it was made with, after holding its identity against this run's.
+    """The progress a snapshot stands at and the numerics it was made with, after holding its identity against this
+    run's.
 
     Raises:
         RefusedError: it belongs to another run, model, data or environment; the differing keys are named.
