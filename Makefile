@@ -2,7 +2,7 @@
 #   make demo     the whole method on a real small model, with a table and a plot at the end
 #   make test     the tests; on a machine with a GPU the kernels' tests run on it too
 #   make lint     ruff and mypy
-#   make bench    the benchmarks of benchmarks/
+#   make bench    the pipeline speedup on the demo's model; BENCH="--sequence-length 1024" passes options on
 #   make setup    .venv with the `elo` command, for use by hand: .venv/bin/elo --help
 # PYTHON=python3.12 chooses the interpreter of a new .venv; CONSTRAINTS=/dev/null takes the newest versions allowed.
 
@@ -30,7 +30,7 @@ lint: .venv/.stamp-test
 	$(BIN)/mypy
 
 bench: .venv/.stamp-test
-	$(BIN)/python -m pytest -q benchmarks
+	$(BIN)/python benchmarks/speedup.py $(BENCH)
 
 clean:
 	rm -rf .venv build dist *.egg-info elo_engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -17,7 +17,7 @@ static int64_t padded_width(int64_t width) { return (width + NR - 1) / NR * NR; 
 
 // panels[j][e][c] = rows[j * NR + c][e]: the transpose, for a product that sums over the width.
 static void pack_columns(const float* rows, int64_t stride, int64_t count, int64_t width, float* panels) {
-  for (int64_t j = 0; j < BLOCK / NR; ++j) {
+  for (int64_t j = 0; j * NR < elo::padded_rows(count); ++j) {
     float* panel = panels + j * width * NR;
     for (int64_t c = 0; c < NR; ++c) {
       const int64_t r = j * NR + c;
@@ -41,11 +41,11 @@ ELO_INLINE void clear(float* out, int64_t count) {
   for (int64_t i = 0; i < count; i += W) store(out + i, vf{});
 }
 
-// The block padded with zeros to BLOCK x padded width.
+// The block padded with zeros to whole register tiles of rows and to the padded width.
 static void copy_block(const float* rows, int64_t stride, int64_t count, int64_t width, float factor, float* out) {
   const int64_t wide = padded_width(width);
   for (int64_t r = 0; r < count; ++r) copy_row(rows + r * stride, width, factor, out + r * wide);
-  clear(out + count * wide, (BLOCK - count) * wide);
+  clear(out + count * wide, (elo::padded_rows(count) - count) * wide);
 }
 
 // scores[r][c] = a[r] . columns[c], without the register tiles in which every key comes after every query.
@@ -99,7 +99,7 @@ static void attention_forward(const elo::AttentionForward& a, const elo::Attenti
   float* top = acc + BLOCK * wide;
   float* total = top + BLOCK;
   copy_block(a.q + row0 * a.q_stride + t.head * a.width, a.q_stride, rows, a.width, a.scale, q);
-  clear(acc, BLOCK * wide);
+  clear(acc, elo::padded_rows(rows) * wide);
   for (int64_t r = 0; r < BLOCK; ++r) {
     top[r] = -__builtin_inff();
     total[r] = 0.0f;
@@ -184,8 +184,8 @@ static void attention_backward(const elo::AttentionBackward& a, const elo::Atten
     pack_columns(k, a.k_stride, keys, width, key_columns);
     pack_columns(v, a.v_stride, keys, width, value_columns);
     copy_block(k, a.k_stride, keys, width, 1.0f, key_rows);
-    clear(d_keys, BLOCK * wide);
-    clear(d_values, BLOCK * wide);
+    clear(d_keys, elo::padded_rows(keys) * wide);
+    clear(d_values, elo::padded_rows(keys) * wide);
     for (int64_t g = 0; g < group; ++g)
       for (int64_t first = first_key; first < t.length; first += BLOCK) {
         const int64_t rows = least(BLOCK, t.length - first), ahead = first - first_key, row0 = t.begin + first;

@@ -204,8 +204,9 @@ def main() -> None:
     import numpy
 
     numpy.seterr(all="ignore")
-    while select.select([sys.stdin.buffer], [], [])[0] and sys.stdin.buffer.peek(1):
-        _send(answers, *_serve(*_receive(sys.stdin.buffer)))
+    requests = os.fdopen(0, "rb")
+    while requests.peek(1):
+        _send(answers, *_serve(*_receive(requests)))
 
 
 if __name__ == "__main__":

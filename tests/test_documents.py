@@ -16,8 +16,7 @@ from elo_engine.errors import FailedError, UsageError
 def texts(path: Path, *, split_blank_lines: bool = False, text_field: str = "text") -> list[str]:
     (file,) = inspect_inputs([path], text_field)
     return [
-        document.text
-        for document in read_documents(file, text_field=text_field, split_blank_lines=split_blank_lines)
+        document.text for document in read_documents(file, text_field=text_field, split_blank_lines=split_blank_lines)
     ]
 
 
@@ -26,9 +25,7 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def write_parquet(
-    path: Path, rows: list[str | None], *, row_group_size: int = 3, column: str = "text"
-) -> Path:
+def write_parquet(path: Path, rows: list[str | None], *, row_group_size: int = 3, column: str = "text") -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     table = pyarrow.table({"number": list(range(len(rows))), column: pyarrow.array(rows, pyarrow.string())})
     pytest.importorskip("pyarrow.parquet").write_table(table, path, row_group_size=row_group_size)
@@ -63,9 +60,7 @@ def test_reading_goes_on_from_the_position_of_any_document(tmp_path: Path, kind:
     if kind == "parquet":
         write_parquet(path, list(content))
     else:
-        lines = (
-            "\n\n".join(content) if kind == "txt" else "\n".join(f'{{"text": "{text}"}}' for text in content)
-        )
+        lines = "\n\n".join(content) if kind == "txt" else "\n".join(f'{{"text": "{text}"}}' for text in content)
         write(path, b"\xef\xbb\xbf" + lines.encode())
     (file,) = inspect_inputs([path], "text")
     whole = list(read_documents(file, text_field="text", split_blank_lines=True))
@@ -139,12 +134,8 @@ def test_text_that_is_not_utf8_is_named_by_its_byte(tmp_path: Path, name: str, b
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "next_step"), [("a.txt", "--split-blank-lines"), ("a.jsonl", "split the document")]
-)
-def test_a_document_too_long_for_bounded_memory_is_refused_early(
-    tmp_path: Path, name: str, next_step: str
-) -> None:
+@pytest.mark.parametrize(("name", "next_step"), [("a.txt", "--split-blank-lines"), ("a.jsonl", "split the document")])
+def test_a_document_too_long_for_bounded_memory_is_refused_early(tmp_path: Path, name: str, next_step: str) -> None:
     long = b"word " * (MAX_DOCUMENT_BYTES // 5 + 1)
     path = write(tmp_path / name, long if name == "a.txt" else b'{"text": "' + long + b'"}\n')
     with pytest.raises(UsageError, match=r"longer than 16 MiB") as error:
@@ -201,9 +192,7 @@ def _not_utf8(path: Path) -> None:
         (_not_utf8, FailedError, "row 2: byte 1 of the text is not UTF-8"),
     ],
 )
-def test_bad_parquet_is_named(
-    tmp_path: Path, damage: Callable[[Path], None], kind: type[Exception], said: str
-) -> None:
+def test_bad_parquet_is_named(tmp_path: Path, damage: Callable[[Path], None], kind: type[Exception], said: str) -> None:
     path = tmp_path / "a.parquet"
     damage(path)
     with pytest.raises(kind, match=said) as error:
@@ -211,9 +200,7 @@ def test_bad_parquet_is_named(
     assert str(path) in str(error.value)
 
 
-def test_parquet_without_pyarrow_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["a"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match="pip install pyarrow"):

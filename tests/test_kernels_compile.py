@@ -18,7 +18,8 @@ if arguments.INTERPRETED:
 
 @pytest.fixture(scope="module")
 def table() -> str:
-    return compiled.table()
+    made: str = compiled.table()
+    return made
 
 
 def test_the_readme_holds_the_compiled_numbers(table: str) -> None:

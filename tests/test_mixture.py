@@ -37,9 +37,7 @@ def make_store(tmp_path: Path) -> MakeStore:
     return make
 
 
-def random_documents(
-    seed: int, count: int, longest: int = 40, low: int = 1, high: int = 300
-) -> list[list[int]]:
+def random_documents(seed: int, count: int, longest: int = 40, low: int = 1, high: int = 300) -> list[list[int]]:
     """Documents of 1 .. `longest` tokens that end with id 0 and have it nowhere else."""
     random = np.random.default_rng(seed)
     lengths = random.integers(0, longest, count)

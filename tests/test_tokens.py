@@ -129,9 +129,7 @@ def test_a_text_file_is_one_document_unless_it_is_split(tokenizer_folder: Path, 
     assert (one.totals.text_bytes, two.totals.text_bytes) == (8, 6)
 
 
-def test_a_tokenizer_that_adds_a_begin_token_gets_it_once(
-    make_tokenizer: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_adds_a_begin_token_gets_it_once(make_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_tokenizer(tmp_path / "tokenizer", adds_bos=True)
     manifest = build_tokens([write_jsonl(tmp_path / "a.jsonl", TEXTS[:2])], folder, tmp_path / "out")
     store = TokenStore(tmp_path / "out")
@@ -145,9 +143,7 @@ def test_a_tokenizer_that_adds_a_begin_token_gets_it_once(
 def test_a_large_vocabulary_takes_four_bytes(make_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_tokenizer(tmp_path / "tokenizer", vocab_size=70_000)
     content = json.loads((folder / "tokenizer.json").read_text())
-    content["added_tokens"].append(
-        {**content["added_tokens"][0], "id": 70_000, "content": "fox", "special": False}
-    )
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 70_000, "content": "fox", "special": False})
     (folder / "tokenizer.json").write_text(json.dumps(content))
     build_tokens([write_jsonl(tmp_path / "a.jsonl", ["fox"])], folder, tmp_path / "out")
     store = TokenStore(tmp_path / "out")
@@ -156,9 +152,7 @@ def test_a_large_vocabulary_takes_four_bytes(make_tokenizer: Callable[..., Path]
     assert store.document(0).tolist() == [70_000, 0]
 
 
-def test_truncation_and_padding_saved_in_the_tokenizer_are_not_applied(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_truncation_and_padding_saved_in_the_tokenizer_are_not_applied(tokenizer_folder: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
     folder = tmp_path / "tokenizer"
@@ -171,14 +165,10 @@ def test_truncation_and_padding_saved_in_the_tokenizer_are_not_applied(
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     for name, tokenizer_path in (("plain", tokenizer_folder), ("cutting", folder)):
         build_tokens([source], tokenizer_path, tmp_path / name)
-    assert (
-        files_of(tmp_path / "plain")["tokens-00000.bin"] == files_of(tmp_path / "cutting")["tokens-00000.bin"]
-    )
+    assert files_of(tmp_path / "plain")["tokens-00000.bin"] == files_of(tmp_path / "cutting")["tokens-00000.bin"]
 
 
-def test_documents_never_span_shards_and_a_long_one_has_its_own(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_documents_never_span_shards_and_a_long_one_has_its_own(tokenizer_folder: Path, tmp_path: Path) -> None:
     texts = ["x" * length for length in (30, 30, 200, 30, 30, 30)]  # x is in no merge: one token a letter
     manifest = build_tokens(
         [write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer_folder, tmp_path / "out", shard_tokens=62
@@ -255,6 +245,7 @@ def test_a_folder_without_tokenizer_is_a_usage_error(tmp_path: Path) -> None:
             UsageError,
             "end-of-text",
         ),
+        ("tokenizer_config.json", '{"tokenizer_class": "ByT5Tokenizer"}', RefusedError, "no fast form"),
         ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["a.B", null]}}', RefusedError, "auto_map"),
         ("config.json", '{"auto_map": {"AutoConfig": "a.B"}}', RefusedError, "auto_map"),
     ],

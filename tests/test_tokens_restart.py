@@ -52,9 +52,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """All kinds, each long enough for a shard to end inside it, with empty records between."""
     pyarrow = pytest.importorskip("pyarrow")
     folder = tmp_path_factory.mktemp("inputs")
-    texts = [
-        f"document {number}, with 日本語 and some more words " * (1 + number % 3) for number in range(25)
-    ]
+    texts = [f"document {number}, with 日本語 and some more words " * (1 + number % 3) for number in range(25)]
     texts[3] = texts[17] = ""
     (folder / "a.txt").write_text("\n\n".join(texts))
     (folder / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -131,9 +129,7 @@ def test_crash_after_crash_still_comes_to_the_same_end(
 
 
 @contextlib.contextmanager
-def failing_system_calls(
-    monkeypatch: pytest.MonkeyPatch, at: int, error: BaseException
-) -> Iterator[list[str]]:
+def failing_system_calls(monkeypatch: pytest.MonkeyPatch, at: int, error: BaseException) -> Iterator[list[str]]:
     """Let the `at`-th call that makes something durable or visible fail before it happens."""
     made: list[str] = []
     with monkeypatch.context() as patch:
@@ -264,9 +260,7 @@ def test_foreign_files_are_never_removed(build: Callable[..., dict[str, bytes]],
     assert (partial(out) / "thesis.txt").read_text() == "mine"
 
 
-def test_two_writers_of_one_output_are_refused(
-    build: Callable[..., dict[str, bytes]], tmp_path: Path
-) -> None:
+def test_two_writers_of_one_output_are_refused(build: Callable[..., dict[str, bytes]], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with locked(partial(out)), pytest.raises(RefusedError, match="another process is writing"):
         build(out)
@@ -306,9 +300,7 @@ def test_an_error_of_any_durable_step_is_reported_and_survived(
         assert build(out) == expected
 
 
-def test_a_full_disk_in_the_middle_of_a_shard_is_reported_and_survived(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_in_the_middle_of_a_shard_is_reported_and_survived(tokenizer_folder: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the full disk: the write itself fails, half of it done."""
     source = tmp_path / "a.jsonl"
     source.write_text(('{"text": "' + "y z " * 100 + '"}\n') * 1000)

@@ -21,9 +21,9 @@ from typing import NamedTuple
 from elo_engine.data import parquet
 from elo_engine.errors import FailedError, UsageError
 
-# One document is tokenised in one piece (cutting it would change the tokens at the cut), and the tokenizer
-# needs some 50 bytes of memory for each byte of text. No single work of literature is this long; a corpus in
-# one file is.
+# One document is tokenised in one piece (cutting it would change the tokens at the cut), and while that lasts
+# the tokenizer holds some 200 bytes for each token (tokenizers 0.23), 0.8 GB for 16 MiB of four bytes a token.
+# No single work of literature is this long; a corpus in one file is.
 MAX_DOCUMENT_BYTES = 16 << 20
 # JSON may escape each UTF-16 unit as \uXXXX, twice the bytes of CJK text, and lines carry other fields beside
 # the text.
@@ -91,9 +91,7 @@ def inspect_inputs(paths: list[Path], text_field: str) -> list[InputFile]:
         except OSError as error:
             raise UsageError(f"{path}: cannot be read as input ({error.strerror}); check the path") from None
         if not stat.S_ISREG(info.st_mode):
-            raise UsageError(
-                f"{path}: not a regular file; name the files themselves, for example {path}/*.jsonl"
-            )
+            raise UsageError(f"{path}: not a regular file; name the files themselves, for example {path}/*.jsonl")
         if path.suffix.lower() not in _KINDS:
             known = ", ".join(sorted(_KINDS))
             raise UsageError(f"{path}: unknown kind of input {path.suffix!r}; known suffixes are {known}")
@@ -164,8 +162,7 @@ def _decode(path: Path, raw: bytes, begin: int) -> str:
 
 def _too_long(path: Path, where: str, limit: int, what_next: str) -> UsageError:
     return UsageError(
-        f"{path}: {where} is longer than {limit >> 20} MiB, which cannot be tokenised in bounded memory; "
-        f"{what_next}"
+        f"{path}: {where} is longer than {limit >> 20} MiB, which cannot be tokenised in bounded memory; {what_next}"
     )
 
 

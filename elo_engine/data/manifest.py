@@ -117,13 +117,9 @@ class Manifest(Record):
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
-            raise UsageError(
-                f"{folder}: not a token folder (no {MANIFEST}); write one with `elo data`"
-            ) from None
+            raise UsageError(f"{folder}: not a token folder (no {MANIFEST}); write one with `elo data`") from None
         except OSError as error:
-            raise UsageError(
-                f"{path}: cannot be read ({error.strerror}); check the path and its mode"
-            ) from None
+            raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path and its mode") from None
         try:
             manifest = cls.model_validate_json(raw)
         except ValidationError as error:

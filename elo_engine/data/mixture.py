@@ -69,9 +69,7 @@ class Mixture:
         self.stores = {name: stores[name] for name in self.languages}
         self.sequence_length, self.seed, self.packing = sequence_length, int(seed), packing
         _check_tokenizers(self.stores)
-        self.rows_per_epoch = {
-            name: store.tokens_total // sequence_length for name, store in self.stores.items()
-        }
+        self.rows_per_epoch = {name: store.tokens_total // sequence_length for name, store in self.stores.items()}
         for name, rows in self.rows_per_epoch.items():
             if rows == 0:
                 raise UsageError(
@@ -110,9 +108,7 @@ class Mixture:
                 first = int(index_B[here[0]]) - epoch * self.rows_per_epoch[name]
                 order, ends = self._epoch(name, epoch)
                 begin = first * self.sequence_length
-                cut = cut_rows(
-                    self.stores[name], order, ends, begin, len(here), self.sequence_length, self.packing
-                )
+                cut = cut_rows(self.stores[name], order, ends, begin, len(here), self.sequence_length, self.packing)
                 ids_BT[here], labels_BT[here], positions_BT[here], starts_BT[here] = cut
         return RowBatch(
             ids_BT,
@@ -125,9 +121,7 @@ class Mixture:
     def _choose(self, first_row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Number of each row's language, and which of that language's rows it is; both int64 [count]."""
         first_block, last_block = first_row // self.block_rows, (first_row + count - 1) // self.block_rows
-        words = _words(
-            _key(self.seed, "blocks"), first_block * self.block_rows, (last_block + 1) * self.block_rows
-        )
+        words = _words(_key(self.seed, "blocks"), first_block * self.block_rows, (last_block + 1) * self.block_rows)
         order = np.argsort(words.reshape(-1, self.block_rows), axis=1, kind="stable")
         choice = self._block[order]
         index = np.empty_like(choice)
@@ -172,8 +166,7 @@ def _check_names(stores: Mapping[str, TokenStore], weights: Mapping[str, float])
         if name not in stores:
             known = ", ".join(sorted(stores))
             raise UsageError(
-                f"data.mix names {name!r}, which has no token folder (there are: {known}); "
-                "add it to data.shards"
+                f"data.mix names {name!r}, which has no token folder (there are: {known}); add it to data.shards"
             )
     for name in stores:
         if name not in weights:
@@ -213,7 +206,5 @@ def _whole_ratio(weights: dict[str, float]) -> dict[str, int]:
     whole = {name: share // divisor for name, share in whole.items()}
     if sum(whole.values()) > _MAX_BLOCK_ROWS:
         ratio = ":".join(str(share) for share in whole.values())
-        raise UsageError(
-            f"data.mix is {ratio}, exact only every {sum(whole.values())} rows; use smaller whole numbers"
-        )
+        raise UsageError(f"data.mix is {ratio}, exact only every {sum(whole.values())} rows; use smaller whole numbers")
     return whole

@@ -27,25 +27,17 @@ def _opened(path: Path, text_field: str) -> Iterator[Any]:
     try:
         # pre_buffer would read a whole row group ahead, and row groups of text are often hundreds of
         # megabytes.
-        with ParquetFile(
-            path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
-        ) as file:
+        with ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             if text_field not in schema.names:
                 names = ", ".join(repr(name) for name in schema.names[:10])
-                raise UsageError(
-                    f"{path}: no column {text_field!r} (columns: {names}); name the one with the text"
-                )
+                raise UsageError(f"{path}: no column {text_field!r} (columns: {names}); name the one with the text")
             kind = schema.field(text_field).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UsageError(
-                    f"{path}: column {text_field!r} holds {kind}, not strings; name the one with the text"
-                )
+                raise UsageError(f"{path}: column {text_field!r} holds {kind}, not strings; name the one with the text")
             yield file
     except (pyarrow.ArrowException, OSError) as error:
-        raise FailedError(
-            f"{path}: damaged or not a parquet file ({error}); fetch or write it again"
-        ) from error
+        raise FailedError(f"{path}: damaged or not a parquet file ({error}); fetch or write it again") from error
 
 
 def count_rows(path: Path, text_field: str) -> int:
@@ -80,9 +72,7 @@ def _text(path: Path, text_field: str, row: int, value: Any) -> str:
     try:
         text = value.as_py()
     except UnicodeDecodeError as error:
-        raise FailedError(
-            f"{path}, row {row}: byte {error.start} of the text is not UTF-8; mend the row"
-        ) from None
+        raise FailedError(f"{path}, row {row}: byte {error.start} of the text is not UTF-8; mend the row") from None
     if text is None:
         raise UsageError(f"{path}, row {row}: column {text_field!r} is null; remove the row")
     return str(text)

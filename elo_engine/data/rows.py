@@ -36,9 +36,7 @@ class RowBatch:
         return int(np.count_nonzero(self.labels_BT != NO_LABEL))
 
 
-def sequential_rows(
-    store: TokenStore, sequence_length: int, batch_rows: int, language: str = ""
-) -> Iterator[RowBatch]:
+def sequential_rows(store: TokenStore, sequence_length: int, batch_rows: int, language: str = "") -> Iterator[RowBatch]:
     """Every document once, in stored order, for evaluation: batches of up to `batch_rows` rows.
 
     Packed by document; a document longer than what is left of its row goes on in the next, without its past.

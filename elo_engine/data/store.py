@@ -51,9 +51,7 @@ class TokenStore:
             ) from error
         ends, text_bytes = table[:, 0], table[:, 1]
         if ends[-1] != record.tokens or (np.diff(ends, prepend=0) < 1).any():
-            raise FailedError(
-                f"{table_path}: document ends do not lead up to {record.tokens} tokens; write it again"
-            )
+            raise FailedError(f"{table_path}: document ends do not lead up to {record.tokens} tokens; write it again")
         if (text_bytes < 1).any() or int(text_bytes.sum()) != record.text_bytes:
             raise FailedError(f"{table_path}: text bytes do not sum to {record.text_bytes}; write it again")
         # A plain view of the mapping: slicing numpy.memmap itself costs microseconds for each document.
@@ -64,13 +62,10 @@ class TokenStore:
         try:
             info = path.stat()
         except OSError as error:
-            raise FailedError(
-                f"{path}: cannot be opened ({error.strerror}); copy or write the folder again"
-            ) from None
+            raise FailedError(f"{path}: cannot be opened ({error.strerror}); copy or write the folder again") from None
         if info.st_size != expected:
             raise FailedError(
-                f"{path}: {info.st_size} bytes where the manifest has {expected}; "
-                "copy or write the folder again"
+                f"{path}: {info.st_size} bytes where the manifest has {expected}; copy or write the folder again"
             )
         self._stats.append((path, info.st_size, info.st_mtime_ns, info.st_ino))
 
@@ -129,9 +124,7 @@ class TokenStore:
             try:
                 now = path.stat()
             except OSError as error:
-                raise FailedError(
-                    f"{path}: vanished while in use ({error.strerror}); restore it and resume"
-                ) from None
+                raise FailedError(f"{path}: vanished while in use ({error.strerror}); restore it and resume") from None
             if (now.st_size, now.st_mtime_ns, now.st_ino) != (size, mtime_ns, inode):
                 raise FailedError(f"{path}: changed while in use; restore the folder and resume")
 
@@ -174,6 +167,4 @@ class TokenStore:
                         f"{path}: cannot be read ({error.strerror or error}); copy or write the folder again"
                     ) from error
                 if found != expected:
-                    raise FailedError(
-                        f"{path}: content differs from the manifest; copy or write the folder again"
-                    )
+                    raise FailedError(f"{path}: content differs from the manifest; copy or write the folder again")

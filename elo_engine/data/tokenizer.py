@@ -69,13 +69,9 @@ def load_encoder(folder: Path) -> Encoder:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a file that it cannot parse
-        raise FailedError(
-            f"{folder}: the tokenizer cannot be loaded ({error}); fetch its files again"
-        ) from error
+        raise FailedError(f"{folder}: the tokenizer cannot be loaded ({error}); fetch its files again") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise RefusedError(
-            f"{folder}: {type(tokenizer).__name__} has no fast form; save it as tokenizer.json first"
-        )
+        raise RefusedError(f"{folder}: {type(tokenizer).__name__} has no fast form; save it as tokenizer.json first")
     if tokenizer.eos_token_id is None:
         raise UsageError(
             f"{folder}: the tokenizer names no end-of-text token, which has to close every document; "

@@ -150,9 +150,7 @@ class _Builder:
             self.writer.close()
         for file in self.files:
             file.check_unchanged()
-        write_file(
-            self.work / MANIFEST, Manifest.make(self.recipe, self.shards, self.empty_documents).to_bytes()
-        )
+        write_file(self.work / MANIFEST, Manifest.make(self.recipe, self.shards, self.empty_documents).to_bytes())
 
     def _tokenise_input(self, file: InputFile) -> None:
         documents = read_documents(
@@ -162,9 +160,7 @@ class _Builder:
             offset=self.offset,
             line=self.line,
         )
-        taken = (
-            0  # after a restart too: a shard ends where a further document is at hand, which is read again
-        )
+        taken = 0  # after a restart too: a shard ends where a further document is at hand, which is read again
         for batch in _batches(documents):
             for document, ids in zip(batch, self.encoder.encode([d.text for d in batch]), strict=True):
                 taken += self._add(document, ids)
@@ -227,9 +223,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 def _refuse_existing(out: Path) -> None:
     if os.path.lexists(out):
-        raise RefusedError(
-            f"{out}: exists already and nothing is written over; choose another --out or remove it"
-        )
+        raise RefusedError(f"{out}: exists already and nothing is written over; choose another --out or remove it")
 
 
 def _refuse_foreign(work: Path) -> None:

@@ -87,7 +87,7 @@ def frozen_head_chunks(
         losses_N[rows] = F.cross_entropy(wide_NV, labels, ignore_index=IGNORED, reduction="none")
         if d_hidden_ND is not None:
             d_logits_NV = _softmax_minus_target(wide_NV, labels).to(head_VD.dtype)
-            torch.mm(d_logits_NV, head_VD, out=d_hidden_ND[rows])
+            d_hidden_ND[rows] = torch.mm(d_logits_NV, head_VD)
     return losses_N, d_hidden_ND
 
 
@@ -104,11 +104,8 @@ def head_chunks(
         wide_NV, labels = F.linear(hidden_ND[rows], head_VD).float(), labels_N[rows]
         losses_N[rows] = F.cross_entropy(wide_NV, labels, ignore_index=IGNORED, reduction="none")
         d_logits_NV = _softmax_minus_target(wide_NV, labels).to(head_VD.dtype)
-        torch.mm(d_logits_NV, head_VD, out=d_hidden_ND[rows])
-        if d_head_VD.dtype == head_VD.dtype:
-            d_head_VD.addmm_(d_logits_NV.t(), hidden_ND[rows])
-        else:
-            d_head_VD += torch.mm(d_logits_NV.t(), hidden_ND[rows])
+        d_hidden_ND[rows] = torch.mm(d_logits_NV, head_VD)
+        d_head_VD += torch.mm(d_logits_NV.t(), hidden_ND[rows])
     return losses_N, d_hidden_ND, d_head_VD
 
 
