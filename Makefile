@@ -36,8 +36,8 @@ clean:
 	rm -rf .venv build dist *.egg-info elo_engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "elo-engine needs Python 3.10 or newer and $(PYTHON) is older; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "elo-engine needs Python 3.11 or newer and $(PYTHON) is older; name one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
 # torch comes first and by itself, so that nothing else decides its build. Without a GPU the CPU build saves gigabytes of

@@ -5,6 +5,8 @@
 // library template: such code would be compiled for the wide target, merged by the linker with the portable copy, and crash
 // an older processor.
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors are passed only where everything is inlined
+
 namespace ELO_ISA {
 
 constexpr int W = ELO_W;

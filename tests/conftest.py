@@ -18,6 +18,7 @@ sys.path.insert(
 )  # the fixture modules beside the tests; the repository root stays off the path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from store_fixture import make_store_folder
 from tokenizer_fixture import make_tokenizer
 
 VOCABULARY = 320
@@ -26,6 +27,18 @@ WORDS = (
     "house", "word", "king", "son", "field", "seed", "star",
 )  # fmt: skip
 SYLLABLES = list("かきくけこさしすせそたちつてとなにぬねのはひふへほ")
+
+
+@pytest.fixture(scope="session", name="make_tokenizer")
+def _make_tokenizer() -> Callable[..., Path]:
+    """`make_tokenizer(folder, vocab_size=320, adds_bos=False)`."""
+    return make_tokenizer
+
+
+@pytest.fixture(scope="session", name="make_store_folder")
+def _make_store_folder() -> Callable[..., Path]:
+    """`make_store_folder(folder, documents, ...)`: a token folder straight from lists of ids."""
+    return make_store_folder
 
 
 @pytest.fixture(scope="session")

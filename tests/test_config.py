@@ -27,7 +27,7 @@ def test_amounts(text: Any, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["many", "1.5", "-3", "8 apples", ""])
 def test_amounts_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match="amount|whole"):
+    with pytest.raises(ValueError, match=r"amount|whole"):
         parse_count(text)
 
 
@@ -48,7 +48,8 @@ def test_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
 
 def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(make_config(TREE).to_yaml())
-    config = load_config(tmp_path / "c.yaml", ["pretrain.optimizer.lr=3e-4", "detach.layers=[0, -2]", "data.mix={ja: 1}"])
+    overrides = ["pretrain.optimizer.lr=3e-4", "detach.layers=[0, -2]", "data.mix={ja: 1}"]
+    config = load_config(tmp_path / "c.yaml", overrides)
     assert config.pretrain.optimizer.lr == 3e-4 and config.detach.layers == [0, -2] and config.data.mix == {"ja": 1.0}
 
 

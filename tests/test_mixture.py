@@ -4,7 +4,6 @@ documents.
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from store_fixture import make_store_folder
 
 from elo_engine.data.mixture import NO_LABEL, Mixture, RowBatch, sequential_rows
 from elo_engine.data.rows import cut_rows
@@ -25,14 +25,8 @@ MakeStore = Callable[..., TokenStore]
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> MakeStore:
-    path = Path(__file__).with_name("store_fixture.py")
-    spec = importlib.util.spec_from_file_location("store_fixture", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
     def make(name: str, documents: list[list[int]], **options: object) -> TokenStore:
-        return TokenStore(module.make_store_folder(tmp_path / name, documents, **options))
+        return TokenStore(make_store_folder(tmp_path / name, documents, **options))
 
     return make
 

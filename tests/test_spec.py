@@ -94,8 +94,8 @@ def test_flops_of_the_8b_model_are_the_published_count() -> None:
 
 
 def test_flops_agree_with_torchs_counter(make_checkpoint: Callable[..., Path]) -> None:
-    """With the references, whose ops torch's counter sees. It counts attention in full where we count what a causal query
-    sees, and the references form dX below the first layer: both differences are taken out here, exactly.
+    """With the references, whose ops torch's counter sees. It counts attention in full where we count what a causal
+    query sees, and the references form dX below the first layer: both differences are taken out here, exactly.
     """
     folder = make_checkpoint(tied=False, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     index = open_checkpoint(folder)

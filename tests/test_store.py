@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +14,6 @@ from elo_engine.data.store import TokenStore
 from elo_engine.errors import FailedError, UsageError
 
 DOCUMENTS = [[5, 6, 7, 0], [8, 0], [9, 10, 11, 12, 0], [13, 0], [14, 15, 0]]
-
-
-@pytest.fixture(scope="module")
-def make_store_folder() -> Callable[..., Path]:
-    path = Path(__file__).with_name("store_fixture.py")
-    spec = importlib.util.spec_from_file_location("store_fixture", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.make_store_folder  # type: ignore[no-any-return]
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -28,16 +27,6 @@ TEXTS = (
     "café cafe\u0301 \u200b",
     "a name like <|begin|> is only text here",
 )
-
-
-@pytest.fixture(scope="session")
-def make_tokenizer() -> Callable[..., Path]:
-    path = Path(__file__).with_name("tokenizer_fixture.py")
-    spec = importlib.util.spec_from_file_location("tokenizer_fixture", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.make_tokenizer  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import json
 import os
 import resource
@@ -30,16 +29,6 @@ SHARD_TOKENS = 500
 
 class Crash(BaseException):
     """Ends a call the way a signal does: nothing in the package catches it."""
-
-
-@pytest.fixture(scope="session")
-def make_tokenizer() -> Callable[..., Path]:
-    path = Path(__file__).with_name("tokenizer_fixture.py")
-    spec = importlib.util.spec_from_file_location("tokenizer_fixture", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.make_tokenizer  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="session")

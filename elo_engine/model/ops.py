@@ -89,7 +89,9 @@ class _RmsNorm(torch.autograd.Function):
         if _triton(hidden_ND):
             from elo_engine.kernels import rms_norm as kernel
 
-            d_hidden_ND, d_gamma_D = kernel.rms_norm_backward(grads[0].contiguous(), hidden_ND, gamma_D, rstd_N)
+            d_hidden_ND, d_gamma_D = kernel.rms_norm_backward(
+                grads[0], hidden_ND, gamma_D, rstd_N, need_d_x=ctx.needs_input_grad[0], need_d_gamma=True
+            )
         else:
             d_hidden_ND, d_gamma_D = cpu_pointwise.rms_norm_backward(
                 grads[0].contiguous(), hidden_ND, gamma_D, rstd_N, need_d_hidden=ctx.needs_input_grad[0]
@@ -115,7 +117,7 @@ class _Swiglu(torch.autograd.Function):
             from elo_engine.kernels import swiglu as kernel
 
             gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
-            return kernel.swiglu_forward(gate_NF.contiguous(), up_NF.contiguous())  # type: ignore[no-any-return]
+            return kernel.swiglu_forward(gate_NF, up_NF)  # type: ignore[no-any-return]
         return cpu_pointwise.swiglu_forward(gate_up_N2F)
 
     @staticmethod
@@ -125,9 +127,10 @@ class _Swiglu(torch.autograd.Function):
             from elo_engine.kernels import swiglu as kernel
 
             gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
-            return torch.cat(
-                kernel.swiglu_backward(grads[0].contiguous(), gate_NF.contiguous(), up_NF.contiguous()), -1
-            )
+            d_packed_N2F = torch.empty_like(gate_up_N2F)
+            d_gate_NF, d_up_NF = d_packed_N2F.chunk(2, dim=-1)
+            kernel.swiglu_backward(grads[0], gate_NF, up_NF, out=(d_gate_NF, d_up_NF))
+            return d_packed_N2F
         return cpu_pointwise.swiglu_backward(grads[0].contiguous(), gate_up_N2F)
 
 
@@ -245,7 +248,7 @@ def _frozen_head_triton(
     for start in range(0, hidden_ND.shape[0], chunk):
         rows = slice(start, start + chunk)
         logits_NV = F.linear(hidden_ND[rows], head_VD)
-        losses_N[rows] = kernel.cross_entropy_forward(logits_NV, labels_N[rows])
+        losses_N[rows] = kernel.cross_entropy_forward(logits_NV, labels_N[rows], need_d_logits=need)
         if d_hidden_ND is not None:
             torch.mm(logits_NV, head_VD, out=d_hidden_ND[rows])
     return losses_N, d_hidden_ND
