@@ -155,7 +155,15 @@ def data(
     from elo_engine.checkpoint import resolve_model
     from elo_engine.data import build_tokens
 
-    manifest = build_tokens(inputs, resolve_model(tokenizer), out, split_blank_lines=split_blank_lines)
+    total = sum(path.stat().st_size for path in inputs if path.is_file())
+    with console.progress_bar("data (bytes)", total) as bar:
+        manifest = build_tokens(
+            inputs,
+            resolve_model(tokenizer),
+            out,
+            split_blank_lines=split_blank_lines,
+            progress=lambda done, _: bar(done, ""),
+        )
     console.out.print(
         f"{out}: {manifest.totals.tokens:,} tokens in {manifest.totals.documents:,} documents", markup=False
     )

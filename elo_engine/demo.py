@@ -29,15 +29,15 @@ from elo_engine.run_dir import RunDir
 
 SEQUENCE_LENGTH = 512
 PRETRAIN = {
-    "tokens": 114_688, "tokens_per_step": 2048, "micro_batch": 4,
+    "tokens": 73_728, "tokens_per_step": 2048, "micro_batch": 4,
     "optimizer": {"lr": 6e-4}, "schedule": {"warmup": 0.05},
 }  # fmt: skip
 ALIGN = {
-    "tokens": 12_288, "tokens_per_step": 1024, "micro_batch": 2, "recompute": "none",
-    "optimizer": {"lr": 3e-4}, "schedule": {"warmup": 0.1},
+    "tokens": 8192, "tokens_per_step": 512, "micro_batch": 1, "recompute": "none",
+    "optimizer": {"lr": 1.5e-4}, "schedule": {"warmup": 0.1},
 }  # fmt: skip
 HELDOUT_EVERY = 90  # one document in so many is set aside
-HELDOUT_TOKENS = 6144  # a language; scored three times
+HELDOUT_TOKENS = 3072  # a language; scored three times
 BASELINE_STEPS, BASELINE_WARMUP = 3, 1
 
 
@@ -108,7 +108,7 @@ def _prepare(documents: dict[str, list[str]], tokenizer: Path, work: Path) -> tu
         every = min(HELDOUT_EVERY, len(texts))
         aside = [text for number, text in enumerate(texts) if number % every == every // 2]
         kept = [text for number, text in enumerate(texts) if number % every != every // 2]
-        share = HELDOUT_TOKENS * 4 // len(aside)  # characters; at least a quarter token each in any script
+        share = _characters(aside, tokenizer, HELDOUT_TOKENS // len(aside))
         for kind, part, folders in (("train", kept, shards), ("heldout", [text[:share] for text in aside], heldout)):
             folder = work / f"{language}-{kind}"
             folders[language] = str(folder)
@@ -121,6 +121,15 @@ def _prepare(documents: dict[str, list[str]], tokenizer: Path, work: Path) -> tu
             )
             build_tokens([lines], tokenizer, folder)
     return shards, heldout
+
+
+def _characters(texts: list[str], tokenizer: Path, tokens: int) -> int:
+    """How many characters of these texts make so many tokens: from a quarter to two tokens each, by script."""
+    from transformers import AutoTokenizer
+
+    sample = "\n".join(text[:500] for text in texts)
+    ids = AutoTokenizer.from_pretrained(tokenizer)(sample, add_special_tokens=False).input_ids
+    return max(1, len(sample) * tokens // len(ids))
 
 
 def _configuration(model: Path, output: Path, shards: dict[str, str], heldout: dict[str, str]) -> RunConfig:

@@ -20,7 +20,6 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from elo_engine.checkpoint import publish, write_safetensors
 from elo_engine.errors import FailedError, UsageError

@@ -8,7 +8,6 @@ it, so bits per byte counts a document's bytes in full against one prediction fe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from elo_engine import console
 from elo_engine.checkpoint import open_checkpoint, resolve_model
 from elo_engine.corpora import Heldout, open_tokens, require_folder
 from elo_engine.data import TokenStore, sequential_rows
@@ -45,23 +45,22 @@ def evaluate_store(
     store: TokenStore,
     sequence_length: int,
     tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    title: str = "evaluate",
 ) -> Evaluation:
     """Score one held-out set. With a cap, the first rows are scored and the bytes taken in proportion to their
     tokens.
     """
     batch_rows = max(1, TOKENS_AT_ONCE // sequence_length)
-    batches = math.ceil(store.tokens_total / sequence_length / batch_rows)
-    if tokens is not None:
-        batches = min(batches, max(1, math.ceil(tokens / sequence_length / batch_rows)))
+    wanted = store.tokens_total if tokens is None else min(tokens, store.tokens_total)
+    batches = max(1, math.ceil(wanted / sequence_length / batch_rows))
     total, count, seen = 0.0, 0, 0
-    for number, rows in enumerate(islice(sequential_rows(store, sequence_length, batch_rows), batches)):
-        losses_N = model.token_losses(to_batch(rows, model.device))
-        total += float(losses_N.double().sum())
-        count += int((rows.labels_BT >= 0).sum())
-        seen += rows.ids_BT.size
-        if progress is not None:
-            progress(number + 1, batches)
+    with console.progress_bar(title, batches) as bar:
+        for number, rows in enumerate(islice(sequential_rows(store, sequence_length, batch_rows), batches)):
+            losses_N = model.token_losses(to_batch(rows, model.device))
+            total += float(losses_N.double().sum())
+            count += int((rows.labels_BT >= 0).sum())
+            seen += rows.ids_BT.size
+            bar(number + 1, "")
     share = min(1.0, seen / store.tokens_total)
     loss = total / max(1, count)
     text_bytes = round(store.text_bytes * share)
@@ -71,7 +70,7 @@ def evaluate_store(
 def evaluate_all(model: Decoder, heldout: Heldout) -> dict[str, Evaluation]:
     """Every language of a held-out set."""
     return {
-        language: evaluate_store(model, store, heldout.sequence_length, heldout.tokens)
+        language: evaluate_store(model, store, heldout.sequence_length, heldout.tokens, f"evaluate {language}")
         for language, store in heldout.stores.items()
     }
 

@@ -139,7 +139,8 @@ class RunDir:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self.log(f"stopped: {type(error).__name__}: {error}")
-            self.status(state="interrupted" if getattr(error, "exit_status", 1) == 130 else "failed", reason=str(error))
+            stopped = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_status", 1) == 130
+            self.status(state="interrupted" if stopped else "failed", reason=str(error) or type(error).__name__)
         self.close()
 
 

@@ -193,7 +193,8 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(UsageError, match="segment starts"):
             attention(q_NHE, k_NKE, v_NKE, starts, 1.0)
     for bad in (
-        (q_NHE[:, :3], k_NKE, v_NKE), (q_NHE, k_NKE[:9], v_NKE[:9]), (q_NHE, k_NKE, v_NKE[:, :1]), (q_NHE[0], k_NKE, v_NKE),
+        (q_NHE[:, :3], k_NKE, v_NKE), (q_NHE, k_NKE[:9], v_NKE[:9]), (q_NHE, k_NKE, v_NKE[:, :1]),
+        (q_NHE[0], k_NKE, v_NKE),
         (q_NHE, k_NKE[..., :7], v_NKE[..., :7]), (q_NHE.bfloat16(), k_NKE, v_NKE), (q_NHE[:0], k_NKE[:0], v_NKE[:0]),
     ):  # fmt: skip
         with pytest.raises(UsageError, match="attention"):

@@ -1,0 +1,95 @@
+"""The verbs that are not stages: inspect, data, eval, doctor, version, and how the command line itself behaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import elo_engine
+
+Elo = Callable[..., tuple[int, str]]
+
+
+def test_inspect_reads_headers_only_and_counts_bytes(untied: Path, elo: Elo) -> None:
+    status, shown = elo("inspect", untied, "--json")
+    assert status == 0, shown
+    found = json.loads(shown)
+    assert (found["family"], found["layers"], found["tied_head"], found["dtypes"]) == ("llama", 4, False, ["BF16"])
+    assert (
+        found["bytes"]["total"]
+        == 2 * found["parameters"]
+        == sum(p.stat().st_size for p in untied.glob("*.safetensors"))
+        - (sum(8 + int.from_bytes(p.read_bytes()[:8], "little") for p in untied.glob("*.safetensors")))
+    )
+    assert found["bytes"]["embedding"] == found["bytes"]["head"] == 2 * 320 * 48
+    assert len(found["shards"]) >= 3
+    status, shown = elo("inspect", untied)
+    assert status == 0 and "untied head" in shown and "detaching first and last layer reads" in shown
+
+
+def test_inspect_verify_finds_what_headers_cannot_show(tied: Path, elo: Elo) -> None:
+    status, shown = elo("inspect", tied, "--verify")
+    assert status == 0 and "verified" in shown
+
+
+def test_eval_equals_a_direct_computation(tied: Path, shards: dict[str, str], elo: Elo) -> None:
+    folder = shards["en-heldout"]
+    status, shown = elo("eval", tied, "--tokens", folder, shards["ja-heldout"], "--sequence-length", 64, "--json")
+    assert status == 0, shown
+    found = json.loads(shown)
+    assert set(found) == {folder, shards["ja-heldout"]}
+    result = found[folder]
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss_nats"]))
+    nats = result["loss_nats"] * result["tokens_loss"]
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / result["text_bytes"])
+    texts = [json.loads(line)["text"] for line in (Path(folder).parent / "en-heldout.jsonl").read_text().splitlines()]
+    assert result["text_bytes"] == sum(len(text.encode()) for text in texts)
+
+
+def test_data_is_made_once_and_refused_twice(tied: Path, tmp_path: Path, elo: Elo) -> None:
+    (tmp_path / "text.txt").write_text("light and water\n\nnight and day\n")
+    arguments = (
+        "data",
+        tmp_path / "text.txt",
+        "--tokenizer",
+        tied,
+        "--out",
+        tmp_path / "tokens",
+        "--split-blank-lines",
+    )
+    status, shown = elo(*arguments)
+    assert status == 0 and "2 documents" in shown
+    assert elo(*arguments)[0] == 3
+
+
+def test_doctor_says_what_is_off_and_why(elo: Elo) -> None:
+    status, shown = elo("doctor")
+    assert status == 0
+    assert f"torch {torch.__version__}" in shown or torch.cuda.is_available()
+    assert "C++ extension" in shown and "kernels:" in shown
+    status, shown = elo("doctor", "--json")
+    assert json.loads(shown)["packages"]["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
+
+
+def test_version_and_usage(elo: Elo) -> None:
+    assert elo("version") == (0, f"{elo_engine.__version__}\n")
+    assert elo("no-such-verb")[0] == 2
+    assert elo("run")[0] == 2
+    status, shown = elo("--help")
+    assert status == 0
+    for verb in ("inspect", "data", "pretrain", "reattach", "align", "run", "eval", "doctor", "demo"):
+        assert verb in shown
+
+
+def test_starting_the_command_line_imports_nothing_heavy() -> None:
+    """`elo --help` should not wait for torch or transformers."""
+    code = "import sys, elo_engine.cli; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

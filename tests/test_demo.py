@@ -1,0 +1,73 @@
+"""`elo demo` with a model and text of one's own: the whole path with the tiny checkpoint, baseline process included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SYLLABLES, WORDS
+
+from elo_engine import demo
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same recipe at the tiny model's size."""
+    monkeypatch.setattr(demo, "SEQUENCE_LENGTH", 64)
+    monkeypatch.setattr(demo, "HELDOUT_TOKENS", 512)
+    monkeypatch.setattr(demo, "PRETRAIN", demo.PRETRAIN | {"tokens": 256 * 6, "tokens_per_step": 256})
+    monkeypatch.setattr(demo, "ALIGN", demo.ALIGN | {"tokens": 128 * 3, "tokens_per_step": 128, "micro_batch": 2})
+
+
+def write_text(path: Path, words: Any, glue: str) -> Path:
+    paragraphs = [glue.join(words[(start + 7 * step) % len(words)] for step in range(60)) for start in range(80)]
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return path
+
+
+def test_demo_with_own_model_and_text(
+    tied: Path, tmp_path: Path, elo: Callable[..., tuple[int, str]], small_demo: None
+) -> None:
+    ja, en = write_text(tmp_path / "ja.txt", SYLLABLES, ""), write_text(tmp_path / "en.txt", WORDS, " ")
+    arguments = ("demo", "--output", tmp_path / "demo", "--model", tied, "--text", f"ja={ja}", "--text", f"en={en}")
+    status, shown = elo(*arguments)
+    assert status == 0, shown
+    results = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert set(results["evaluations"]) == {"base", "reattached", "aligned"}
+    assert set(results["evaluations"]["base"]) == {"ja", "en"}
+    base, speed = results["baseline"], results["speedup"]
+    stages = results["stages"]
+    expected = (1 / base["tokens_per_s"]) / (
+        0.9 / stages["pretrain"]["tokens_per_s"] + 0.1 / stages["align"]["tokens_per_s"]
+    )
+    assert speed["paper_split"] == pytest.approx(expected)
+    assert base["parameters_trained"] == 86_448 and len(base["step_s"]) == demo.BASELINE_STEPS
+    assert results["samples"]["prompt"] and "Pipeline speedup" in (tmp_path / "demo" / "report.md").read_text()
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    assert (tmp_path / "demo" / "report.png").stat().st_size > 10_000
+    finished = (tmp_path / "demo" / "metrics.jsonl").read_text()
+    status, shown = elo(*arguments)
+    assert status == 0 and (tmp_path / "demo" / "metrics.jsonl").read_text() == finished, (
+        "a finished demo trains nothing"
+    )
+
+
+@pytest.mark.parametrize("text", ["ja", "=x", "ja=/no/such/file"])
+def test_text_that_is_not_language_and_file(
+    tied: Path, tmp_path: Path, elo: Callable[..., tuple[int, str]], text: str
+) -> None:
+    status, shown = elo("demo", "--output", tmp_path / "demo", "--model", tied, "--text", text)
+    assert status == 2 and "LANG=FILE" in shown
+
+
+def test_held_out_documents_are_not_trained_on(tied: Path, tmp_path: Path) -> None:
+    documents = {"ja": [f"{number} " + "かきくけこ" * 5 for number in range(100)]}
+    shards, heldout = demo._prepare(documents, tied, tmp_path)
+    trained = {json.loads(line)["text"] for line in (tmp_path / "ja-train.jsonl").read_text().splitlines()}
+    aside = [json.loads(line)["text"] for line in (tmp_path / "ja-heldout.jsonl").read_text().splitlines()]
+    assert len(aside) == 1 and len(trained) == 99
+    assert not any(text.startswith(aside[0][:2]) for text in trained)
+    assert (Path(shards["ja"]) / "manifest.json").exists() and (Path(heldout["ja"]) / "manifest.json").exists()
