@@ -38,7 +38,7 @@ ALIGN = {
 }  # fmt: skip
 HELDOUT_EVERY = 90  # one document in so many is set aside
 HELDOUT_TOKENS = 3072  # a language; scored three times
-BASELINE_STEPS, BASELINE_WARMUP = 3, 1
+BASELINE_STEPS, BASELINE_WARMUP, BASELINE_MICRO_BATCH = 3, 1, 2
 
 
 def run_demo(output: Path, model: str | None, texts: list[str], baseline: bool) -> None:
@@ -166,11 +166,9 @@ def _samples(source: Source, aligned: Path, texts: list[str]) -> dict[str, str]:
 
 
 def _baseline(run: RunDir, source: Source) -> dict[str, Any]:
-    """transformers in a fresh process over the first rows of this run's own mixture, with the alignment's
-    micro-batch.
-    """
+    """transformers in a fresh process over the first rows of this run's own mixture."""
     config = run.config
-    size = config.align.micro_batch
+    size = BASELINE_MICRO_BATCH
     mixture = make_mixture(config, source.folder, source.spec.V)
     rows = mixture.rows(0, size * (BASELINE_WARMUP + BASELINE_STEPS))
     packed = run.path / "baseline-rows.npz"

@@ -71,3 +71,13 @@ def test_held_out_documents_are_not_trained_on(tied: Path, tmp_path: Path) -> No
     assert len(aside) == 1 and len(trained) == 99
     assert not any(text.startswith(aside[0][:2]) for text in trained)
     assert (Path(shards["ja"]) / "manifest.json").exists() and (Path(heldout["ja"]) / "manifest.json").exists()
+
+
+def test_the_example_is_the_demos_own_recipe() -> None:
+    from elo_engine.config import load_config
+
+    example = load_config(Path(demo.__file__).parents[1] / "examples" / "demo.yaml")
+    made = demo._configuration(Path("m"), Path("o"), example.data.shards, example.evaluate.shards)
+    for section in ("pretrain", "align", "evaluate", "detach"):
+        assert getattr(example, section) == getattr(made, section), section
+    assert example.data == made.data and example.seed == made.seed
