@@ -40,7 +40,10 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
         index, source.spec, device=source.device, dtype=source.dtype, recompute=config.align.recompute == "layer"
     )
     log_model(run, model, index)
-    summary = run_stage(run, "align", model, index, mixture, heldout)
+    # after ELO pretraining the alignment goes on where that stopped reading; the paper's stages share no text either
+    rows_read = config.steps("pretrain") * config.pretrain.tokens_per_step // config.data.sequence_length
+    first_row = rows_read if start.exists() else 0
+    summary = run_stage(run, "align", model, index, mixture, heldout, first_row=first_row)
     extra = {"kind": "aligned", "run_id": run.run_id, "source": source.index.identity()}
     write_model(run, index, final_weights(run, "align"), target, extra, _model_card(config, source, summary))
     return summary

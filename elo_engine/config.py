@@ -283,7 +283,9 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, for a resume that must be the same run. `snapshot` may change freely."""
+    """Dotted keys whose values differ, for a resume that must be the same run. `snapshot` may change freely, and so may
+    `output`: a run folder can be moved, or named by another path.
+    """
 
     def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(node, dict):
@@ -295,4 +297,4 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
 
     left, right = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     keys = [key for key in (left | right) if left.get(key, ...) != right.get(key, ...)]
-    return sorted(key for key in keys if not key.startswith("snapshot."))
+    return sorted(key for key in keys if not key.startswith("snapshot.") and key != "output")

@@ -11,6 +11,7 @@ from elo_engine.console import format_seconds
 from elo_engine.measure.meter import human_bytes
 
 MOMENTS = ("base", "reattached", "aligned")
+COLOURS = ("#3366cc", "#cc6633", "#338855", "#7744aa")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -115,13 +116,12 @@ def _plot(path: Path, steps: list[dict[str, Any]], evaluations: dict[str, Any]) 
     moments = [moment for moment in MOMENTS if moment in evaluations]
     for number, language in enumerate(evaluations[moments[0]] if moments else []):
         values = [evaluations[moment][language]["loss_nats"] for moment in moments]
-        axes[2].plot(
-            moments, values, marker="o", label=language, color=("#3366cc", "#cc6633", "#338855", "#7744aa")[number % 4]
-        )
+        lowest = min(found["loss_nats"] for found in evaluations[moments[0]].values())
+        below = values[0] == lowest and len(evaluations[moments[0]]) > 1  # so that two curves' labels do not meet
+        axes[2].plot(moments, values, marker="o", label=language, color=COLOURS[number % len(COLOURS)])
         for moment, value in zip(moments, values, strict=True):
-            axes[2].annotate(
-                f"{value:.2f}", (moment, value), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=9
-            )
+            place = {"xytext": (0, -15 if below else 7), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+            axes[2].annotate(f"{value:.2f}", (moment, value), **place)
     axes[2].set(title="held-out loss of the whole model", ylabel="nats/token")
     axes[2].margins(0.15, 0.2)
     axes[2].grid(alpha=0.3)

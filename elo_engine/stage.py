@@ -78,7 +78,14 @@ def _resume(run: RunDir, name: StageName, optimizer: MasterAdamW, model: Decoder
 
 
 def run_stage(
-    run: RunDir, name: StageName, model: Decoder, index: CheckpointIndex, mixture: Mixture, heldout: Heldout | None
+    run: RunDir,
+    name: StageName,
+    model: Decoder,
+    index: CheckpointIndex,
+    mixture: Mixture,
+    heldout: Heldout | None,
+    *,
+    first_row: int = 0,
 ) -> dict[str, Any]:
     """Train a stage to its end, from the newest snapshot if there is one; returns its summary and leaves a final
     snapshot.
@@ -152,6 +159,7 @@ def run_stage(
         finished = train(
             model, optimizer, mixture, section,
             steps=steps, sequence_length=config.data.sequence_length, progress=progress, hooks=hooks,
+            first_row=first_row,
         )  # fmt: skip
         seconds = time.perf_counter() - began
         snapshot = save(progress) if progress.step else None

@@ -236,3 +236,23 @@ def test_killed_without_warning_resumes_bit_for_bit(
     assert status == 0, shown
     left, right = final_state(tmp_path / "straight"), final_state(Path(run_tree["output"]))
     assert [name for name in left if left[name] != right.get(name)] == []
+
+
+def test_alignment_reads_on_where_pretraining_stopped(
+    run_tree: dict[str, Any], write_config: Callable[..., Path], elo: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    """The stages share no rows; full continual pretraining, which has no stage before it, starts at the first one."""
+    asked: list[tuple[int, int]] = []
+    plain = Mixture.rows
+
+    def rows(self: Mixture, first: int, count: int) -> Any:
+        asked.append((first, count))
+        return plain(self, first, count)
+
+    monkeypatch.setattr(Mixture, "rows", rows)
+    assert elo("run", write_config(run_tree))[0] == 0
+    assert asked == [(4 * step, 4) for step in range(9)], "six steps of pretraining, then three of alignment"
+    asked.clear()
+    assert elo("align", write_config(run_tree), f"output={tmp_path / 'full'}")[0] == 0
+    assert asked == [(0, 4), (4, 4), (8, 4)]

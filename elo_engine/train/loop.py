@@ -133,10 +133,12 @@ def train(
     sequence_length: int,
     progress: Progress,
     hooks: Hooks,
+    first_row: int = 0,
 ) -> bool:
     """Run optimizer steps until `steps` are done; True when they are, False when `should_stop` ended it early.
 
-    Stopped early, the model stands exactly at the end of the last completed step.
+    Stopped early, the model stands exactly at the end of the last completed step. The stage reads the mixture from row
+    `first_row` on, so that a stage after another one sees new text.
 
     Raises:
         FailedError: gradients missing or wrong on the first step, or not finite NON_FINITE_LIMIT times in a row.
@@ -145,7 +147,7 @@ def train(
     checked = False
     while progress.step < steps:
         started = time.perf_counter()
-        rows = mixture.batch(progress.step, rows_per_step)
+        rows = mixture.rows(first_row + progress.step * rows_per_step, rows_per_step)
         tokens_loss = int((rows.labels_BT >= 0).sum())
         data_s = time.perf_counter() - started
         optimizer.zero_grad()
