@@ -1,23 +1,13 @@
-#include "attention.h"
-
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <new>
+
+#include "drivers.h"
+#include "scratch.h"
 
 namespace elo {
 namespace {
-
-struct Release {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using Floats = std::unique_ptr<float[], Release>;
-
-Floats allocate(int64_t count) {
-  return Floats(static_cast<float*>(::operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t(64))));
-}
 
 // Where packed blocks lie: head by head, and in a head segment by segment.
 struct Blocks {

@@ -46,6 +46,23 @@ struct AttentionTask {
   int64_t first, last;             // queries or keys, counted from the segment's start
 };
 
+// Rows and vocabulary columns of a tile of the frozen head: multiples of every register tile.
+constexpr int64_t HEAD_ROWS = 96, HEAD_COLS = 96;
+
+struct FrozenHead {
+  const float* hidden;  // [rows, width], contiguous
+  const float* weight;  // [vocabulary, width], contiguous; width a multiple of 32
+  const int64_t* labels;
+  int64_t rows, width, vocabulary;
+  float* running_max;  // [rows], written
+  float* running_sum;  // [rows], written
+  float* acc;          // [rows, width], written; null: not wanted
+};
+
+inline int64_t head_scratch(int64_t width) {
+  return (2 * HEAD_ROWS + HEAD_COLS) * width + HEAD_COLS * HEAD_ROWS + 2 * HEAD_ROWS;
+}
+
 struct Kernels {
   const char* name;
   // Turns the rows [row_begin, row_end) of a tile into exp(logit - running max).
@@ -57,6 +74,7 @@ struct Kernels {
   void (*attention_pack_queries)(const AttentionBackward&, const AttentionTask&, float* queries, float* d_outs);
   void (*attention_backward)(const AttentionBackward&, const AttentionTask&, const float* queries, const float* d_outs,
                              int64_t head_stride, float* d_q, float* scratch);
+  void (*head_block)(const FrozenHead&, int64_t row_begin, int64_t rows, float* scratch);
 };
 
 // Floats of scratch that a task of either pass needs.

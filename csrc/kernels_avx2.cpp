@@ -9,6 +9,7 @@
 #include "isa_softmax.h"
 #include "isa_gemm.h"
 #include "isa_attention.h"
+#include "isa_head.h"
 
 namespace elo {
 // Constant-initialised: no code of this file runs unless the processor was asked first.
@@ -18,6 +19,7 @@ const Kernels avx2_kernels = {"avx2",
                             avx2::attention_pack,
                             avx2::attention_forward,
                             avx2::attention_pack_queries,
-                            avx2::attention_backward};
+                            avx2::attention_backward,
+                            avx2::head_block};
 }  // namespace elo
 #endif

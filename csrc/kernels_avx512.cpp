@@ -9,6 +9,7 @@
 #include "isa_softmax.h"
 #include "isa_gemm.h"
 #include "isa_attention.h"
+#include "isa_head.h"
 
 namespace elo {
 // Constant-initialised: no code of this file runs unless the processor was asked first.
@@ -18,6 +19,7 @@ const Kernels avx512_kernels = {"avx512",
                             avx512::attention_pack,
                             avx512::attention_forward,
                             avx512::attention_pack_queries,
-                            avx512::attention_backward};
+                            avx512::attention_backward,
+                            avx512::head_block};
 }  // namespace elo
 #endif

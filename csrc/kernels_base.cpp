@@ -9,6 +9,7 @@
 #include "isa_softmax.h"
 #include "isa_gemm.h"
 #include "isa_attention.h"
+#include "isa_head.h"
 
 namespace elo {
 
@@ -18,7 +19,8 @@ const Kernels base_kernels = {"base",
                               base::attention_pack,
                               base::attention_forward,
                               base::attention_pack_queries,
-                              base::attention_backward};
+                              base::attention_backward,
+                            base::head_block};
 
 const Kernels* find_kernels(const char* name) {
   const bool any = std::strcmp(name, "auto") == 0;

@@ -8,8 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
-#include "kernels.h"
+#include "drivers.h"
 
 namespace py = pybind11;
 
@@ -58,9 +57,27 @@ void softmax_tile(Address tile, int64_t rows, int64_t cols, int64_t tile_stride,
                            acc_cols,
                            acc_stride};
   py::gil_scoped_release release;
-  constexpr int64_t grain = 16;
-#pragma omp parallel for schedule(static)
-  for (int64_t r = 0; r < rows; r += grain) kernels.softmax_tile(a, r, r + grain < rows ? r + grain : rows);
+  elo::run_softmax_tile(kernels, a);
+}
+
+void frozen_head(Address hidden, Address weight, Address labels, int64_t rows, int64_t width, int64_t vocabulary,
+                 Address running_max, Address running_sum, Address acc, const std::string& isa) {
+  check_size(rows, width, "hidden");
+  check_size(vocabulary, width, "head");
+  if (width < 32 || width % 32 || vocabulary < 1) throw std::invalid_argument("head: the width must be a multiple of 32");
+  const elo::Kernels& kernels = chosen(isa);
+  if (rows == 0) return;
+  const elo::FrozenHead a{pointer<const float>(hidden, "hidden"),
+                          pointer<const float>(weight, "head"),
+                          pointer<const int64_t>(labels, "labels"),
+                          rows,
+                          width,
+                          vocabulary,
+                          pointer<float>(running_max, "running maximum"),
+                          pointer<float>(running_sum, "running sum"),
+                          acc ? pointer<float>(acc, "accumulator") : nullptr};
+  py::gil_scoped_release release;
+  elo::run_frozen_head(kernels, a);
 }
 
 void check_attention(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, int64_t q_stride, int64_t k_stride,
@@ -135,6 +152,7 @@ PYBIND11_MODULE(_csrc, m) {
   m.attr("INTERFACE") = 1;  // cpu_native.py refuses an extension left over from another version
   m.def("instruction_set", [](const std::string& isa) { return std::string(chosen(isa).name); }, py::arg("isa") = "auto");
   m.def("softmax_tile", &softmax_tile);
+  m.def("frozen_head", &frozen_head);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +22,13 @@ SMALL = cpu_head.HeadTiles(rows=16, cols=48, most_cols=96, chunk_bytes=4 * 1000 
 
 
 @pytest.fixture(autouse=True)
-def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles, so that small shapes cross many borders."""
+def many_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small tiles, so that small shapes cross many borders; one thread, which is enough for them on a busy machine."""
     monkeypatch.setattr(cpu_head, "TILES", SMALL)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=PATHS)
@@ -67,7 +74,9 @@ def _compare(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, slack: float 
         assert bool((skipped[labels_N == -100] == 0).all())
 
 
+# widths of whole register tiles (32, 64, 352, 704) take the C++ sweep, the others torch's products in tiles
 SHAPES = [(1, 8, 1), (1, 16, 5), (2, 3, 48), (16, 16, 96), (17, 24, 97), (40, 33, 1009)]
+SHAPES += [(1, 32, 1), (1, 32, 97), (5, 64, 95), (100, 32, 96), (193, 64, 500), (20, 352, 193), (9, 704, 200)]
 
 
 @pytest.mark.parametrize(("N", "D", "V"), SHAPES)
@@ -91,22 +100,22 @@ def test_mixed_dtypes_meet_in_fp32(path: str) -> None:
 
 def test_huge_logits(path: str) -> None:
     """Logits of +-1e4: with the maximum in any tile, first, last or between, and on the target or not."""
-    hidden_ND, head_VD, labels_N = _case(20, 16, 500)
+    hidden_ND, head_VD, labels_N = _case(20, 32, 500)
     hidden_ND *= 1e4 / (hidden_ND @ head_VD.t()).abs().max()
     labels_N[:5] = (hidden_ND @ head_VD.t()).argmax(dim=1)[:5]
     _compare(hidden_ND, head_VD, labels_N)
 
 
 def test_repeated_targets(path: str) -> None:
-    hidden_ND, head_VD, labels_N = _case(33, 16, 200)
+    hidden_ND, head_VD, labels_N = _case(33, 32, 200)
     labels_N[:] = 77
     _compare(hidden_ND, head_VD, labels_N)
 
 
 def test_a_confident_token_keeps_its_tiny_loss(path: str) -> None:
     """lse - logit cancels to 0 or 1e-6 here; softplus of the others' log-sum-exp does not."""
-    head_VD = torch.eye(8)[:2] * torch.tensor([[1.0], [-1.0]])
-    hidden_ND = torch.zeros(1, 8)
+    head_VD = torch.eye(32)[:2] * torch.tensor([[1.0], [-1.0]])
+    hidden_ND = torch.zeros(1, 32)
     hidden_ND[0, 0] = 20.0
     labels_N = torch.tensor([0])
     truths = _eager(hidden_ND, head_VD, labels_N, torch.float64)
@@ -117,7 +126,7 @@ def test_a_confident_token_keeps_its_tiny_loss(path: str) -> None:
 
 
 def test_all_labels_ignored(path: str) -> None:
-    hidden_ND, head_VD, labels_N = _case(6, 8, 50, ignored=6)
+    hidden_ND, head_VD, labels_N = _case(6, 32, 50, ignored=6)
     hidden_ND[2] = torch.nan  # padding may hold anything
     loss_N, d_hidden_ND, d_head_VD = cpu_head.head_loss(hidden_ND, head_VD, labels_N, need_grads=True)
     assert d_hidden_ND is not None and d_head_VD is not None
@@ -133,10 +142,10 @@ def test_all_labels_ignored(path: str) -> None:
 
 
 def test_a_row_does_not_depend_on_the_others(path: str) -> None:
-    hidden_ND, head_VD, labels_N = _case(40, 16, 300)
+    hidden_ND, head_VD, labels_N = _case(40, 32, 300)
     before = cpu_head.head_loss(hidden_ND, head_VD, labels_N, need_grads=True)
     frozen = cpu_head.frozen_head_loss(hidden_ND, head_VD, labels_N, need_d_hidden=True)
-    hidden_ND[1:] = torch.randn(39, 16) * 50
+    hidden_ND[1:] = torch.randn(39, 32) * 50
     hidden_ND[7] = torch.nan
     labels_N[1:] = labels_N[1:].flip(0)
     after = cpu_head.head_loss(hidden_ND, head_VD, labels_N, need_grads=True)
@@ -145,6 +154,19 @@ def test_a_row_does_not_depend_on_the_others(path: str) -> None:
         assert x is not None and y is not None and torch.equal(x[0], y[0])
     for loss_N in (after[0], again[0]):
         assert bool(loss_N[7].isnan()), "a hidden state that is not a number must show in its loss"
+
+
+@pytest.mark.skipif(not cpu_native.HAS_CSRC, reason=f"no C++ extension: {cpu_native.CSRC_REASON}")
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    """Threads cut the rows into other blocks; torch's products, where they serve, promise no such thing."""
+    hidden_ND, head_VD, labels_N = _case(203, 64, 300)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(cpu_head.frozen_head_loss(hidden_ND, head_VD, labels_N, need_d_hidden=True))
+    for loss_N, d_hidden_ND in results[1:]:
+        assert torch.equal(loss_N, results[0][0])
+        assert d_hidden_ND is not None and results[0][1] is not None and torch.equal(d_hidden_ND, results[0][1])
 
 
 def test_nothing_of_the_size_of_the_head_or_the_logits_is_made(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,10 +178,11 @@ def test_nothing_of_the_size_of_the_head_or_the_logits_is_made(path: str, monkey
     with Recorder() as recorder:
         cpu_head.frozen_head_loss(hidden_ND, head_VD, labels_N, need_d_hidden=True)
     assert 0 < recorder.largest < smallest / 8
-    assert recorder.flops == 4 * 32 * 4096 * 48, "4 D V for each of the 48 tokens with a label"
+    in_torch = path == "torch"
+    assert recorder.flops == in_torch * 4 * 32 * 4096 * 48, "4 D V for each of the 48 tokens with a label"
     with Recorder() as recorder:
         cpu_head.frozen_head_loss(hidden_ND, head_VD, labels_N, need_d_hidden=False)
-    assert recorder.flops == 2 * 32 * 4096 * 48
+    assert recorder.flops == in_torch * 2 * 32 * 4096 * 48
     with Recorder() as recorder:
         d_head_VD = torch.zeros_like(head_VD)
         cpu_head.head_loss(hidden_ND, head_VD, labels_N, need_grads=True, d_head_out_VD=d_head_VD)
@@ -167,6 +190,25 @@ def test_nothing_of_the_size_of_the_head_or_the_logits_is_made(path: str, monkey
     with Recorder() as recorder:
         _eager(hidden_ND, head_VD, labels_N, torch.float32)
     assert recorder.largest >= smallest, "the recorder must see what plain torch makes"
+
+
+def test_the_process_stays_smaller_than_the_logits_or_the_head() -> None:
+    """What the recorder cannot see: memory of the C++ side."""
+    code = """
+import resource, torch
+from elo_engine.model.cpu import frozen_head_loss
+torch.set_num_threads(2)
+hidden, head, labels = torch.randn(1024, 512), torch.randn(16384, 512), torch.randint(0, 16384, (1024,))
+frozen_head_loss(hidden[:8], head[:300], labels[:8] % 300, need_d_hidden=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+frozen_head_loss(hidden, head, labels, need_d_hidden=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    root = Path(__file__).parent.parent
+    grown_kib = int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
+    )
+    assert grown_kib < 24 * 1024, "the logits would be 64 MiB, a gradient of the head 32 MiB"
 
 
 def test_the_heads_gradient_is_accumulated(path: str) -> None:
@@ -189,6 +231,24 @@ def test_a_parameter_gets_no_graph(path: str) -> None:
     )
     assert d_hidden_ND is not None and d_head_VD is not None
     assert not (loss_N.requires_grad or d_hidden_ND.requires_grad or d_head_VD.requires_grad)
+
+
+@pytest.mark.parametrize("fault", ["sum", "maximum", "accumulator"])
+def test_the_comparison_sees_a_wrong_sweep(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu_native.HAS_CSRC:
+        pytest.skip(cpu_native.CSRC_REASON)
+    right: Callable[..., None] = cpu_head.frozen_head
+
+    def wrong(hidden: Tensor, head: Tensor, labels: Tensor, top: Tensor, total: Tensor, acc: Tensor) -> None:
+        right(hidden, head, labels, top, total, acc)
+        place = {"sum": total, "maximum": top, "accumulator": acc}[fault]
+        place[-1] *= 1 + 1e-4
+
+    case = _case(20, 32, 300)
+    _compare(*case)
+    monkeypatch.setattr(cpu_head, "frozen_head", wrong)
+    with pytest.raises(AssertionError, match="error"):
+        _compare(*case)
 
 
 @pytest.mark.parametrize("fault", ["sum", "maximum", "accumulator", "target"])

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elo_engine.errors import UsageError
-from elo_engine.model.cpu_native import softmax_tile
+from elo_engine.model.cpu_native import fits_frozen_head, frozen_head, softmax_tile
 
 IGNORED = -100
 
@@ -56,23 +56,32 @@ def frozen_head_loss(
     loss_N = torch.zeros(labels_N.shape, dtype=torch.float32)
     d_hidden_ND = torch.zeros_like(hidden_ND, memory_format=torch.contiguous_format) if need_d_hidden else None
     for rows_R in _labelled_rows(labels_N, TILES.rows):
-        hidden_RD, labels_R = hidden_ND[rows_R], labels_N[rows_R]
-        part = _Rows(hidden_RD, head_VD, labels_R, keep_acc=need_d_hidden)
-        cols = min(TILES.most_cols, max(TILES.cols, TILES.rows * TILES.cols // len(labels_R)))
-        buffer = torch.empty(len(labels_R) * cols, dtype=torch.float32)
-        for begin in range(0, head_VD.shape[0], cols):
-            weight_CD = part.weight(begin, begin + cols)
-            tile_RC = buffer[: len(labels_R) * len(weight_CD)].view(len(labels_R), -1)
-            part.multiply_into(tile_RC, weight_CD)
-            softmax_tile(tile_RC, labels_R, begin, part.max_R, part.sum_R, part.acc_RD)
-            if part.acc_RD is not None:
-                part.add_product(part.acc_RD, tile_RC, weight_CD)
+        labels_R = labels_N[rows_R]
+        part = _Rows(hidden_ND[rows_R], head_VD, labels_R, keep_acc=need_d_hidden)
+        if fits_frozen_head(part.hidden_RD, head_VD):
+            frozen_head(part.hidden_RD.contiguous(), head_VD, labels_R, part.max_R, part.sum_R, part.acc_RD)
+        else:
+            _sweep(part, labels_R, head_VD.shape[0])
         losses_R, others_R = part.finish()
         loss_N[rows_R] = losses_R
         if d_hidden_ND is not None and part.acc_RD is not None:
             part.acc_RD.mul_(part.share(others_R)[:, None]).sub_(part.target_RD.mul_(others_R[:, None]))
             d_hidden_ND[rows_R] = part.acc_RD.to(d_hidden_ND.dtype)
     return loss_N, d_hidden_ND
+
+
+def _sweep(part: _Rows, labels_R: Tensor, V: int) -> None:
+    """`cpu_native.frozen_head` with torch's products: a tile of logits stays in cache between its two products."""
+    R = len(labels_R)
+    cols = min(TILES.most_cols, max(TILES.cols, TILES.rows * TILES.cols // R))
+    buffer = torch.empty(R * cols, dtype=torch.float32)
+    for begin in range(0, V, cols):
+        weight_CD = part.weight(begin, begin + cols)
+        tile_RC = buffer[: R * len(weight_CD)].view(R, -1)
+        part.multiply_into(tile_RC, weight_CD)
+        softmax_tile(tile_RC, labels_R, begin, part.max_R, part.sum_R, part.acc_RD)
+        if part.acc_RD is not None:
+            part.add_product(part.acc_RD, tile_RC, weight_CD)
 
 
 @torch.no_grad()

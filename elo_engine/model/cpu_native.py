@@ -134,6 +134,35 @@ def _softmax_tile_torch(
     max_R.copy_(top_R)
 
 
+def fits_frozen_head(hidden_RD: Tensor, head_VD: Tensor) -> bool:
+    """Whether C++ computes these: fp32 and a width of whole register tiles. The twin is cpu_head's loop over tiles."""
+    both = hidden_RD.dtype == head_VD.dtype == torch.float32
+    return _native() is not None and both and hidden_RD.shape[1] % 32 == 0 and head_VD.is_contiguous()
+
+
+def frozen_head(
+    hidden_RD: Tensor, head_VD: Tensor, labels_R: Tensor, max_R: Tensor, sum_R: Tensor, acc_RD: Tensor | None
+) -> None:
+    """The whole vocabulary without each row's target: the largest logit, the sum of exp(logit - largest), and where
+    `acc_RD` is given the same sum over rows of the head, weighted; all fp32, all written over."""
+    native = _native()
+    assert native is not None
+    (R, D), V = hidden_RD.shape, head_VD.shape[0]
+    _expect(hidden_RD, "hidden", (R, D), torch.float32)
+    _expect(head_VD, "head", (V, D), torch.float32)
+    _expect(labels_R, "labels", (R,), torch.int64)
+    _expect(max_R, "maximum", (R,), torch.float32)
+    _expect(sum_R, "sum", (R,), torch.float32)
+    for tensor in (hidden_RD, head_VD) if acc_RD is None else (hidden_RD, head_VD, acc_RD):
+        assert tensor.is_contiguous()
+    if acc_RD is not None:
+        _expect(acc_RD, "accumulator", (R, D), torch.float32)
+    native.frozen_head(
+        hidden_RD.data_ptr(), head_VD.data_ptr(), labels_R.data_ptr(), R, D, V,
+        max_R.data_ptr(), sum_R.data_ptr(), 0 if acc_RD is None else acc_RD.data_ptr(), _choice,
+    )  # fmt: skip
+
+
 def has_attention() -> bool:
     """Whether C++ computes the attention; its twin is torch's scaled_dot_product_attention."""
     return _native() is not None
