@@ -112,6 +112,13 @@ def test_the_extension_checks_what_would_crash() -> None:
             native.softmax_tile(*tile[:position], value, *tile[position + 1 :])
     with pytest.raises(ValueError, match="instruction set"):
         native.softmax_tile(*tile[:-1], "sse9")
+    head = (address, address, labels, 1, 32, 1, address, address, 0, "auto")
+    for position, value in [
+        (0, 0), (1, 0), (1, address + 2), (2, 0), (3, -1), (3, 1 << 60), (4, 16), (4, 33), (4, -32), (5, 0),
+        (5, 1 << 60), (6, 0), (7, 0), (8, 2),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=r"head|null|aligned|overflows"):
+            native.frozen_head(*head[:position], value, *head[position + 1 :])
     attention = (address, address, address, 8, 4, 4, 2, 2, 1, 4, 1.0, address, address, [0, 2], "auto")
     for place, wrong in [
         (0, 0), (3, 7), (4, 3), (6, -1), (6, 3), (6, 1 << 61), (7, 3), (7, 0), (8, 0), (9, 0), (9, 1 << 40), (11, 0),

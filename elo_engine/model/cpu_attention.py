@@ -19,7 +19,15 @@ from elo_engine.model import cpu_native
 class AttentionChoice:
     """Where the C++ attention is taken, and why.
 
-    MEASURED
+    Predicted at T = 512 and 2048 from 14 T^2 E / 2 FLOPs a head (forward 4, backward 10) at 120 GFLOP/s of the 190
+    that two Zen 3 cores reach: 36 and 140 ms.
+    Measured (torch 2.13, two cores, rounds taking turns, medians of 9 and 10 with both cores free, ms):
+        T = 512: SDPA by segment 113, SDPA on equally long segments in one call 94, C++ 45
+        T = 2048: SDPA 240, the twin 234, C++ 142
+    On busy cores at T = 64: SDPA by segment 70, equal segments in one call 21.5, C++ 22: even there, and real
+    documents are not equally long. So the C++ is taken for every length.
+    Blocks on torch.bmm with heads folded were 1.1 times as fast as SDPA by segment at 512 and 0.8 times at 2048, at
+    their best block size (64): not kept.
     """
 
     widest_head: int = 256  # a thread's scratch (5 blocks of 96 x width, 2 of 96 x 96) stays near 0.5 MiB
