@@ -29,16 +29,16 @@ from elo_engine.run_dir import RunDir
 
 SEQUENCE_LENGTH = 512
 PRETRAIN = {
-    "tokens": 73_728, "tokens_per_step": 2048, "micro_batch": 4,
+    "tokens": 55_296, "tokens_per_step": 2048, "micro_batch": 4,
     "optimizer": {"lr": 6e-4}, "schedule": {"warmup": 0.05},
 }  # fmt: skip
 ALIGN = {
-    "tokens": 8192, "tokens_per_step": 512, "micro_batch": 1, "recompute": "none",
+    "tokens": 6144, "tokens_per_step": 512, "micro_batch": 1, "recompute": "none",
     "optimizer": {"lr": 1.5e-4}, "schedule": {"warmup": 0.1},
 }  # fmt: skip
 HELDOUT_EVERY = 90  # one document in so many is set aside
 HELDOUT_TOKENS = 3072  # a language; scored three times
-BASELINE_STEPS, BASELINE_WARMUP, BASELINE_MICRO_BATCH = 3, 1, 2
+BASELINE_STEPS, BASELINE_WARMUP, BASELINE_MICRO_BATCH = 2, 1, 2
 
 
 def run_demo(output: Path, model: str | None, texts: list[str], baseline: bool) -> None:
@@ -153,7 +153,9 @@ def _samples(source: Source, aligned: Path, texts: list[str]) -> dict[str, str]:
     """The same prompt, the start of a document, continued by both models through transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # loading two small models would draw over the run's own bars
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
     prompt = texts[min(HELDOUT_EVERY, len(texts)) // 2][:24]
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)

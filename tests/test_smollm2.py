@@ -71,7 +71,7 @@ def test_gradients_are_closer_to_the_truth_than_those_of_transformers(
     assert_close(ours.logits(batch).view_as(logits), logits.detach(), 1e-5, "logits")
     loss = ours.loss_sum(batch) / int((batch.labels_N >= 0).sum())
     loss.backward()
-    assert abs(float(loss.detach()) - float(expected)) < 1e-5
+    assert abs(float(loss.detach()) - float(expected.detach())) < 1e-5
     true_gradients = dict(truth.named_parameters())
     their_gradients = dict(theirs.named_parameters())
     found = gradients(ours)
