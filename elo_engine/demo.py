@@ -29,11 +29,11 @@ from elo_engine.run_dir import RunDir
 
 SEQUENCE_LENGTH = 512
 PRETRAIN = {
-    "tokens": 55_296, "tokens_per_step": 2048, "micro_batch": 4,
-    "optimizer": {"lr": 6e-4}, "schedule": {"warmup": 0.05},
+    "tokens": 46_080, "tokens_per_step": 1536, "micro_batch": 3,
+    "optimizer": {"lr": 3e-4}, "schedule": {"warmup": 0.05},
 }  # fmt: skip
 ALIGN = {
-    "tokens": 6144, "tokens_per_step": 512, "micro_batch": 1, "recompute": "none",
+    "tokens": 5120, "tokens_per_step": 512, "micro_batch": 1, "recompute": "none",
     "optimizer": {"lr": 1.5e-4}, "schedule": {"warmup": 0.1},
 }  # fmt: skip
 HELDOUT_EVERY = 90  # one document in so many is set aside
