@@ -6,9 +6,11 @@ disk.
 
 Shape legend, used as suffixes of tensor names in every file that holds tensors:
 
-    B  sequences (rows) in a micro-batch        H  query heads T  tokens a row                             K
-    key/value heads N  = B * T, tokens in a micro-batch         E  head width D  model width
-    V  vocabulary F  MLP width
+    B  sequences (rows) in a micro-batch        H  query heads
+    T  tokens a row                             K  key/value heads
+    N  = B * T, tokens in a micro-batch         E  head width
+    D  model width                              V  vocabulary
+    F  MLP width
 
 `hidden_ND` is a matrix of N tokens by D features; a gradient is `d_hidden_ND`.
 """

@@ -14,20 +14,21 @@ from elo_engine.config import RunConfig
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source
 from elo_engine.model.full import load_full
+from elo_engine.pretrain import require_memory
 from elo_engine.reattach import final_weights, write_model
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import log_model, run_stage
+from elo_engine.summary import stage_summary
 
 
 def align(run: RunDir, source: Source) -> dict[str, Any]:
-    """Train the whole model and publish `RUN/model`; returns the stage's summary (empty when the model is already
-    there).
-    """
+    """Train the whole model and publish `RUN/model`, unless it is already there; returns the stage's summary."""
     config = run.config
     target = run.folder("model")
     if target.exists():
         run.say(f"align: {target} is already there")
-        return {}
+        return stage_summary(run.path, "align")
+    require_memory(config, source, "align")
     start = run.folder("reattached")
     index = open_checkpoint(start) if start.exists() else source.index
     run.say(
@@ -45,28 +46,44 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
     first_row = rows_read if start.exists() else 0
     summary = run_stage(run, "align", model, index, mixture, heldout, first_row=first_row)
     extra = {"kind": "aligned", "run_id": run.run_id, "source": source.index.identity()}
-    write_model(run, index, final_weights(run, "align"), target, extra, _model_card(config, source, summary))
+    write_model(
+        run,
+        index,
+        final_weights(run, "align"),
+        target,
+        extra,
+        _model_card(config, source, summary, reattached=start.exists()),
+    )
     return summary
 
 
-def _model_card(config: RunConfig, source: Source, summary: dict[str, Any]) -> str:
-    languages = ", ".join(f"{name} {weight:g}" for name, weight in (config.data.mix or {}).items()) or ", ".join(
-        config.data.shards
+def _model_card(config: RunConfig, source: Source, summary: dict[str, Any], *, reattached: bool) -> str:
+    mix = config.data.mix
+    languages = (
+        ", ".join(f"{name} {weight:g}" for name, weight in mix.items()) if mix else ", ".join(config.data.shards)
     )
-    base = Path(config.model).name or config.model
-    steps = summary.get("tokens_total", 0)
+    # a hub id is the base model's name; of a folder only its own name means something elsewhere
+    base = source.folder.name if Path(config.model).expanduser().is_dir() else config.model
+    aligned, rate = summary.get("tokens_total", 0), config.align.optimizer.lr
+    title, tags = f"{base}, continually pretrained", "[continual-pretraining]"
+    how = f"Full continual pretraining of the whole model on {aligned:,} tokens (peak learning rate {rate:g})."
+    if reattached:
+        title, tags = f"{base}, taught by ELO", "[continual-pretraining, elo]"
+        pretrained = config.steps("pretrain") * config.pretrain.tokens_per_step
+        how = (
+            "Continual pretraining by ELO (Efficient Layer-Specific Optimization, arXiv 2601.03648): layers "
+            f"{list(source.layers)} of {source.spec.layers} were detached and trained on {pretrained:,} tokens (peak "
+            f"learning rate {config.pretrain.optimizer.lr:g}), put back, and the whole model aligned on {aligned:,} "
+            f"tokens (peak learning rate {rate:g})."
+        )
     return f"""---
 base_model: {base}
-tags: [elo, continual-pretraining]
+tags: {tags}
 ---
-# {base}, taught by ELO
+# {title}
 
-Continual pretraining by ELO (Efficient Layer-Specific Optimization, arXiv 2601.03648) with elo_engine: decoder layers
-{list(source.layers)} of {source.spec.layers} were detached and trained on {config.pretrain.tokens:,} tokens, put back,
-and the whole model was aligned on {steps:,} tokens.
+{how} Made with elo_engine.
 
 * Mixture by tokens: {languages}; sequence length {config.data.sequence_length}; {config.data.packing} packing.
-* Peak learning rates: {config.pretrain.optimizer.lr:g} for the detached layers, {config.align.optimizer.lr:g} for the
-  alignment.
 * Tokenizer and configuration are those of the base model, byte for byte; so are its licence and its limits.
 """

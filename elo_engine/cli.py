@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,11 +30,20 @@ Resume = Annotated[str, typer.Option(help="auto: continue the run in the output 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
+LESS_MEMORY = "a smaller micro_batch, recompute: layer or a shorter data.sequence_length need less"
+
+
+def _as_interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def _verb(body: Callable[..., None]) -> Callable[..., None]:
     """Turn typed errors into one message and the right exit status."""
 
     @functools.wraps(body)
     def run(*args: Any, **kwargs: Any) -> None:
+        # SIGTERM outside the training loop (loading, evaluation, writing) unwinds like Ctrl-C: nothing is left behind
+        before = signal.signal(signal.SIGTERM, _as_interrupt)
         try:
             body(*args, **kwargs)
         except EloError as error:
@@ -42,11 +52,19 @@ def _verb(body: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             console.err.print("interrupted", markup=False)
             raise typer.Exit(130) from None
+        except (MemoryError, RuntimeError) as error:
+            text = str(error).lower()
+            if not isinstance(error, MemoryError) and "out of memory" not in text and "allocate memory" not in text:
+                raise
+            console.err.print(f"error: out of memory: {str(error).split(chr(10))[0]}; {LESS_MEMORY}", markup=False)
+            raise typer.Exit(1) from None
         except OSError as error:
             console.err.print(
                 f"error: {error.strerror or error}: {error.filename or 'input or output failed'}", markup=False
             )
             raise typer.Exit(1) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return run
 
@@ -84,6 +102,7 @@ def _stage(
         if body.__name__ != "run_pipeline":
             start(run, source)
         body(run, source)
+        run.status(state="finished", stage=body.__name__)
 
 
 @app.command()
@@ -114,6 +133,7 @@ def reattach(run_folder: Annotated[Path, typer.Argument(help="a run folder whose
 
     with RunDir.open(run_folder) as opened:
         body(opened, open_source(opened.config))
+        opened.status(state="finished", stage="reattach")
 
 
 @app.command()

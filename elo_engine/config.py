@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +34,7 @@ def parse_count(value: Any) -> Any:
         number = float(match.group(1).replace("_", "")) * _SUFFIXES[match.group(2)]
     else:
         number = value
-    if number != int(number):
+    if not math.isfinite(number) or number != int(number):
         raise ValueError(f"{value!r} is not a whole number of tokens")
     return int(number)
 

@@ -23,7 +23,7 @@ from elo_engine.config import RunConfig, make_config
 from elo_engine.corpora import make_mixture
 from elo_engine.data import build_tokens
 from elo_engine.detach import Source, open_source
-from elo_engine.errors import FailedError, UsageError
+from elo_engine.errors import FailedError, RefusedError, UsageError
 from elo_engine.pipeline import read_results, run_pipeline
 from elo_engine.run_dir import RunDir
 
@@ -112,13 +112,14 @@ def _prepare(documents: dict[str, list[str]], tokenizer: Path, work: Path) -> tu
         for kind, part, folders in (("train", kept, shards), ("heldout", [text[:share] for text in aside], heldout)):
             folder = work / f"{language}-{kind}"
             folders[language] = str(folder)
-            if (folder / "manifest.json").exists():
-                continue
             lines = work / f"{language}-{kind}.jsonl"
+            text = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in part)
+            if (folder / "manifest.json").exists():
+                if lines.read_text(encoding="utf-8") != text:
+                    raise RefusedError(f"{folder}: was made from other text; choose another --output for this one")
+                continue
             work.mkdir(parents=True, exist_ok=True)
-            lines.write_text(
-                "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in part), encoding="utf-8"
-            )
+            lines.write_text(text, encoding="utf-8")
             build_tokens([lines], tokenizer, folder)
     return shards, heldout
 
@@ -196,6 +197,7 @@ def _speedup(results: dict[str, Any]) -> dict[str, float]:
     split and for the split of this run.
     """
     stages, base = results["stages"], 1.0 / results["baseline"]["tokens_per_s"]
+    assert {"pretrain", "align"} <= stages.keys(), "the pipeline keeps a summary of each stage"
     shallow, whole = (1.0 / stages[name]["tokens_per_s"] for name in ("pretrain", "align"))
     tokens = {name: stages[name]["tokens_total"] for name in ("pretrain", "align")}
     share = tokens["pretrain"] / sum(tokens.values())

@@ -38,7 +38,6 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         lines.append(f"! C++ extension: off ({cpu.CSRC_REASON})")
     optional = {
         "triton": "fused kernels on a GPU",
-        "flash_attn": "the fastest attention on a GPU; torch's own serves without it",
         "matplotlib": "the plot of a report",
         "pyarrow": "parquet input of elo data",
         "gguf": "elo demo's model",

@@ -17,6 +17,7 @@ from elo_engine.evaluate import evaluate_folder
 from elo_engine.pretrain import describe_plan, plan, pretrain
 from elo_engine.reattach import reattach
 from elo_engine.run_dir import RunDir
+from elo_engine.summary import stage_summary
 
 
 def read_results(run: RunDir) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def evaluate_once(run: RunDir, source: Source, moment: str, folder: Path) -> Non
 
 
 def keep_summary(run: RunDir, stage: str, summary: dict[str, Any]) -> None:
-    """Add a stage's summary to `results.json`; an empty one (the stage was already done) changes nothing."""
+    """Add a stage's summary to `results.json`; an empty one changes nothing."""
     if summary:
         results = read_results(run)
         results["stages"][stage] = summary
@@ -69,8 +70,9 @@ def run_pipeline(run: RunDir, source: Source) -> Path:
     evaluate_once(run, source, "base", source.folder)
     reattached = run.folder("reattached")
     if not reattached.exists():
-        keep_summary(run, "pretrain", pretrain(run, source))
+        pretrain(run, source)
         reattach(run, source)
+    keep_summary(run, "pretrain", stage_summary(run.path, "pretrain"))
     evaluate_once(run, source, "reattached", reattached)
     keep_summary(run, "align", align(run, source))
     evaluate_once(run, source, "aligned", run.folder("model"))

@@ -5,11 +5,14 @@ Inputs on disk: a checkpoint and token shards. Output: snapshots under `RUN/pret
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from elo_engine.config import RunConfig
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source, detach
+from elo_engine.errors import RefusedError
 from elo_engine.measure.flops import full_step, ideal_speedup, shallow_step
 from elo_engine.measure.meter import human_bytes
 from elo_engine.run_dir import RunDir
@@ -45,6 +48,9 @@ def plan(config: RunConfig, source: Source) -> dict[str, Any]:
             "weights_and_state_bytes": spec.parameters * state,
             "flops_per_token": full.total,
         },
+        "warning": ""
+        if not 0 < spec.max_positions < T
+        else f"data.sequence_length {T} is more than the {spec.max_positions} positions this model was trained for",
         "flops_ratio": shallow.total / full.total,
         "ideal_pipeline_speedup": ideal_speedup(spec, len(source.layers), T, share),
     }
@@ -64,13 +70,30 @@ def describe_plan(plan: dict[str, Any]) -> list[str]:
             f"{part['trainable_parameters'] / 1e6:.1f}M trainable, weights "
             f"and state {human_bytes(part['weights_and_state_bytes'])}, {part['flops_per_token'] / 1e9:.2f} GFLOP/token"
         )
+    if plan["warning"]:
+        lines.append(f"warning: {plan['warning']}")
     lines.append(f"ideal pipeline speedup from the operations alone: {plan['ideal_pipeline_speedup']:.2f}x")
     return lines
+
+
+def require_memory(config: RunConfig, source: Source, stage: Literal["pretrain", "align"]) -> None:
+    """Raises RefusedError, with numbers, when a stage's weights and optimizer state alone exceed the GPU's memory."""
+    if source.device.type != "cuda":
+        return
+    need = plan(config, source)[stage]["weights_and_state_bytes"]
+    there = torch.cuda.get_device_properties(source.device).total_memory
+    if need > there:
+        raise RefusedError(
+            f"{stage}: weights, gradients and optimizer state need {human_bytes(need)} and the GPU has "
+            f"{human_bytes(there)}; "
+            "train fewer layers (detach.layers), or run this stage on a larger card: the run folder can be moved"
+        )
 
 
 def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     """Run the stage to its end (or from its newest snapshot) and return its summary; see `run_stage`."""
     config = run.config
+    require_memory(config, source, "pretrain")
     mixture = make_mixture(config, source.folder, source.spec.V)
     heldout = open_heldout(config, source.folder, source.spec.V) if config.evaluate.every else None
     model = detach(source, run, recompute=config.pretrain.recompute == "layer")

@@ -9,19 +9,10 @@ from typing import Any
 
 from elo_engine.console import format_seconds
 from elo_engine.measure.meter import human_bytes
+from elo_engine.summary import read_steps
 
 MOMENTS = ("base", "reattached", "aligned")
 COLOURS = ("#3366cc", "#cc6633", "#338855", "#7744aa")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Step records of `metrics.jsonl`; after a resume the last line of a step counts."""
-    steps: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if "loss_nats" in record and "step_s" in record:
-            steps[record["stage"], record["step"]] = record
-    return [steps[key] for key in sorted(steps, key=lambda key: (key[0] != "pretrain", key[1]))]
 
 
 def evaluation_rows(evaluations: dict[str, Any]) -> list[list[str]]:
@@ -45,10 +36,10 @@ def stage_rows(stages: dict[str, Any]) -> list[list[str]]:
     rows = []
     for name, summary in stages.items():
         times = summary["step_s"]
-        speed = "-" if times is None else (
+        speed = (
             f"{summary['tokens_per_s']:.0f} tokens/s (step {times['median']:.2f} s, p10 {times['p10']:.2f}, p90 "
             f"{times['p90']:.2f})"
-        )  # fmt: skip
+        )
         memory = f"{human_bytes(summary['peak_bytes'])} {summary['peak_what']}"
         rows.append([name, f"{summary['tokens_total']:,}", format_seconds(summary["seconds"]), speed, memory])
     return rows
@@ -88,7 +79,7 @@ def write_report(path: Path, results: dict[str, Any], extra_sections: list[str] 
         lines += [markdown_table(STAGE_HEADER, stage_rows(results["stages"])), ""]
     for section in extra_sections or []:
         lines += [section, ""]
-    if _plot(path, read_metrics(path), evaluations):
+    if _plot(path, read_steps(path), evaluations):
         lines += ["![loss](report.png)", ""]
     (path / "report.md").write_text("\n".join(lines), encoding="utf-8")
 

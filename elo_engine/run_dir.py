@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import time
 import uuid
@@ -28,6 +29,8 @@ class RunDir:
         self._lock = lock
         self._log = (path / "log.txt").open("a", encoding="utf-8")
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        if self._metrics.tell() and not (path / "metrics.jsonl").read_bytes().endswith(b"\n"):
+            self._metrics.write("\n")  # a line torn by a crash must not swallow the next one
         self._board = _tensorboard(path)
 
     @classmethod
@@ -46,14 +49,11 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         run_id = uuid.uuid4().hex
-        (path / "run.json").write_text(
-            json.dumps({"run_id": run_id, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n"
-        )
-        (path / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
-        # the resolved configuration is what makes the folder a run, so it comes last and whole
-        temporary = path / ".config.resolved.yaml.tmp"
-        temporary.write_text(config.to_yaml(), encoding="utf-8")
-        temporary.rename(path / "config.resolved.yaml")
+        created = {"run_id": run_id, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        _write_durably(path / "run.json", json.dumps(created) + "\n")
+        _write_durably(path / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+        # the resolved configuration is what makes the folder a run, so it comes last
+        _write_durably(path / "config.resolved.yaml", config.to_yaml())
         return cls(path, config, run_id, lock)
 
     @classmethod
@@ -105,7 +105,8 @@ class RunDir:
 
     def metric(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl, units in the names; numbers go to tensorboard too when it is installed."""
-        self._metrics.write(json.dumps(record) + "\n")
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._metrics.write(json.dumps(known) + "\n")  # JSON has no NaN
         self._metrics.flush()
         if self._board is not None and "step" in record:
             for key, value in record.items():
@@ -121,9 +122,7 @@ class RunDir:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A small JSON file at the top of the run, whole or not at all."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        _write_durably(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         """Flush everything and let go of the lock."""
@@ -142,6 +141,16 @@ class RunDir:
             stopped = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_status", 1) == 130
             self.status(state="interrupted" if stopped else "failed", reason=str(error) or type(error).__name__)
         self.close()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Whole or not at all, and on the disk before anything that depends on it is written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def _lock(path: Path) -> int:

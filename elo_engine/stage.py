@@ -6,24 +6,24 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from elo_engine import __version__, console
-from elo_engine.checkpoint import CheckpointIndex
+from elo_engine.checkpoint import CheckpointIndex, preflight_space
 from elo_engine.config import RunConfig, StageConfig
 from elo_engine.corpora import Heldout
 from elo_engine.data import Mixture
 from elo_engine.errors import Interrupted
 from elo_engine.evaluate import evaluate_all
-from elo_engine.measure.meter import human_bytes, peak_memory, spread
+from elo_engine.measure.meter import human_bytes, peak_memory
+from elo_engine.model import cpu, ops
 from elo_engine.model.decoder import Decoder
 from elo_engine.run_dir import RunDir
+from elo_engine.summary import stage_summary
 from elo_engine.train import state
 from elo_engine.train.loop import Hooks, Progress, StopSignal, train
 from elo_engine.train.optim import MasterAdamW
@@ -42,7 +42,8 @@ def log_model(run: RunDir, model: Decoder, index: CheckpointIndex) -> None:
 
 
 def snapshot_identity(run: RunDir, stage: StageName, index: CheckpointIndex, config: RunConfig) -> dict[str, Any]:
-    """What must be the same for a snapshot to continue: run, stage, source weights and data."""
+    """What must be the same for a snapshot to continue: run, stage, data, and the source checkpoint as its headers show
+    it (names, shapes, sizes; values are not hashed)."""
     shards = {
         language: hashlib.sha256((Path(folder) / "manifest.json").read_bytes()).hexdigest()
         for language, folder in sorted(config.data.shards.items())
@@ -51,13 +52,14 @@ def snapshot_identity(run: RunDir, stage: StageName, index: CheckpointIndex, con
 
 
 def _numerics(model: Decoder) -> dict[str, Any]:
-    """What may change between two sessions but then costs bit-for-bit equality, so it is recorded."""
+    """What may change between two starts but then costs bit-for-bit equality, so it is recorded."""
     return {
         "elo_engine": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
-        "device": model.device.type,
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else cpu.instruction_set(),
+        "kernels": ops.describe(model.device),
         "dtype": str(model.dtype),
     }
 
@@ -73,7 +75,15 @@ def _resume(run: RunDir, name: StageName, optimizer: MasterAdamW, model: Decoder
     if changed:
         run.say(f"{name}: continues, but not bit for bit, because these changed: {changed}")
     run.say(f"{name}: resumed at step {progress.step} from {folder.name}")
-    run.metric({"event": "resumed", "stage": name, "step": progress.step, "bit_exact": not changed, "changed": changed})
+    run.metric(
+        {
+            "event": "resumed",
+            "stage": name,
+            "step": progress.step,
+            "bit_exact": not changed and model.device.type == "cpu",
+            "changed": changed,
+        }
+    )
     return progress
 
 
@@ -99,9 +109,11 @@ def run_stage(
     optimizer = MasterAdamW(model, section.optimizer)
     identity = snapshot_identity(run, name, index, config)
     progress = _resume(run, name, optimizer, model, identity)
-    step_s: list[float] = []
-    losses: list[float] = []
+    began_at = progress.step
     stop = StopSignal()
+    saves = min(config.snapshot.keep + 1, 1 + (steps - began_at) // config.snapshot.every)
+    # fp32 weights and two moments a snapshot: said now, not after hours of work
+    preflight_space(run.folder(name), saves * 12 * sum(leaf.tensor.numel() for leaf in model.leaves))
 
     def save(at: Progress) -> Path:
         return state.save_snapshot(run.folder(name), optimizer, at, identity, _numerics(model), config.snapshot.keep)
@@ -132,13 +144,12 @@ def run_stage(
     ):
 
         def on_step(at: Progress, metrics: dict[str, Any]) -> None:
-            step_s.append(metrics["step_s"])
-            losses.append(metrics["loss_nats"])
             run.metric(
                 {
                     "stage": name,
                     "step": at.step,
                     **metrics,
+                    "warm": at.step > began_at + 1,
                     "tokens_total": at.tokens_total,
                     "tokens_loss": at.tokens_loss,
                 }
@@ -154,41 +165,28 @@ def run_stage(
         every: dict[int, list[Callable[[Progress], Any]]] = {}
         every.setdefault(config.evaluate.every, []).append(evaluate)
         every.setdefault(config.snapshot.every, []).append(save)
-        began = time.perf_counter()
         hooks = Hooks(on_step=on_step, every=every, should_stop=stop)
-        finished = train(
+        train(
             model, optimizer, mixture, section,
             steps=steps, sequence_length=config.data.sequence_length, progress=progress, hooks=hooks,
             first_row=first_row,
         )  # fmt: skip
-        seconds = time.perf_counter() - began
         snapshot = save(progress) if progress.step else None
-    if not finished:
+    run.metric(
+        {"event": "stage ran", "stage": name, "step": progress.step, "peak_bytes": peak.bytes, "peak_what": peak.what}
+    )
+    if stop():  # also when it came during the last step: the next stage must not start
         where = snapshot.name if snapshot else "the start"
         raise Interrupted(
             f"{name} interrupted by {stop.received.name if stop.received else 'a signal'} after step {progress.step}; "
             f"continue from {where} with --resume auto"
         )
-    warm = step_s[1:] or step_s  # the first step of a process also pays for set-up
-    times = spread(warm)
-    summary = {
-        "steps": steps,
-        "tokens_total": progress.tokens_total,
-        "tokens_loss": progress.tokens_loss,
-        "steps_skipped": progress.skipped,
-        "loss_first_nats": losses[0] if losses else None,
-        "loss_last_nats": losses[-1] if losses else None,
-        "seconds": seconds,
-        "step_s": asdict(times) if times else None,
-        "tokens_per_s": section.tokens_per_step / times.median if times else None,
-        "peak_bytes": peak.bytes,
-        "peak_what": peak.what,
-    }
-    if times is not None:
+    summary = stage_summary(run.path, name)
+    if summary:
+        times = summary["step_s"]
         run.say(
-            f"{name}: {len(step_s)} steps, {summary['tokens_per_s']:.0f} tokens/s (median step "
-            f"{times.median:.3f} s, p10 "
-            f"{times.p10:.3f}, p90 {times.p90:.3f}), {peak.what} {human_bytes(peak.bytes)}"
+            f"{name}: {summary['steps']} steps, {summary['tokens_per_s']:.0f} tokens/s (median step "
+            f"{times['median']:.3f} s, p10 {times['p10']:.3f}, p90 {times['p90']:.3f}), {summary['peak_what']} "
+            f"{human_bytes(summary['peak_bytes'])}"
         )
-    run.metric({"event": "stage finished", "stage": name, **summary})
     return summary

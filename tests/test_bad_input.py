@@ -218,6 +218,10 @@ def test_damaged_newest_snapshot_is_passed_over_and_said(run_tree: Tree, write_c
     (folder / "weights.safetensors").write_bytes(bytes(content))
     status, shown = elo("reattach", run_tree["output"])
     assert status == 2 and "passed over" in shown and "not finished" in shown
+    status, shown = elo("pretrain", config, "--resume", "auto")
+    assert status == 0 and "resumed at step 4" in shown, shown
+    assert elo("reattach", run_tree["output"])[0] == 0, "the advice that was given must work"
+    assert [path.name for path in folder.parent.glob("damaged-*")] == ["damaged-step-00000006-0"]
 
 
 def test_full_disk_while_saving(run_tree: Tree, write_config: Write, elo: Elo, monkeypatch: pytest.MonkeyPatch) -> None:

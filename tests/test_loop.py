@@ -198,8 +198,9 @@ def test_interrupted_and_resumed_twice_equals_uninterrupted_bit_for_bit(
     straight = dict(run_tree, output=str(tmp_path / "straight"))
     assert elo("run", write_config(straight, "straight.yaml"))[0] == 0
     config = write_config(run_tree)
-    interrupt_at(monkeypatch, [("pretrain", 3), ("pretrain", 5), ("align", 1)])
-    for stage, step in (("pretrain", 3), ("pretrain", 5), ("align", 1)):
+    moments = [("pretrain", 3), ("pretrain", 6), ("align", 1)]  # 6 is the last step: alignment must not start
+    interrupt_at(monkeypatch, moments)
+    for stage, step in list(moments):
         status, shown = elo("run", config, "--resume", "auto")
         assert status == 130, shown
         assert "--resume auto" in shown
@@ -210,6 +211,9 @@ def test_interrupted_and_resumed_twice_equals_uninterrupted_bit_for_bit(
     left, right = final_state(tmp_path / "straight"), final_state(Path(run_tree["output"]))
     assert set(left) == set(right)
     assert [name for name in left if left[name] != right[name]] == []
+    stages = json.loads((Path(run_tree["output"]) / "report.json").read_text())["stages"]
+    assert stages["pretrain"]["steps"] == 6 and stages["align"]["steps"] == 3
+    assert stages["pretrain"]["tokens_total"] == 768 and stages["pretrain"]["tokens_per_s"] > 0
 
 
 def test_killed_without_warning_resumes_bit_for_bit(

@@ -66,6 +66,8 @@ def test_run_makes_a_model_that_transformers_loads_with_the_same_loss(
     ):
         assert (run / name).stat().st_size > 0, name
     assert json.loads((run / "STATUS").read_text())["state"] == "finished"
+    assert any((run / "tensorboard").iterdir()), "tensorboard is part of the test set-up"
+    assert "layers [0, 3] of 4" in (run / "model" / "README.md").read_text()
     assert "trains: 18 tensors" in shown and "absent:" in shown
 
     old, reattached, aligned = tensors(source), tensors(run / "reattached"), tensors(run / "model")
@@ -195,6 +197,7 @@ def test_full_continual_pretraining_is_the_same_loop(
     status, shown = elo("align", write_config(run_tree))
     assert status == 0, shown
     assert "full continual pretraining" in shown
+    assert "Full continual pretraining" in (Path(run_tree["output"]) / "model" / "README.md").read_text()
     source, made = tensors(Path(run_tree["model"])), tensors(Path(run_tree["output"]) / "model")
     assert all(raw(source[name]) != raw(made[name]) for name in source), "every tensor learns"
 

@@ -68,7 +68,7 @@ def test_what_is_not_understood_is_refused_by_name(changes: dict[str, Any], fiel
     [
         (["first", "last"], (0, 31)),
         ([-1, 0, 0], (0, 31)),
-        (["0-1", "30:32"], (0, 1, 30, 31)),
+        (["0-1", "30-31"], (0, 1, 30, 31)),
         (["-2", 5], (5, 30)),
     ],
 )
@@ -76,7 +76,7 @@ def test_layers_are_chosen(wanted: list[int | str], expected: tuple[int, ...]) -
     assert choose_layers(wanted, 32) == expected
 
 
-@pytest.mark.parametrize("wanted", [[32], [-33], ["middle"], ["3:3"], ["0-40"], ["a-b"], [True]])
+@pytest.mark.parametrize("wanted", [[32], [-33], ["middle"], ["3:5"], ["0-40"], ["a-b"], [True]])
 def test_layers_that_do_not_exist(wanted: list[int | str]) -> None:
     with pytest.raises(UsageError, match=r"detach\.layers"):
         choose_layers(wanted, 32)

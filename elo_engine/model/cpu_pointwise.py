@@ -20,12 +20,18 @@ def rms_norm_forward(hidden_ND: Tensor, gamma_D: Tensor, eps: float) -> tuple[Te
 
 
 def rms_norm_backward(
-    d_normed_ND: Tensor, hidden_ND: Tensor, gamma_D: Tensor, rstd_N: Tensor, *, need_d_hidden: bool = True
-) -> tuple[Tensor | None, Tensor]:
-    """-> gradient of the input (None where nobody needs it) and of gamma (fp32)."""
+    d_normed_ND: Tensor,
+    hidden_ND: Tensor,
+    gamma_D: Tensor,
+    rstd_N: Tensor,
+    *,
+    need_d_hidden: bool = True,
+    need_d_gamma: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> gradient of the input and of gamma (fp32); None where nobody needs it."""
     unit_ND = hidden_ND.float() * rstd_N[:, None]
     wide_ND = d_normed_ND.float()
-    d_gamma_D = torch.linalg.vecdot(wide_ND, unit_ND, dim=0)
+    d_gamma_D = torch.linalg.vecdot(wide_ND, unit_ND, dim=0) if need_d_gamma else None
     if not need_d_hidden:
         return None, d_gamma_D
     d_unit_ND = wide_ND * gamma_D.float()

@@ -90,13 +90,23 @@ class _RmsNorm(torch.autograd.Function):
             from elo_engine.kernels import rms_norm as kernel
 
             d_hidden_ND, d_gamma_D = kernel.rms_norm_backward(
-                grads[0], hidden_ND, gamma_D, rstd_N, need_d_x=ctx.needs_input_grad[0], need_d_gamma=True
+                grads[0],
+                hidden_ND,
+                gamma_D,
+                rstd_N,
+                need_d_x=ctx.needs_input_grad[0],
+                need_d_gamma=ctx.needs_input_grad[1],
             )
         else:
             d_hidden_ND, d_gamma_D = cpu_pointwise.rms_norm_backward(
-                grads[0].contiguous(), hidden_ND, gamma_D, rstd_N, need_d_hidden=ctx.needs_input_grad[0]
+                grads[0].contiguous(),
+                hidden_ND,
+                gamma_D,
+                rstd_N,
+                need_d_hidden=ctx.needs_input_grad[0],
+                need_d_gamma=ctx.needs_input_grad[1],
             )
-        d_gamma = d_gamma_D.to(gamma_D.dtype) if ctx.needs_input_grad[1] else None
+        d_gamma = None if d_gamma_D is None else d_gamma_D.to(gamma_D.dtype)
         return (d_hidden_ND if ctx.needs_input_grad[0] else None), d_gamma, None
 
 

@@ -125,7 +125,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
 
 
 def choose_layers(wanted: list[int | str], layers: int) -> tuple[int, ...]:
-    """`[first, last]`, ints, negatives and ranges such as `0-1` or `28:30` -> sorted layer indices.
+    """`[first, last]`, ints, negatives and ranges such as `0-1` (both ends in) -> sorted layer indices.
 
     Raises:
         UsageError: an index outside the model, a range that cannot be read, or nothing left to train.
@@ -141,10 +141,7 @@ def choose_layers(wanted: list[int | str], layers: int) -> tuple[int, ...]:
         else:
             text = str(item)
             try:
-                if ":" in text:
-                    start, stop = (int(part) for part in text.split(":"))
-                    span = list(range(start, stop))
-                elif "-" in text.lstrip("-"):
+                if "-" in text.lstrip("-"):
                     start, stop = (int(part) for part in text.split("-"))
                     span = list(range(start, stop + 1))
                 else:
@@ -152,7 +149,7 @@ def choose_layers(wanted: list[int | str], layers: int) -> tuple[int, ...]:
             except ValueError:
                 raise UsageError(
                     f"detach.layers: {item!r} cannot be read; use first, last, an index such as 3 or -1, "
-                    "a range such as 0-1 (both ends in) or 0:2 (end out)"
+                    "a range such as 0-1 (both ends in)"
                 ) from None
         for index in span:
             if not -layers <= index < layers:

@@ -119,7 +119,7 @@ def check_first_gradients(model: Decoder, optimizer: MasterAdamW) -> None:
         if largest == 0.0:
             raise FailedError(f"first step: the gradient of {name} is zero everywhere, so it would never learn")
     for name, tensor in model.frozen().items():
-        if tensor.requires_grad or tensor.grad is not None:
+        if tensor.grad is not None:
             raise FailedError(f"first step: {name} is frozen and got a gradient")
 
 
@@ -144,7 +144,6 @@ def train(
         FailedError: gradients missing or wrong on the first step, or not finite NON_FINITE_LIMIT times in a row.
     """
     rows_per_step = config.tokens_per_step // sequence_length
-    checked = False
     while progress.step < steps:
         started = time.perf_counter()
         rows = mixture.rows(first_row + progress.step * rows_per_step, rows_per_step)
@@ -159,9 +158,8 @@ def train(
             loss = model.loss_sum(to_batch(piece, model.device))
             (loss / max(1, tokens_loss)).backward()
             loss_sum += loss.detach()
-        if not checked:
+        if progress.step == 0:
             check_first_gradients(model, optimizer)
-            checked = True
         lr = learning_rate(progress.step, steps, config.optimizer.lr, config.schedule)
         norm, updated = optimizer.step(lr)
         loss_mean = float(loss_sum) / max(1, tokens_loss)  # the step's only wait for the device besides the norm
@@ -185,7 +183,7 @@ def train(
             raise FailedError(
                 f"step {progress.step}: the gradient was not finite {NON_FINITE_LIMIT} times in a row (norm "
                 f"{norm}); those "
-                "steps changed nothing. Lower the learning rate, or continue from the last snapshot with --resume auto"
+                "steps changed nothing. Start a new run with a lower learning rate or without the text of these steps"
             )
         for interval, callbacks in hooks.every.items():
             if interval and progress.step % interval == 0 and progress.step < steps:
