@@ -11,6 +11,7 @@ import pytest
 from conftest import SYLLABLES, WORDS
 
 from elo_engine import demo
+from elo_engine.errors import RefusedError
 
 
 @pytest.fixture
@@ -81,3 +82,11 @@ def test_the_example_is_the_demos_own_recipe() -> None:
     for section in ("pretrain", "align", "evaluate", "detach"):
         assert getattr(example, section) == getattr(made, section), section
     assert example.data == made.data and example.seed == made.seed
+
+
+def test_other_text_at_the_same_output_is_refused(tied: Path, tmp_path: Path) -> None:
+    first = {"ja": [f"{number} かきくけこ" for number in range(10)]}
+    demo._prepare(first, tied, tmp_path)
+    demo._prepare(first, tied, tmp_path)
+    with pytest.raises(RefusedError, match="other text"):
+        demo._prepare({"ja": [*first["ja"][:-1], "さしすせそ"]}, tied, tmp_path)
