@@ -11,7 +11,9 @@ import pytest
 from elo_engine.summary import read_steps, stage_summary
 
 
-def step(number: int, seconds: float, *, warm: bool = True, updated: bool = True, stage: str = "align") -> dict[str, Any]:
+def step(
+    number: int, seconds: float, *, warm: bool = True, updated: bool = True, stage: str = "align"
+) -> dict[str, Any]:
     return {
         "stage": stage, "step": number, "step_s": seconds, "loss_nats": 5.0 - number, "warm": warm,
         "updated": updated,
