@@ -33,6 +33,7 @@ setup(
         "elo_engine.kernels",
         "elo_engine.measure",
         "elo_engine.model",
+        "elo_engine.model.ops",
         "elo_engine.train",
     ],
     package_dir={"elo_engine.kernels": "kernels"},

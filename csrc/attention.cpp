@@ -43,16 +43,25 @@ int64_t chunks(int64_t segments, int64_t kv_heads) {
   return std::clamp<int64_t>((24 + units - 1) / units, 1, 4);
 }
 
-// Cuts [0, length) into chunks of about equal causal work, on the grid of blocks.
-std::vector<int64_t> cut_keys(int64_t length, int64_t wanted) {
+// Cuts [0, length) into chunks of about equal work, on the grid of blocks. A key is seen by `window` queries or by those up
+// to the segment's end: work is flat over the first length - window keys, then a triangle, which here has area 1.
+std::vector<int64_t> cut_keys(int64_t length, int64_t window, int64_t wanted) {
+  const double side = static_cast<double>(std::min(window, length)), flat = static_cast<double>(length) - side;
+  const double flat_work = 2.0 * flat / side;
   std::vector<int64_t> cuts = {0};
   for (int64_t c = 1; c < wanted; ++c) {
-    const double at = static_cast<double>(length) * (1.0 - std::sqrt(1.0 - static_cast<double>(c) / static_cast<double>(wanted)));
+    const double work = static_cast<double>(c) / static_cast<double>(wanted) * (1.0 + flat_work), beyond = work - flat_work;
+    const double at = beyond < 0.0 ? work * side / 2.0 : flat + side * (1.0 - std::sqrt(1.0 - beyond));
     const int64_t key = static_cast<int64_t>(at / BLOCK + 0.5) * BLOCK;
     if (key > cuts.back() && key < length) cuts.push_back(key);
   }
   cuts.push_back(length);
   return cuts;
+}
+
+// How many queries from key `first` on have a block that sees a key of [first, last).
+int64_t seeing_queries(int64_t first, int64_t last, int64_t length, int64_t window) {
+  return std::min(length, (last + window - 1 + BLOCK - 1) / BLOCK * BLOCK) - first;
 }
 
 }  // namespace
@@ -94,22 +103,27 @@ void run_attention_backward(const Kernels& kernels, const AttentionBackward& a, 
 
   struct Chunk {
     AttentionTask task;
-    int64_t d_q;  // where its share of d_q starts
+    int64_t d_q;         // where its share of d_q starts
+    int64_t d_q_stride;  // from one query head's share to the next one's
   };
   std::vector<Chunk> tasks;
   std::vector<std::vector<int64_t>> cuts, shares(static_cast<size_t>(segments));  // shares: [segment][chunk * kv_heads + head]
   int64_t floats = 0;
   for (int64_t s = 0; s < segments; ++s) {
     const int64_t length = starts[s + 1] - starts[s];
-    cuts.push_back(cut_keys(length, wanted));
+    cuts.push_back(cut_keys(length, a.window, wanted));
     for (size_t c = 0; c + 1 < cuts[s].size(); ++c)
       for (int64_t h = 0; h < a.kv_heads; ++h) {
-        tasks.push_back({{s, starts[s], length, h, cuts[s][c], cuts[s][c + 1]}, floats});
+        const int64_t first = cuts[s][c], last = cuts[s][c + 1];
+        const int64_t share = padded_rows(seeing_queries(first, last, length, a.window)) * wide;
+        tasks.push_back({{s, starts[s], length, h, first, last}, floats, share});
         shares[s].push_back(floats);
-        floats += group * padded_rows(length - cuts[s][c]) * wide;
+        floats += group * share;
       }
   }
-  const auto work = [](const AttentionTask& t) { return (t.last - t.first) * (2 * t.length - t.first - t.last); };
+  const auto work = [&](const AttentionTask& t) {
+    return (t.last - t.first) * std::min(2 * a.window, 2 * t.length - t.first - t.last);
+  };
   std::stable_sort(tasks.begin(), tasks.end(), [&](const auto& x, const auto& y) { return work(x.task) > work(y.task); });
 
   const int64_t block = BLOCK * wide, head_stride = blocks.total * block, scratch_size = attention_scratch(wide);
@@ -129,7 +143,8 @@ void run_attention_backward(const Kernels& kernels, const AttentionBackward& a, 
     for (size_t i = 0; i < tasks.size(); ++i) {
       const AttentionTask& t = tasks[i].task;
       const int64_t at = blocks.at(t, t.head * group) * block;
-      kernels.attention_backward(a, t, queries.get() + at, d_outs.get() + at, head_stride, d_q.get() + tasks[i].d_q, mine);
+      kernels.attention_backward(a, t, queries.get() + at, d_outs.get() + at, head_stride, d_q.get() + tasks[i].d_q,
+                                 tasks[i].d_q_stride, mine);
     }
     // d_q = scale * the chunks' shares, in their order.
 #pragma omp for schedule(static)
@@ -138,11 +153,14 @@ void run_attention_backward(const Kernels& kernels, const AttentionBackward& a, 
       const std::vector<int64_t>& cut = cuts[t.segment];
       for (int64_t n = t.first; n < t.last; ++n) {
         float* out = a.d_q + ((t.begin + n) * a.heads + t.head) * a.width;
+        bool begun = false;
         for (size_t c = 0; c + 1 < cut.size() && cut[c] <= n; ++c) {
-          const int64_t rows = padded_rows(t.length - cut[c]);
+          const int64_t rows = seeing_queries(cut[c], cut[c + 1], t.length, a.window);
+          if (n - cut[c] >= rows) continue;
           const float* share = d_q.get() + shares[t.segment][c * a.kv_heads + t.head / group] +
-                               (t.head % group * rows + n - cut[c]) * wide;
-          for (int64_t e = 0; e < a.width; ++e) out[e] = (c ? out[e] : 0.0f) + a.scale * share[e];
+                               (t.head % group * padded_rows(rows) + n - cut[c]) * wide;
+          for (int64_t e = 0; e < a.width; ++e) out[e] = (begun ? out[e] : 0.0f) + a.scale * share[e];
+          begun = true;
         }
       }
     }

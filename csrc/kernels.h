@@ -26,8 +26,12 @@ struct AttentionForward {
   int64_t q_stride, k_stride, v_stride;
   int64_t tokens, heads, kv_heads, width;
   float scale;
-  float* out;  // [tokens, heads, width]
-  float* lse;  // [heads, tokens]
+  int64_t window;  // a query sees this many tokens, itself included; at most `tokens`
+  float softcap;   // scores become softcap * tanh(score / softcap); 0: they stay
+  float* out;      // [tokens, heads, width]
+  // [heads, tokens] log-sum-exp. Under a softcap [2, heads, tokens]: the largest score, and the log of the sum of
+  // exp(score - largest). Added up they would round to the score's last place, and many keys may share a score near the cap.
+  float* lse;
 };
 
 struct AttentionBackward {
@@ -35,6 +39,8 @@ struct AttentionBackward {
   int64_t q_stride, k_stride, v_stride;
   int64_t tokens, heads, kv_heads, width;
   float scale;
+  int64_t window;
+  float softcap;
   const float *out, *d_out, *lse;
   float *d_q, *d_k, *d_v;  // contiguous, shaped like q, k, v
   float* delta;            // [heads, tokens], scratch
@@ -73,7 +79,7 @@ struct Kernels {
                             float* scratch);
   void (*attention_pack_queries)(const AttentionBackward&, const AttentionTask&, float* queries, float* d_outs);
   void (*attention_backward)(const AttentionBackward&, const AttentionTask&, const float* queries, const float* d_outs,
-                             int64_t head_stride, float* d_q, float* scratch);
+                             int64_t head_stride, float* d_q, int64_t d_q_stride, float* scratch);
   void (*head_block)(const FrozenHead&, int64_t row_begin, int64_t rows, float* scratch);
 };
 

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -81,7 +83,7 @@ void frozen_head(Address hidden, Address weight, Address labels, int64_t rows, i
 }
 
 void check_attention(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, int64_t q_stride, int64_t k_stride,
-                     int64_t v_stride, const std::vector<int64_t>& starts) {
+                     int64_t v_stride, const std::vector<int64_t>& starts, int64_t window, float softcap) {
   if (heads < 1 || kv_heads < 1 || heads % kv_heads || width < 1 || width > 1024 || heads > (1 << 20))
     throw std::invalid_argument("attention: heads must be a multiple of the kv heads, the width between 1 and 1024");
   if (q_stride < heads * width || k_stride < kv_heads * width || v_stride < kv_heads * width)
@@ -93,12 +95,18 @@ void check_attention(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t wi
     throw std::invalid_argument("attention: segment starts must run from 0 to the number of tokens");
   for (size_t i = 1; i < starts.size(); ++i)
     if (starts[i] <= starts[i - 1]) throw std::invalid_argument("attention: segment starts must grow strictly");
+  if (window < 0) throw std::invalid_argument("attention: the window must be positive, or 0 for none");
+  if (!(softcap >= 0.0f) || !std::isfinite(softcap) || (softcap > 0.0f && !std::isfinite(1.0f / softcap)))
+    throw std::invalid_argument("attention: the softcap must be positive, or 0 for none, and it and its inverse finite");
 }
+
+// The kernels know no missing window: one of all tokens cuts nothing off.
+int64_t whole(int64_t window, int64_t tokens) { return window == 0 ? tokens : std::min(window, tokens); }
 
 void attention_forward(Address q, Address k, Address v, int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t tokens,
                        int64_t heads, int64_t kv_heads, int64_t width, float scale, Address out, Address lse,
-                       const std::vector<int64_t>& starts, const std::string& isa) {
-  check_attention(tokens, heads, kv_heads, width, q_stride, k_stride, v_stride, starts);
+                       const std::vector<int64_t>& starts, const std::string& isa, int64_t window, float softcap) {
+  check_attention(tokens, heads, kv_heads, width, q_stride, k_stride, v_stride, starts, window, softcap);
   const elo::AttentionForward a{pointer<const float>(q, "q"),
                                 pointer<const float>(k, "k"),
                                 pointer<const float>(v, "v"),
@@ -110,6 +118,8 @@ void attention_forward(Address q, Address k, Address v, int64_t q_stride, int64_
                                 kv_heads,
                                 width,
                                 scale,
+                                whole(window, tokens),
+                                softcap,
                                 pointer<float>(out, "out"),
                                 pointer<float>(lse, "lse")};
   const elo::Kernels& kernels = chosen(isa);
@@ -120,8 +130,8 @@ void attention_forward(Address q, Address k, Address v, int64_t q_stride, int64_
 void attention_backward(Address q, Address k, Address v, int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t tokens,
                         int64_t heads, int64_t kv_heads, int64_t width, float scale, Address out, Address d_out, Address lse,
                         Address d_q, Address d_k, Address d_v, Address delta, const std::vector<int64_t>& starts,
-                        const std::string& isa) {
-  check_attention(tokens, heads, kv_heads, width, q_stride, k_stride, v_stride, starts);
+                        const std::string& isa, int64_t window, float softcap) {
+  check_attention(tokens, heads, kv_heads, width, q_stride, k_stride, v_stride, starts, window, softcap);
   const elo::AttentionBackward a{pointer<const float>(q, "q"),
                                  pointer<const float>(k, "k"),
                                  pointer<const float>(v, "v"),
@@ -133,6 +143,8 @@ void attention_backward(Address q, Address k, Address v, int64_t q_stride, int64
                                  kv_heads,
                                  width,
                                  scale,
+                                 whole(window, tokens),
+                                 softcap,
                                  pointer<const float>(out, "out"),
                                  pointer<const float>(d_out, "d_out"),
                                  pointer<const float>(lse, "lse"),
@@ -149,10 +161,13 @@ void attention_backward(Address q, Address k, Address v, int64_t q_stride, int64
 
 PYBIND11_MODULE(_csrc, m) {
   m.doc() = "C++ kernels of the CPU path; elo_engine.model.cpu_native is their checked interface.";
-  m.attr("INTERFACE") = 1;  // cpu_native.py refuses an extension left over from another version
+  m.attr("INTERFACE") = 2;  // cpu_native.py refuses an extension left over from another version
   m.def("instruction_set", [](const std::string& isa) { return std::string(chosen(isa).name); }, py::arg("isa") = "auto");
   m.def("softmax_tile", &softmax_tile);
   m.def("frozen_head", &frozen_head);
-  m.def("attention_forward", &attention_forward);
+  m.def("attention_forward", &attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_stride"),
+        py::arg("k_stride"), py::arg("v_stride"), py::arg("tokens"), py::arg("heads"), py::arg("kv_heads"), py::arg("width"),
+        py::arg("scale"), py::arg("out"), py::arg("lse"), py::arg("starts"), py::arg("isa"), py::arg("window") = 0,
+        py::arg("softcap") = 0.0f);
   m.def("attention_backward", &attention_backward);
 }

@@ -38,6 +38,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         lines.append(f"! C++ extension: off ({cpu.CSRC_REASON})")
     optional = {
         "triton": "fused kernels on a GPU",
+        "flash_attn": "attention on a GPU; torch's own serves without it, but for soft-capped scores",
         "matplotlib": "the plot of a report",
         "pyarrow": "parquet input of elo data",
         "gguf": "elo demo's model",

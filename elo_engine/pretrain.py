@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from elo_engine.config import RunConfig
+from elo_engine.config import RunConfig, StageConfig
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source, detach
 from elo_engine.errors import RefusedError
@@ -19,6 +19,17 @@ from elo_engine.run_dir import RunDir
 from elo_engine.stage import run_stage
 
 
+def state_bytes(stage: StageConfig, T: int, width: int) -> float:
+    """Bytes a trainable parameter takes on the device: weight, gradient, optimizer state, and a compute copy where it
+    is not the weight itself. A bf16 gradient is widened only when a second micro-batch adds to it.
+    """
+    once = stage.tokens_per_step <= stage.micro_batch * T
+    gradient = width if once else 4
+    if stage.optimizer.state == "8bit":
+        return width + gradient + 2 + 2 * 4 / 256  # two codes, and two fp32 scales for 256 of them
+    return 4 + gradient + 8 + (width if width == 2 else 0)
+
+
 def plan(config: RunConfig, source: Source) -> dict[str, Any]:
     """What the stages will do, counted from shapes alone; written to `plan.json` and shown by `--dry-run`."""
     spec, T = source.spec, config.data.sequence_length
@@ -26,8 +37,6 @@ def plan(config: RunConfig, source: Source) -> dict[str, Any]:
     trains = len(source.layers) * spec.layer_parameters
     width = 2 if str(source.dtype) == "torch.bfloat16" else 4
     outer = spec.V * spec.D * (1 if spec.tied else 2) + spec.D
-    # masters, gradients and two moments in fp32; a compute copy only where it is not the master itself
-    state = 16 + (width if width == 2 else 0)
     share = config.pretrain.tokens / (config.pretrain.tokens + config.align.tokens)
     return {
         "model": {"family": spec.family, "layers": spec.layers, "parameters": spec.parameters, "tied": spec.tied},
@@ -38,14 +47,14 @@ def plan(config: RunConfig, source: Source) -> dict[str, Any]:
             "steps": config.steps("pretrain"),
             "tokens": config.pretrain.tokens,
             "trainable_parameters": trains,
-            "weights_and_state_bytes": outer * width + trains * state,
+            "weights_and_state_bytes": outer * width + int(trains * state_bytes(config.pretrain, T, width)),
             "flops_per_token": shallow.total,
         },
         "align": {
             "steps": config.steps("align"),
             "tokens": config.align.tokens,
             "trainable_parameters": spec.parameters,
-            "weights_and_state_bytes": spec.parameters * state,
+            "weights_and_state_bytes": int(spec.parameters * state_bytes(config.align, T, width)),
             "flops_per_token": full.total,
         },
         "warning": ""

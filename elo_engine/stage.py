@@ -106,14 +106,13 @@ def run_stage(
     config = run.config
     section: StageConfig = config.pretrain if name == "pretrain" else config.align
     steps = config.steps(name)
-    optimizer = MasterAdamW(model, section.optimizer)
+    optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)
     identity = snapshot_identity(run, name, index, config)
     progress = _resume(run, name, optimizer, model, identity)
     began_at = progress.step
     stop = StopSignal()
     saves = min(config.snapshot.keep + 1, 1 + (steps - began_at) // config.snapshot.every)
-    # fp32 weights and two moments a snapshot: said now, not after hours of work
-    preflight_space(run.folder(name), saves * 12 * sum(leaf.tensor.numel() for leaf in model.leaves))
+    preflight_space(run.folder(name), saves * optimizer.snapshot_bytes)  # said now, not after hours of work
 
     def save(at: Progress) -> Path:
         return state.save_snapshot(run.folder(name), optimizer, at, identity, _numerics(model), config.snapshot.keep)

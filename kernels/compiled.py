@@ -24,8 +24,6 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import cross_entropy, rms_norm, swiglu
-
 # A100, RTX 30 and A10, RTX 40 and L4, H100 and H200, RTX 50.
 TARGETS = (80, 86, 89, 90, 120)
 
@@ -37,8 +35,8 @@ README = Path(__file__).with_name("README.md")
 class Specimen:
     """One kernel at one set of compile-time numbers, as a launcher would ask for it.
 
-    `floats` is the type behind every pointer that `pointers` does not name; plain arguments are 32-bit
-    integers.
+    `floats` is the type behind every pointer that `pointers` does not name; plain arguments are 32-bit integers unless
+    `scalars` says otherwise, and divisible by 16 unless `ragged` names them.
     """
 
     name: str
@@ -47,12 +45,13 @@ class Specimen:
     num_warps: int
     floats: str = "bf16"
     pointers: Mapping[str, str] = field(default_factory=dict)
+    scalars: Mapping[str, str] = field(default_factory=lambda: {"eps": "fp32"})
+    ragged: tuple[str, ...] = ("N",)  # a ragged number of rows is the ordinary case
 
     def source(self) -> ASTSource:
         """What triton.compile takes: signature, constants, and what is known to be divisible by 16."""
         names = self.kernel.arg_names
         signature = {name: self._type(name) for name in names}
-        # N is left out: a ragged number of rows is the ordinary case. `eps` is a float.
         divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if self._divisible(name)}
         return ASTSource(self.kernel, signature, constexprs=dict(self.constants), attrs=divisible)
 
@@ -61,10 +60,10 @@ class Specimen:
             return "constexpr"
         if name.endswith("_ptr"):
             return "*" + self.pointers.get(name, self.floats)
-        return "fp32" if name == "eps" else "i32"
+        return self.scalars.get(name, "i32")
 
     def _divisible(self, name: str) -> bool:
-        return name not in self.constants and name not in ("N", "eps")
+        return name not in self.constants and name not in self.scalars and name not in self.ragged
 
 
 @dataclass(frozen=True)
@@ -74,49 +73,6 @@ class Cost:
     registers: int
     spill_bytes: int
     shared_bytes: int
-
-
-def specimens(floats: str = "bf16", width: int = 4096) -> list[Specimen]:
-    """Every kernel in every variant that a launcher can ask for.
-
-    Args:
-        floats: "bf16" or "fp32", the type of activations.
-        width: D of the RMSNorm.
-    """
-    block_n, block_d, warps = rms_norm.LAUNCH.tile(width)
-    tile = {"BLOCK_N": block_n, "BLOCK_D": block_d}
-    fp32 = {"rstd_ptr": "fp32", "d_gamma_parts_ptr": "fp32"}
-
-    def norm(name: str, kernel: Any, **needs: bool | None) -> Specimen:
-        return Specimen(name, kernel, {**needs, **tile}, warps, floats, fp32)
-
-    def loss(name: str, need_d_logits: bool) -> Specimen:
-        constants = {
-            "IGNORED": cross_entropy.IGNORED_LABEL,
-            "NEED_D_LOGITS": need_d_logits,
-            "BLOCK_V": cross_entropy.LAUNCH.block_v,
-        }
-        pointers = {"labels_ptr": "i64", "loss_ptr": "fp32"}
-        warps = cross_entropy.LAUNCH.num_warps
-        return Specimen(name, cross_entropy._cross_entropy_forward_kernel, constants, warps, floats, pointers)
-
-    def gated(name: str, kernel: Any) -> Specimen:
-        return Specimen(name, kernel, {"BLOCK_F": swiglu.LAUNCH.block_f}, swiglu.LAUNCH.num_warps, floats)
-
-    forward, backward = rms_norm._rms_norm_forward_kernel, rms_norm._rms_norm_backward_kernel
-    return [
-        norm("rms_norm forward", forward),
-        norm("rms_norm backward", backward, NEED_D_X=True, NEED_D_GAMMA=True),
-        # The pointer of what is not wanted is None, as in the launcher: nothing is allocated for it.
-        norm(
-            "rms_norm backward, d_x only", backward, NEED_D_X=True, NEED_D_GAMMA=False, d_gamma_parts_ptr=None
-        ),
-        norm("rms_norm backward, d_gamma only", backward, NEED_D_X=False, NEED_D_GAMMA=True, d_x_ptr=None),
-        gated("swiglu forward", swiglu._swiglu_forward_kernel),
-        gated("swiglu backward", swiglu._swiglu_backward_kernel),
-        loss("cross_entropy, loss and gradient", True),
-        loss("cross_entropy, loss only", False),
-    ]
 
 
 def _compile(specimen: Specimen, capability: int) -> Any:
@@ -162,6 +118,8 @@ def table(progress: Callable[[str], None] | None = None) -> str:
         f"| bf16, D 4096 | warps | {heads} |",
         "|---|---|" + "---|" * len(TARGETS),
     ]
+    from .specimens import specimens
+
     for specimen in specimens():
         costs = [compile_for(specimen, target) for target in TARGETS]
         cells = " | ".join(f"{cost.registers} / {cost.spill_bytes} / {cost.shared_bytes}" for cost in costs)

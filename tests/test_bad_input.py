@@ -161,7 +161,7 @@ def test_unknown_configuration_key_names_the_nearest(run_tree: Tree, write_confi
         ("align.engine=streamed", "not available"),
         ("align.when=interleaved", "not available"),
         ("detach.bridge=linear", "not available"),
-        ("pretrain.optimizer.state=8bit", "not available"),
+        ("pretrain.optimizer.state=4bit", "pretrain.optimizer.state"),
         ("pretrain.optimizer.lr=-1", "pretrain.optimizer.lr"),
         ("nonsense", "a.b=c"),
         ("model.deeper=1", "not a section"),

@@ -92,7 +92,7 @@ def import_offences(module: str, source: str) -> list[str]:
         if top != "elo_engine" or name == "elo_engine.__version__":
             continue
         if name.startswith("elo_engine.kernels"):
-            if module != "elo_engine.model.ops":
+            if not module.startswith("elo_engine.model.ops."):
                 offences.append(f"{module} imports {name}: only elo_engine.model.ops sees the kernels")
             continue
         target = group(name)
@@ -237,7 +237,7 @@ def test_a_wrong_import_is_seen(module: str, source: str) -> None:
 
 def test_right_imports_are_not_taken_for_wrong_ones() -> None:
     assert import_offences("elo_engine.measure.flops", "from elo_engine.model.spec import ModelSpec") == []
-    assert import_offences("elo_engine.model.ops", "def f():\n    from elo_engine.kernels import swiglu") == []
+    assert import_offences("elo_engine.model.ops.swiglu", "def f():\n    from elo_engine.kernels import swiglu") == []
     assert import_offences("elo_engine.stage", "from elo_engine import __version__, console") == []
     assert kernel_offences("from .arguments import check_rows\nimport triton.language as tl") == []
     assert kernel_offences("from elo_engine.errors import EloError") == ["elo_engine.errors.EloError"]

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from elo_engine.model.cpu_attention import attention
+from elo_engine.model.cpu_attention import attention, attention_by_segment
 from elo_engine.model.cpu_head import frozen_head_loss, head_loss
 from elo_engine.model.cpu_native import CSRC_REASON, HAS_CSRC, instruction_set
 
-__all__ = ["CSRC_REASON", "HAS_CSRC", "attention", "frozen_head_loss", "head_loss", "instruction_set"]
+__all__ = [
+    "CSRC_REASON",
+    "HAS_CSRC",
+    "attention",
+    "attention_by_segment",
+    "frozen_head_loss",
+    "head_loss",
+    "instruction_set",
+]

@@ -1,4 +1,7 @@
-"""Causal attention on the CPU: C++ in fp32, else torch's scaled_dot_product_attention by segment."""
+"""Causal attention on the CPU: C++ in fp32, else torch's scaled_dot_product_attention by segment.
+
+Both know a sliding window (Longformer, Beltagy et al. 2020) and a soft cap on the scores (Gemma 2).
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ class AttentionChoice:
     """
 
     widest_head: int = 256  # a thread's scratch (5 blocks of 96 x width, 2 of 96 x 96) stays near 0.5 MiB
+    twin_chunk: int = 512  # queries: a mask or a head's scores are 512 x (511 + window) at a time; not timed
 
 
 CHOICE = AttentionChoice()
@@ -41,38 +45,58 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int], scale: float
-    ) -> Tensor:
-        out_NHE, lse_HN = cpu_native.attention_forward(q_NHE, k_NKE, v_NKE, segment_starts, scale)
+        ctx: Any, q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int], scale: float,
+        window: int | None, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.how = (segment_starts, scale, window, softcap)
+        out_NHE, lse_HN = cpu_native.attention_forward(q_NHE, k_NKE, v_NKE, *ctx.how)
         ctx.save_for_backward(q_NHE, k_NKE, v_NKE, out_NHE, lse_HN)
-        ctx.segment_starts, ctx.scale = segment_starts, scale
         return out_NHE
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out_NHE: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, d_out_NHE: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         q_NHE, k_NKE, v_NKE, out_NHE, lse_HN = ctx.saved_tensors
-        grads = cpu_native.attention_backward(
-            q_NHE, k_NKE, v_NKE, out_NHE, lse_HN, d_out_NHE.contiguous(), ctx.segment_starts, ctx.scale
+        d_q_NHE, d_k_NKE, d_v_NKE = cpu_native.attention_backward(
+            q_NHE, k_NKE, v_NKE, out_NHE, lse_HN, d_out_NHE.contiguous(), *ctx.how
         )
-        return *grads, None, None
+        return d_q_NHE, d_k_NKE, d_v_NKE, None, None, None, None
 
 
-def attention(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int], scale: float) -> Tensor:
-    """Causal attention inside each segment and none across; query head h reads kv head h // (H / K). -> [N, H, E]
+def attention(
+    q_NHE: Tensor,
+    k_NKE: Tensor,
+    v_NKE: Tensor,
+    segment_starts: list[int],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention inside each segment and none across; query head h reads kv head h // (H / K).
 
-    segment_starts: the segments' first tokens and then N, strictly growing from 0. Differentiable once.
-    The C++ gives a segment's output and gradients the same bits whatever the other segments hold, and for any
-    number of threads.
+    Differentiable once. With a window the work grows with N * window. The C++ gives a segment's output and gradients
+    the same bits whatever the other segments hold, and for any number of threads. Inside a segment, what a query may
+    not see has a weight of exactly 0; a NaN or an infinity fewer than 12 tokens (in the twin, a chunk) beyond what it
+    sees can still reach it, as 0 * NaN.
 
+    Args:
+        q_NHE: queries [N, H, E].
+        k_NKE, v_NKE: keys and values [N, K, E], H a multiple of K.
+        segment_starts: the segments' first tokens and then N, strictly growing from 0.
+        scale: factor of the scores.
+        window: a query sees the last `window` tokens of its segment, itself included; None: all before it.
+        softcap: scores become softcap * tanh(score / softcap) before the softmax; None: they stay.
+    Returns:
+        [N, H, E]
     Raises:
-        UsageError: shapes or segment starts do not fit.
+        UsageError: shapes, dtypes or segment starts do not fit, the window is below 1 or the softcap not above 0.
     """
     _check(q_NHE, k_NKE, v_NKE, segment_starts)
+    _check_scores(window, softcap)
     if q_NHE.dtype == torch.float32 and q_NHE.shape[2] <= CHOICE.widest_head and cpu_native.has_attention():
         rows = [x if x[0].is_contiguous() and _spread(x) else x.contiguous() for x in (q_NHE, k_NKE, v_NKE)]
-        return _Attention.apply(*rows, list(segment_starts), scale)  # type: ignore[no-any-return]
-    return _by_segment(q_NHE, k_NKE, v_NKE, segment_starts, scale)
+        return _Attention.apply(*rows, list(segment_starts), scale, window, softcap)  # type: ignore[no-any-return]
+    return attention_by_segment(q_NHE, k_NKE, v_NKE, segment_starts, scale, window, softcap)
 
 
 def _spread(rows: Tensor) -> bool:
@@ -80,8 +104,11 @@ def _spread(rows: Tensor) -> bool:
     return rows.shape[0] < 2 or rows.stride(0) >= rows[0].numel()
 
 
-def _by_segment(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int], scale: float) -> Tensor:
-    """The twin. Equally long neighbours go in one call."""
+def attention_by_segment(
+    q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int], scale: float,
+    window: int | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """The twin, in torch alone and on any device. Equally long neighbours go in one call."""
     outputs = []
     H, E = q_NHE.shape[1:]
     run = 0
@@ -92,12 +119,52 @@ def _by_segment(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: lis
             stop += 1
         span = slice(segment_starts[run], segment_starts[stop])
         q, k, v = (x[span].unflatten(0, (stop - run, lengths[run])).transpose(1, 2) for x in (q_NHE, k_NKE, v_NKE))
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        if softcap is None and (window is None or window >= lengths[run]):
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            mixed = _by_chunk(q, k, v, scale, min(window or lengths[run], lengths[run]), softcap)
         outputs.append(mixed.transpose(1, 2).reshape(-1, H, E))
         run = stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _by_chunk(
+    q_SHTE: Tensor, k_SKTE: Tensor, v_SKTE: Tensor, scale: float, window: int, softcap: float | None
+) -> Tensor:
+    """S segments of T tokens: each chunk of queries against the keys that its windows reach. -> [S, H, T, E]"""
+    outputs = []
+    T = q_SHTE.shape[2]
+    for first in range(0, T, CHOICE.twin_chunk):
+        last, oldest = min(first + CHOICE.twin_chunk, T), max(0, first + 1 - window)
+        q, k, v = q_SHTE[:, :, first:last], k_SKTE[:, :, oldest:last], v_SKTE[:, :, oldest:last]
+        seen_TT = _seen(first, oldest, last, window)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen_TT, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            out = _capped(q, k, v, seen_TT, scale, softcap)
+        outputs.append(out)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _seen(first: int, oldest: int, last: int, window: int) -> Tensor:
+    """Which of the keys [oldest, last) each of the queries [first, last) sees."""
+    behind_TT = torch.arange(first, last)[:, None] - torch.arange(oldest, last)
+    return (behind_TT >= 0) & (behind_TT < window)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, seen_TT: Tensor, scale: float, softcap: float) -> Tensor:
+    """Explicit scores in fp32 (float64 for float64), for no fused call of torch knows the cap."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    K = k.shape[1]
+    # The query heads of a kv head lie side by side as a dimension of their own.
+    scores = q.to(wide).unflatten(1, (K, -1)) @ k.to(wide).unsqueeze(2).mT * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~seen_TT, -torch.inf).softmax(dim=-1)
+    return (weights @ v.to(wide).unsqueeze(2)).flatten(1, 2).to(q.dtype)
 
 
 def _check(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int]) -> None:
@@ -113,3 +180,13 @@ def _check(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int
     grows = all(start < stop for start, stop in pairwise(segment_starts))
     if len(segment_starts) < 2 or segment_starts[0] != 0 or segment_starts[-1] != N or not grows:
         raise UsageError(f"segment starts must grow strictly from 0 to N = {N}; found {segment_starts[:8]}...")
+
+
+def _check_scores(window: int | None, softcap: float | None) -> None:
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise UsageError(f"window must be an int of at least 1, or None for the whole segment; found {window!r}")
+    if softcap is None:
+        return
+    # fp32 holds these and their inverses
+    if not isinstance(softcap, (float, int)) or isinstance(softcap, bool) or not 1e-30 <= softcap <= 1e30:
+        raise UsageError(f"softcap must be a number above 0 (1e-30 to 1e30), or None for no cap; found {softcap!r}")

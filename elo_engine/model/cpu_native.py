@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elo_engine.errors import UsageError
 
-_INTERFACE = 1  # of csrc/module.cpp; an extension left over from another version must not be called
+_INTERFACE = 2  # of csrc/module.cpp; an extension left over from another version must not be called
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -169,27 +169,31 @@ def has_attention() -> bool:
 
 
 def attention_forward(
-    q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int], scale: float
-) -> tuple[Tensor, Tensor]:
-    """-> out [N, H, E] and the log-sum-exp of the scaled scores [H, N], both fp32."""
+    q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, segment_starts: list[int], scale: float,
+    window: int | None = None, softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> out [N, H, E] and the log-sum-exp of a query's scores [H, N], both fp32; under a softcap the latter in two
+    parts [2, H, N], the largest score and the log of the sum relative to it."""
     native = _native()
     assert native is not None
     (N, H, E), K = q_NHE.shape, k_NKE.shape[1]
     _expect(q_NHE, "q", (N, H, E), torch.float32)
     _expect(k_NKE, "k", (N, K, E), torch.float32)
     _expect(v_NKE, "v", (N, K, E), torch.float32)
-    out_NHE, lse_HN = q_NHE.new_empty(N, H, E), q_NHE.new_empty(H, N)
+    out_NHE = q_NHE.new_empty(N, H, E)
+    lse_HN = q_NHE.new_empty((H, N) if softcap is None else (2, H, N))
     native.attention_forward(
         q_NHE.data_ptr(), k_NKE.data_ptr(), v_NKE.data_ptr(),
         _row_stride(q_NHE), _row_stride(k_NKE), _row_stride(v_NKE),
         N, H, K, E, scale, out_NHE.data_ptr(), lse_HN.data_ptr(), segment_starts, _choice,
+        0 if window is None else min(window, N), 0.0 if softcap is None else softcap,
     )  # fmt: skip
     return out_NHE, lse_HN
 
 
 def attention_backward(
     q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, out_NHE: Tensor, lse_HN: Tensor, d_out_NHE: Tensor,
-    segment_starts: list[int], scale: float,
+    segment_starts: list[int], scale: float, window: int | None = None, softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> d_q [N, H, E], d_k and d_v [N, K, E], fp32 and contiguous."""
     native = _native()
@@ -201,15 +205,15 @@ def attention_backward(
     for tensor, what in ((out_NHE, "out"), (d_out_NHE, "d_out")):
         _expect(tensor, what, (N, H, E), torch.float32)
         assert _row_stride(tensor) == H * E, f"{what} has strides {tensor.stride()}"
-    _expect(lse_HN, "log-sum-exp", (H, N), torch.float32)
+    _expect(lse_HN, "log-sum-exp", (H, N) if softcap is None else (2, H, N), torch.float32)
     assert lse_HN.is_contiguous()
     d_q_NHE, d_k_NKE, d_v_NKE = q_NHE.new_empty(N, H, E), q_NHE.new_empty(N, K, E), q_NHE.new_empty(N, K, E)
-    delta_HN = torch.empty_like(lse_HN)
+    delta_HN = q_NHE.new_empty(H, N)
     native.attention_backward(
         q_NHE.data_ptr(), k_NKE.data_ptr(), v_NKE.data_ptr(),
         _row_stride(q_NHE), _row_stride(k_NKE), _row_stride(v_NKE),
         N, H, K, E, scale, out_NHE.data_ptr(), d_out_NHE.data_ptr(), lse_HN.data_ptr(),
         d_q_NHE.data_ptr(), d_k_NKE.data_ptr(), d_v_NKE.data_ptr(), delta_HN.data_ptr(),
-        segment_starts, _choice,
+        segment_starts, _choice, 0 if window is None else min(window, N), 0.0 if softcap is None else softcap,
     )  # fmt: skip
     return d_q_NHE, d_k_NKE, d_v_NKE

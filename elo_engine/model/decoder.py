@@ -90,7 +90,7 @@ class Decoder:
         )
         self.device = self.embedding_VD.device
         self.dtype = self.embedding_VD.dtype
-        self._rope = RopeTable(spec, self.device, self.dtype)
+        self._rope = RopeTable(spec, self.device)
 
     def _leaf(self, tensor: Tensor, full: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], train: bool) -> Tensor:
         leaf = tensor.detach().requires_grad_(train)
@@ -134,12 +134,12 @@ class Decoder:
         """Sum of the cross-entropies in nats over the tokens with a label: fp32 scalar, to be divided by the step's
         count.
         """
-        return ops.head_loss_sum(self.hidden_states(batch), self.head_VD, batch.labels_N)
+        return ops.linear_cross_entropy(self.hidden_states(batch), self.head_VD, batch.labels_N)
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
         """Cross-entropy of every token in nats, fp32 [N], 0 where there is no label."""
-        return ops.head_losses(self.hidden_states(batch), self.head_VD, batch.labels_N)
+        return ops.token_losses(self.hidden_states(batch), self.head_VD, batch.labels_N)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:

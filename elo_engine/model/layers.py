@@ -8,6 +8,8 @@ the data in `spec` and `names`; a layer's weights are a dictionary with the keys
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,15 +29,39 @@ class Packing:
     segment_starts: list[int]  # offsets in [0, N], N last; a row boundary is always one of them
     positions_N: Tensor  # int64, restarting at each segment
 
+    @cached_property
+    def offsets(self) -> Tensor:
+        """`segment_starts` as int32 where the positions are, as variable-length attention takes them; sent once,
+        without a wait.
+        """
+        offsets_S = torch.tensor(self.segment_starts, dtype=torch.int32)
+        if self.positions_N.is_cuda:
+            offsets_S = offsets_S.pin_memory()
+        return offsets_S.to(self.positions_N.device, non_blocking=True)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(stop - start for start, stop in pairwise(self.segment_starts))
+
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary tables gathered for the positions of one micro-batch, both halves alike: cos_NE, sin_NE in compute
-    dtype.
-    """
+    """Rotary tables in fp32, a row a position, R = half the rotary width, and the positions of one micro-batch."""
 
-    cos_NE: Tensor
-    sin_NE: Tensor
+    cos_PR: Tensor
+    sin_PR: Tensor
+    positions_N: Tensor
+
+    @cached_property
+    def cos_NR(self) -> Tensor:
+        """The rows of the micro-batch's tokens, for paths that do not gather them themselves."""
+        return self.cos_PR[self.positions_N]
+
+    @cached_property
+    def sin_NR(self) -> Tensor:
+        """As `cos_NR`."""
+        return self.sin_PR[self.positions_N]
 
 
 class RopeTable:
@@ -43,21 +69,19 @@ class RopeTable:
     called).
     """
 
-    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self._device = device
-        self._inverse_E2, self._factor = _inverse_frequencies(spec)
-        self._cos_PE = torch.empty(0, device=device)
-        self._sin_PE = torch.empty(0, device=device)
+        self._inverse_R, self._factor = _inverse_frequencies(spec)
+        self._cos_PR = torch.empty(0, device=device)
+        self._sin_PR = torch.empty(0, device=device)
 
     def gather(self, positions_N: Tensor, longest: int) -> Rope:
         """Tables for these positions; `longest` is one more than the largest of them, known without a device sync."""
-        if self._cos_PE.shape[0] < longest:
-            angles_PE2 = torch.arange(longest, dtype=torch.float32)[:, None] * self._inverse_E2[None, :]
-            angles_PE = torch.cat((angles_PE2, angles_PE2), dim=-1)
-            self._cos_PE = (angles_PE.cos() * self._factor).to(self._device, self._dtype)
-            self._sin_PE = (angles_PE.sin() * self._factor).to(self._device, self._dtype)
-        return Rope(self._cos_PE[positions_N], self._sin_PE[positions_N])
+        if self._cos_PR.shape[0] < longest:
+            angles_PR = torch.arange(longest, dtype=torch.float32)[:, None] * self._inverse_R[None, :]
+            self._cos_PR = (angles_PR.cos() * self._factor).to(self._device)
+            self._sin_PR = (angles_PR.sin() * self._factor).to(self._device)
+        return Rope(self._cos_PR, self._sin_PR, positions_N)
 
 
 def _inverse_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
@@ -79,21 +103,27 @@ def _inverse_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
         rope_scaling=scaling,
     )
     try:
-        inverse_E2, factor = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
+        inverse_R, factor = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
     except (KeyError, TypeError) as error:
         raise FailedError(
             f"config.json: rotary scaling {scaling} is not complete for type {rope.kind!r}: {error!r}"
         ) from error
-    return inverse_E2, float(factor)
+    return inverse_R, float(factor)
 
 
 def decoder_layer(spec: ModelSpec, weights: LayerWeights, hidden_ND: Tensor, rope: Rope, packing: Packing) -> Tensor:
-    """One pre-norm decoder layer: attention and SwiGLU MLP, each added to the residual stream. [N, D] -> [N, D]"""
-    normed_ND = ops.rms_norm(hidden_ND, weights["norm_attention"], spec.norm_eps)
-    qkv_NC = ops.linear(normed_ND, weights["qkv"], weights.get("qkv_bias"))
-    q_NHE, k_NKE, v_NKE = ops.rotary_packed(qkv_NC, spec.H, spec.K, spec.E, rope.cos_NE, rope.sin_NE)
-    mixed_NHE = ops.attention(q_NHE, k_NKE, v_NKE, packing.segment_starts, spec.E**-0.5, spec.window)
-    hidden_ND = hidden_ND + ops.linear(mixed_NHE.flatten(1), weights["output"], weights.get("output_bias"))
-    normed_ND = ops.rms_norm(hidden_ND, weights["norm_mlp"], spec.norm_eps)
-    gate_up_N2F = ops.linear(normed_ND, weights["gate_up"], weights.get("gate_up_bias"))
-    return hidden_ND + ops.linear(ops.swiglu(gate_up_N2F), weights["down"], weights.get("down_bias"))
+    """One pre-norm decoder layer: attention and SwiGLU MLP, each added to the residual stream. [N, D] -> [N, D]
+
+    Where the hidden state that enters needs no gradient (the first layer above a frozen embedding), none is formed.
+    """
+    heads = ops.Heads(spec.H, spec.K, spec.E)
+    qkv_NC = ops.norm_linear(
+        hidden_ND, weights["norm_attention"], weights["qkv"], weights.get("qkv_bias"), spec.norm_eps
+    )
+    q_NHE, k_NKE, v_NKE = ops.rotary_packed(qkv_NC, heads, rope)
+    mixed_NHE = ops.attention(q_NHE, k_NKE, v_NKE, packing, spec.E**-0.5, spec.window)
+    update_ND = ops.linear(mixed_NHE.flatten(1), weights["output"], weights.get("output_bias"))
+    hidden_ND, gate_up_N2F = ops.add_norm_linear(
+        hidden_ND, update_ND, weights["norm_mlp"], weights["gate_up"], weights.get("gate_up_bias"), spec.norm_eps
+    )
+    return hidden_ND + ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"))

@@ -161,8 +161,10 @@ def train(
         if progress.step == 0:
             check_first_gradients(model, optimizer)
         lr = learning_rate(progress.step, steps, config.optimizer.lr, config.schedule)
-        norm, updated = optimizer.step(lr)
-        loss_mean = float(loss_sum) / max(1, tokens_loss)  # the step's only wait for the device besides the norm
+        result = optimizer.step(lr)
+        # the step's only wait for the device
+        total, norm, taken = torch.stack((loss_sum, result.norm, result.updated)).tolist()
+        loss_mean, updated = total / max(1, tokens_loss), taken == 1.0
         seconds = time.perf_counter() - started
         progress.step += 1
         progress.tokens_total += rows.ids_BT.size

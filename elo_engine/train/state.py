@@ -1,7 +1,8 @@
-"""A stage's state on disk: fp32 weights and moments in safetensors, the rest in JSON, published whole or not at all.
+"""A stage's state on disk: weights and moments in safetensors, the rest in JSON, published whole or not at all.
 
-`STAGE/step-XXXXXXXX/` holds `weights.safetensors` (fp32 masters under the checkpoint's names), `optimizer.safetensors`,
-`state.json` and `COMMIT.json`. A snapshot counts only if its COMMIT verifies; steps are ordered as numbers.
+`STAGE/step-XXXXXXXX/` holds `weights.safetensors` (fp32 masters under the checkpoint's names; with 8-bit optimizer
+state, which has none, the weights as they are), `optimizer.safetensors`, `state.json` and `COMMIT.json`. A snapshot
+counts only if its COMMIT verifies; steps are ordered as numbers.
 """
 
 from __future__ import annotations
@@ -114,6 +115,6 @@ def restore(folder: Path, optimizer: MasterAdamW) -> None:
 
 
 def load_weights(folder: Path) -> dict[str, Any]:
-    """The fp32 weights of a snapshot by checkpoint name, after verifying it."""
+    """The weights of a snapshot by checkpoint name, after verifying it."""
     verify_commit(folder)
     return load_file(folder / "weights.safetensors")

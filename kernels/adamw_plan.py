@@ -1,0 +1,165 @@
+"""What every launch of AdamW shares on the host: the table of addresses, the map of blocks, and the checks.
+
+A kernel finds its tensor through the table, [S, COLUMNS] int64: elements, then addresses in the order of the launcher.
+The map from block to tensor and tile depends on the sizes alone, so it is made once; a new gradient sends the table
+again, 64 bytes a tensor from pinned memory, and nobody waits.
+
+Shapes: S tensors, B blocks, P partial sums, C control numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+
+from .arguments import check_device, check_float
+
+GROUP = 256  # elements that share a scale
+COLUMNS = 8  # int64 numbers a tensor has in the table: elements, then addresses in the order of the launcher
+CONTROL = 8  # fp32 numbers that one step's kernels share; the first two are the launchers' result
+MOST_ELEMENTS = 2**32 - 1  # the hash counts elements in 32 bits
+
+
+@dataclass(frozen=True)
+class AdamwLaunch:
+    """Launch numbers; the update is bound by memory. Not yet timed on a card.
+
+    tile: 2048 elements over num_warps: 8 are 8 elements a thread: one 16-byte load of bf16, two of fp32, and of
+        codes 8 bytes a thread, which still are 256 in a row for a warp. A group of 256 is one warp's, so its largest
+        magnitude needs no shared memory. The 8-bit update of bf16 weights takes at most 64 registers.
+    fp32_warps: 16, for the update of fp32 state: 4 elements a thread are one 16-byte load of fp32 and 32 to 54
+        registers. 8 elements a thread spill 16 bytes on sm_80 to sm_89 and on sm_120, and pass through shared memory.
+    tiles_per_sum: 8. Two layers of Llama-3.1-8B then have 26,600 partial sums, which one program adds in 7 rounds;
+        one sum a tile would be 52 rounds.
+    sums_per_round: 4096 over fold_warps: 8, 16 a thread.
+    """
+
+    tile: int = 2048
+    num_warps: int = 8
+    fp32_warps: int = 16
+    tiles_per_sum: int = 8
+    sums_per_round: int = 4096
+    fold_warps: int = 8
+
+
+LAUNCH = AdamwLaunch()
+
+
+@dataclass
+class AdamwPlan:
+    """What depends on the tensors' sizes alone, and the addresses that were sent last; make it once and keep it.
+
+    sizes: elements of each tensor. map_B2: tensor and tile of each block, int32. sums_P: the partial sums.
+    """
+
+    sizes: tuple[int, ...]
+    map_B2: torch.Tensor
+    sums_P: torch.Tensor
+    sent: list[list[int]] = field(default_factory=list)
+    table_SC: torch.Tensor | None = None
+
+
+def adamw_plan(tensors: Sequence[torch.Tensor]) -> AdamwPlan:
+    """The plan for tensors of these sizes on their device.
+
+    Raises:
+        ValueError: no tensors, no elements, or a tensor of more than 2^32 - 1.
+    """
+    sizes = tuple(tensor.numel() for tensor in tensors)
+    if not any(sizes):
+        raise ValueError(f"adamw: {len(sizes)} tensors with no elements; there is nothing to update, do not call it")
+    if max(sizes) > MOST_ELEMENTS:
+        raise ValueError(f"adamw: a tensor of {max(sizes)} elements exceeds {MOST_ELEMENTS}; pass it in two halves")
+    tiles_S = torch.tensor([triton.cdiv(size, LAUNCH.tile) for size in sizes])
+    tensor_B = torch.arange(len(sizes)).repeat_interleave(tiles_S)
+    first_S = tiles_S.cumsum(0) - tiles_S
+    map_B2 = torch.stack((tensor_B, torch.arange(len(tensor_B)) - first_S[tensor_B]), dim=1).int()
+    device = tensors[0].device
+    sums_P = torch.empty(triton.cdiv(len(map_B2), LAUNCH.tiles_per_sum), dtype=torch.float32, device=device)
+    return AdamwPlan(sizes, map_B2.to(device), sums_P)
+
+
+def adamw_powers(betas: tuple[float, float], device: torch.device | str) -> torch.Tensor:
+    """The fp64 vector [beta1^t, beta2^t, t, beta1, beta2] before the first step; the steps advance it."""
+    return torch.tensor([1.0, 1.0, 0.0, *betas], dtype=torch.float64, device=device)
+
+
+def check_lists(named: dict[str, Sequence[torch.Tensor]], types: dict[str, torch.dtype], powers: torch.Tensor) -> None:
+    """Every list beside `weights`: as many tensors, contiguous, of the right size and type, on one device."""
+    weights = named["weights"]
+    for name, tensors in named.items():
+        if len(tensors) != len(weights):
+            raise ValueError(f"{name}: {len(tensors)} tensors for {len(weights)} weights; pass one for each")
+        for i, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
+            label, want = f"{name}[{i}]", types.get(name)
+            if want is not None and tensor.dtype != want:
+                raise ValueError(f"{label}: dtype {tensor.dtype}; pass {want}")
+            count = triton.cdiv(weight.numel(), GROUP) if name.endswith("scales") else weight.numel()
+            if tensor.numel() != count:
+                raise ValueError(f"{label}: {tensor.numel()} elements where weights[{i}] needs {count}")
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"{label}: strides {tensor.stride()}; it must be contiguous, pass {label}.contiguous()"
+                )
+            if tensor.device != powers.device:
+                check_device(powers=powers, **{label: tensor})
+    if powers.shape != (5,) or powers.dtype != torch.float64:
+        raise ValueError(f"powers: {tuple(powers.shape)} of {powers.dtype}; pass the vector that adamw_powers made")
+    check_device(powers=powers)
+
+
+def gradients(
+    grads: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor]
+) -> tuple[dict[str, Sequence[torch.Tensor]], torch.dtype]:
+    """The gradients as a list to check, a weight standing for what has none, and their common type."""
+    if len(grads) != len(weights):
+        raise ValueError(f"grads: {len(grads)} for {len(weights)} weights; pass one for each, None where none arrived")
+    kinds = sorted({str(grad.dtype) for grad in grads if grad is not None})
+    if len(kinds) > 1:
+        raise ValueError(f"grads: {kinds} in one call; convert all of them to one type")
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            check_float(f"grads[{i}]", grad)
+    dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)
+    return {"grads": [w if g is None else g for g, w in zip(grads, weights, strict=True)]}, dtype
+
+
+def send(plan: AdamwPlan, grads: Sequence[torch.Tensor | None], lists: Sequence[Sequence[torch.Tensor]]) -> bool:
+    """Put the addresses into the plan's table if one has changed; True if all is divisible by 16.
+
+    A tensor without a gradient is sent as one of no elements.
+    """
+    rows = []
+    for i, grad in enumerate(grads):
+        row = [0, 0] if grad is None else [plan.sizes[i], grad.data_ptr()]
+        row += [tensors[i].data_ptr() for tensors in lists]
+        rows.append(row + [0] * (COLUMNS - len(row)))
+    if rows != plan.sent or plan.table_SC is None:
+        device = plan.map_B2.device
+        # torch gives pinned memory out again only when the copy that reads it is done.
+        table_SC = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        plan.table_SC = table_SC.to(device, non_blocking=True)
+        plan.sent = rows
+    return all(number % 16 == 0 for row in rows for number in row)
+
+
+def kind(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of bf16 or fp32."""
+    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
+
+
+def fitting(plan: AdamwPlan | None, weights: Sequence[torch.Tensor]) -> AdamwPlan:
+    """The plan that was given, or a new one.
+
+    Raises:
+        ValueError: it was made for other sizes.
+    """
+    if plan is None:
+        return adamw_plan(weights)
+    if plan.sizes != tuple(weight.numel() for weight in weights):
+        raise ValueError("plan: made for tensors of other sizes; make one with adamw_plan(weights)")
+    return plan

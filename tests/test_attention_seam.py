@@ -1,0 +1,115 @@
+"""Which attention serves where: the choice, the calls as the libraries define them, and refusals by name.
+
+The flash kernels themselves run on a GPU alone (tests/test_ops.py runs there too). Here their places are taken by
+functions that bind the arguments against the real signature and compute what the library's documentation says of
+them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from elo_engine.errors import RefusedError
+from elo_engine.model import ops, reference
+from elo_engine.model.layers import Packing
+
+attention = importlib.import_module("elo_engine.model.ops.attention")
+varlen = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no variable-length attention")
+
+STARTS = [0, 5, 6, 13]
+PACKING = Packing(STARTS, torch.cat([torch.arange(5), torch.arange(1), torch.arange(7)]))
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    yield
+    ops.configure("auto", torch.device("cpu"))
+    attention._varlen_parameters.cache_clear()
+
+
+def heads() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    q_NHE, k_NKE, v_NKE = (torch.randn(13, count, 8, generator=generator) for count in (4, 2, 2))
+    return q_NHE, k_NKE, v_NKE
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+def test_torchs_variable_length_attention_is_called_as_it_is_defined(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def documented(*args: Any, **kwargs: Any) -> Tensor:
+        given = signature.bind(*args, **kwargs).arguments
+        for name in ("cu_seq_q", "cu_seq_k"):
+            assert given[name].dtype == torch.int32 and given[name].tolist() == STARTS
+        assert given["max_q"] == given["max_k"] == 7 and given["enable_gqa"]
+        left, right = given["window_size"]
+        assert right == 0, "causal"
+        seen = None if left == -1 else left + 1
+        return reference.attention(given["query"], given["key"], given["value"], STARTS, given["scale"], seen)
+
+    documented.__signature__ = signature  # type: ignore[attr-defined]
+    attention._varlen_parameters.cache_clear()
+    monkeypatch.setattr(varlen, "varlen_attn", documented)
+    found = attention._torch_varlen(*heads(), PACKING, 0.3, window)
+    assert torch.equal(found, reference.attention(*heads(), STARTS, 0.3, window))
+
+
+def test_a_torch_without_windows_and_scales_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.10's varlen_attn has is_causal and neither window_size nor scale."""
+
+    def old(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
+        raise AssertionError("never called")
+
+    assert attention._varlen_parameters(), "the pinned torch has one"
+    attention._varlen_parameters.cache_clear()
+    monkeypatch.setattr(varlen, "varlen_attn", old)
+    assert attention._varlen_parameters() == frozenset()
+    assert attention._backend(torch.bfloat16, 128, None) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("flash", "dtype", "E", "softcap", "expected"),
+    [
+        (True, torch.bfloat16, 128, None, "flash-attn"),
+        (True, torch.bfloat16, 128, 50.0, "flash-attn"),
+        (True, torch.float32, 128, None, "sdpa"),
+        (False, torch.bfloat16, 128, None, "torch varlen"),
+        (False, torch.bfloat16, 128, 50.0, "sdpa"),
+        (False, torch.bfloat16, 36, None, "sdpa"),
+        (False, torch.bfloat16, 512, None, "sdpa"),
+    ],
+)
+def test_who_serves(
+    flash: bool, dtype: torch.dtype, E: int, softcap: float | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: flash)
+    assert attention._backend(dtype, E, softcap) == expected
+
+
+class OnCuda:
+    """A tensor's face as the seam sees it before it calls anything."""
+
+    is_cuda = True
+    dtype = torch.bfloat16
+    shape = (13, 4, 128)
+
+
+def test_a_softcap_that_no_fused_backend_has_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
+    monkeypatch.setattr(attention.choice, "_mode", "fused")
+    with pytest.raises(RefusedError, match=r"soft-cap 50\.0.*install flash-attn"):
+        attention.attention(OnCuda(), OnCuda(), OnCuda(), PACKING, 0.1, None, 50.0)
+
+
+def test_offsets_and_longest() -> None:
+    assert PACKING.offsets.tolist() == STARTS and PACKING.offsets.dtype == torch.int32
+    assert PACKING.longest == 7

@@ -1,0 +1,119 @@
+"""One run with the kernels, one with the references, the same text: the losses follow each other, step by step.
+
+Triton's kernels run through its interpreter on the CPU; with a GPU they run on it, at real widths. The whole command
+line is driven: `elo run`, 20 steps of ELO pretraining and 3 of alignment, in bf16-free fp32 on the tiny checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+# Two orders of the same fp32 sums differ by about 2^-22 of a gradient. AdamW divides by the gradient's own size, so
+# where a gradient is nearly 0 such a difference becomes a whole step of the learning rate, 3e-3 here, for that weight
+# alone. Measured as the yardstick: k micro-batches of b against one of k x b, which no kernel touches, drift apart by
+# the same few 1e-6 within 20 steps. 1e-4 is 25 times that, and a hundredth of what the weakest planted error below
+# makes.
+RELATIVE = 1e-4
+
+
+def train(tree: dict[str, Any], folder: Path, kernels: str, state: str, plant: str = "") -> list[float]:
+    """Losses of every step of a run in a process of its own."""
+    tree = json.loads(json.dumps(tree))
+    tree |= {"output": str(folder / f"run-{kernels}-{state}{'-planted' if plant else ''}"), "kernels": kernels}
+    for stage in ("pretrain", "align"):
+        tree[stage]["optimizer"]["state"] = state
+    config = folder / f"{Path(tree['output']).name}.yaml"
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if kernels == "fused" else {}
+    start = f"import sys; sys.argv = ['elo', 'run', {str(config)!r}]"
+    program = f"{start}\n{plant}\nfrom elo_engine.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **interpreted, "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=300, cwd=Path(__file__).resolve().parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    told = {"fused": "Triton, interpreted", "reference": "plain torch references"}[kernels]
+    assert told in (Path(tree["output"]) / "log.txt").read_text(), "the run says which path computed it"
+    lines = (Path(tree["output"]) / "metrics.jsonl").read_text().splitlines()
+    losses = [row["loss_nats"] for row in map(json.loads, lines) if "loss_nats" in row]
+    assert len(losses) == 23
+    return losses
+
+
+@pytest.fixture
+def tree(run_tree: dict[str, Any], tied: Path) -> dict[str, Any]:
+    run_tree["data"]["sequence_length"] = 16
+    run_tree["pretrain"] |= {"tokens": 20 * 32, "tokens_per_step": 32, "micro_batch": 2}
+    run_tree["align"] |= {"tokens": 3 * 32, "tokens_per_step": 32, "micro_batch": 1}
+    run_tree["evaluate"] |= {"every": 0, "tokens": 64}
+    run_tree["snapshot"] = {"every": 100, "keep": 1}
+    return run_tree
+
+
+def furthest(left: list[float], right: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(left, right, strict=True))
+
+
+pytest.importorskip("triton", reason="triton is not installed; pip install 'elo-engine[gpu]'")
+
+
+def test_kernels_and_references_train_alike(tree: dict[str, Any], tmp_path: Path) -> None:
+    by_kernels, by_references = (train(tree, tmp_path, kernels, "fp32") for kernels in ("fused", "reference"))
+    assert furthest(by_kernels, by_references) < RELATIVE
+    assert by_references[19] < by_references[0] - 0.1, "20 steps must have taught something, or nothing is compared"
+
+
+PLANTS: dict[str, str] = {
+    "the norm's gradient is half a percent too large": """
+from elo_engine.kernels import rms_norm as kernel
+right = kernel.rms_norm_backward
+def wrong(*args, **kwargs):
+    d_x, d_gamma = right(*args, **kwargs)
+    return (None if d_x is None else d_x * 1.005), d_gamma
+kernel.rms_norm_backward = wrong
+""",
+    "rotation back is left out": """
+from elo_engine.kernels import rotary as kernel
+right = kernel.rotary_forward
+kernel.rotary_forward = lambda *args, **kwargs: None if kwargs.get("inverse") else right(*args, **kwargs)
+""",
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_error_makes_the_losses_part(plant: str, tree: dict[str, Any], tmp_path: Path) -> None:
+    wrong = train(tree, tmp_path, "fused", "fp32", PLANTS[plant])
+    assert furthest(wrong, train(tree, tmp_path, "reference", "fp32")) > RELATIVE
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: real widths in bf16")
+def test_at_real_widths_on_a_gpu(make_checkpoint: Callable[..., Path], tree: dict[str, Any], tmp_path: Path) -> None:
+    """Two layers of 2048: each path in bf16 stays within bf16's rounding of the other over 20 steps.
+
+    Both round every activation to 2^-9; the loss is a mean over 32 tokens of sums that average these errors. 1 % leaves
+    room for AdamW's sign-like first steps; the planted errors above move the loss by more within 20 steps in fp32.
+    """
+    folder = make_checkpoint(
+        hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+        initializer_range=0.02,
+    )  # fmt: skip
+    tree |= {"model": str(folder), "device": "cuda", "dtype": "bf16"}
+    losses = []
+    for kernels in ("auto", "reference"):
+        run = tree | {"output": str(tmp_path / kernels), "kernels": kernels}
+        config = tmp_path / f"{kernels}.yaml"
+        config.write_text(yaml.safe_dump(run), encoding="utf-8")
+        subprocess.run([sys.executable, "-m", "elo_engine", "run", str(config)], check=True, timeout=300)
+        rows = map(json.loads, (tmp_path / kernels / "metrics.jsonl").read_text().splitlines())
+        losses.append([row["loss_nats"] for row in rows if "loss_nats" in row])
+    assert furthest(*losses) < 1e-2
