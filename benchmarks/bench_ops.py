@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stems", nargs="*", default=[], metavar="STEM")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--record", type=Path, help="folder to keep ops_DEVICE.json in")
+    parser.add_argument("--record", type=Path, help="folder to keep ops_DEVICE[_STEMS].json in")
     options = parser.parse_args()
     unknown = sorted(set(options.stems) - set(STEMS))
     if unknown:
@@ -51,7 +51,7 @@ def main() -> None:
                 torch.cuda.empty_cache()
     if options.record:
         options.record.mkdir(parents=True, exist_ok=True)
-        path = options.record / f"ops_{device.type}.json"
+        path = options.record / f"ops_{'_'.join([device.type, *options.stems])}.json"
         if path.exists():
             sys.exit(f"{path} exists; records are never written over")
         record = {"kernels": how, "ceilings": best, "environment": describe_environment(), "contests": results}

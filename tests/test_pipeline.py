@@ -112,14 +112,20 @@ def test_run_makes_a_model_that_transformers_loads_with_the_same_loss(
     assert ours == pytest.approx(total / count, abs=1e-3)
 
 
+@pytest.mark.parametrize(("state", "dtype"), [("fp32", "fp32"), ("8bit", "fp32"), ("fp32", "bf16"), ("8bit", "bf16")])
 def test_training_lowers_the_loss_of_the_target(
-    run_tree: dict[str, Any], write_config: Callable[..., Path], elo: Elo
+    state: str, dtype: str, run_tree: dict[str, Any], write_config: Callable[..., Path], elo: Elo
 ) -> None:
+    """The same bound for every state and type: 8-bit moments and rounded weights teach as much."""
     run_tree["pretrain"]["tokens"], run_tree["align"]["tokens"] = 128 * 20, 128 * 20
+    run_tree["dtype"] = dtype
+    for stage in ("pretrain", "align"):
+        run_tree[stage]["optimizer"]["state"] = state
     status, shown = elo("run", write_config(run_tree), "evaluate.every=0")
     assert status == 0, shown
     found = json.loads((Path(run_tree["output"]) / "report.json").read_text())["evaluations"]
     assert found["aligned"]["ja"]["loss_nats"] < found["base"]["ja"]["loss_nats"] - 0.25
+    assert f"dtype {dtype}" in shown or dtype in (Path(run_tree["output"]) / "plan.json").read_text()
 
 
 def test_detach_and_reattach_without_training_is_byte_identical(
