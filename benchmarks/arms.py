@@ -3,7 +3,7 @@ run and one JSON line with its seconds and loss is printed; the first line print
 
 Arms: `engine_shallow` and `transformers_shallow` (first and last layer, embedding, norm and head frozen),
 `engine_full` and `transformers_full` (everything learns). Same weights, rows, labels, dtype, clipping and fused
-AdamW; every row is one document.
+AdamW; every row is one document. In bf16 the engine keeps fp32 masters and transformers, as a user runs it, does not.
 """
 
 from __future__ import annotations

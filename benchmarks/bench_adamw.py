@@ -39,7 +39,13 @@ def _engine(bits: Literal[8, 32]) -> Callable[[Any], Run]:
         weights = [leaf.clone() if bits == 8 else leaf.float().clone() for leaf in leaves]
         copies = [leaf.clone() for leaf in leaves] if low and bits == 32 else None
         state = AdamwState.zeros(weights, copies, BETAS, bits=bits)
-        return lambda: adamw_step(state, grads, lr=LR, eps=EPS, weight_decay=0.0, clip=CLIP, key=7)
+
+        def run() -> object:
+            # Clipping on a CPU scales the gradients where they lie, so each turn gets its own, in every arm alike.
+            given = grads if grads[0].is_cuda else [grad.clone() for grad in grads]
+            return adamw_step(state, given, lr=LR, eps=EPS, weight_decay=0.0, clip=CLIP, key=7)
+
+        return run
 
     return build
 
@@ -54,7 +60,7 @@ def _torch(inputs: Any) -> Run:
 
     def run() -> object:
         for master, grad in zip(masters, grads, strict=True):
-            master.grad = grad.float() if low else grad
+            master.grad = grad.float() if low else grad.clone()
         torch.nn.utils.clip_grad_norm_(masters, CLIP)
         optimizer.step()
         if low:

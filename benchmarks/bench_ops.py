@@ -39,7 +39,12 @@ def main() -> None:
     print(
         f"{how}; matmul {best['matmul_flop_per_s'] / 1e12:.3f} TFLOP/s, copy {best['copy_bytes_per_s'] / 1e9:.1f} GB/s"
     )
-    results = []
+    environment, results, path = describe_environment(), [], None
+    if options.record:
+        options.record.mkdir(parents=True, exist_ok=True)
+        path = options.record / f"ops_{'_'.join([device.type, *options.stems])}.json"
+        if path.exists():
+            sys.exit(f"{path} exists; records are never written over")
     for stem in options.stems or STEMS:
         contests: list[Contest] = importlib.import_module(f"bench_{stem}").CONTESTS
         for contest in contests:
@@ -47,15 +52,11 @@ def main() -> None:
                 continue
             results.append(measure(contest, device, best, options.rounds))
             print(show(results[-1]), flush=True)
+            if path is not None:  # after every contest: what was measured is kept whatever happens to the next
+                record = {"kernels": how, "ceilings": best, "environment": environment, "contests": results}
+                path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    if options.record:
-        options.record.mkdir(parents=True, exist_ok=True)
-        path = options.record / f"ops_{'_'.join([device.type, *options.stems])}.json"
-        if path.exists():
-            sys.exit(f"{path} exists; records are never written over")
-        record = {"kernels": how, "ceilings": best, "environment": describe_environment(), "contests": results}
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

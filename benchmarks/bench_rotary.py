@@ -69,12 +69,15 @@ def _liger(inputs: Any) -> Run:
 
 
 def _engine(inputs: Any) -> Run:
+    """What a layer's two passes run, the putting together of the three gradients included."""
     qkv_NC, heads, rope = inputs
+    d_outs = [torch.randn_like(x) for x in heads.split(qkv_NC)]
 
     def run() -> object:
         op.turn(qkv_NC, heads, rope, inverse=False)
-        op.turn(qkv_NC, heads, rope, inverse=True)
-        return qkv_NC
+        d_qkv_NC = torch.cat(d_outs, dim=1).flatten(1)
+        op.turn(d_qkv_NC, heads, rope, inverse=True)
+        return d_qkv_NC
 
     return run
 

@@ -56,8 +56,8 @@ def _liger(kind: Kind) -> Callable[[Any], Run]:
         peer = LigerSiLUMulFunction if kind == "silu" else LigerGELUMulFunction
         gate_up_N2F, d_y_NF = inputs
         gate_NF, up_NF = (x.contiguous().detach().requires_grad_() for x in gate_up_N2F.chunk(2, dim=-1))
-        # it writes its gradients over gate and up, so each turn needs copies of them, which count against it
-        return lambda: torch.autograd.grad(peer.apply(gate_NF.clone(), up_NF.clone()), (gate_NF, up_NF), d_y_NF.clone())
+        # It writes its gradients over gate and up; later turns find those there, which cost the same.
+        return lambda: torch.autograd.grad(peer.apply(gate_NF, up_NF), (gate_NF, up_NF), d_y_NF)
 
     return build
 
@@ -67,12 +67,11 @@ def _engine(kind: Kind) -> Callable[[Any], Run]:
 
     def build(inputs: Any) -> Run:
         gate_up_N2F, d_y_NF = inputs[0].detach(), inputs[1]
-        written_NF = torch.empty_like(d_y_NF)
 
         def run() -> object:
+            # On a GPU the backward pass writes the product over d_y: later turns find the product there, of equal size.
             op.gated(gate_up_N2F, kind)
-            written_NF.copy_(d_y_NF)  # the backward pass writes over what it gets
-            return op.gated_backward(written_NF, gate_up_N2F, kind, need_y=True)
+            return op.gated_backward(d_y_NF, gate_up_N2F, kind, need_y=True)
 
         return run
 

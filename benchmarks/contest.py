@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+HEAD_START = 4_000_000  # cycles, 2 ms: the host queues the launches meanwhile, so that its own work is not timed
 Run = Callable[[], object]
 
 
@@ -35,7 +36,7 @@ class Contest:
         arms: name -> inputs -> what one turn runs; the first is what a user of torch would write, `engine` is this
         project.
         flops, bytes: what the result needs at least: operations of matrix products, bytes read and written once.
-        cuda_only: the shapes are a GPU's.
+        device: "cpu" or "cuda", whose shapes these are.
     """
 
     name: str
@@ -75,6 +76,7 @@ def _seconds(run: Run, device: torch.device) -> float:
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        torch.cuda._sleep(HEAD_START)
         start.record()
         run()
         stop.record()
@@ -114,6 +116,7 @@ def _quantile(values: list[float], share: float) -> float:
 
 def measure(contest: Contest, device: torch.device, best: dict[str, float], rounds: int) -> dict[str, Any]:
     """One warm-up each, then `rounds` turns in shuffled order. An arm that cannot run is a row that says why."""
+    torch.compiler.reset()  # a shape of another contest must not make this one's compilation dynamic
     inputs = contest.make(device)
     runs: dict[str, Run] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -122,8 +125,10 @@ def measure(contest: Contest, device: torch.device, best: dict[str, float], roun
             runs[name] = build(inputs)
             runs[name]()
             rows[name] = {"peak_bytes": _peak(runs[name], device)}
-        except (Missing, torch.cuda.OutOfMemoryError) as error:
-            runs.pop(name, None)
+        except Exception as error:
+            if name == "engine":
+                raise
+            runs.pop(name, None)  # a peer that is not installed, has changed, or runs out of memory: a row that says so
             rows[name] = {"skipped": f"{type(error).__name__}: {error}".splitlines()[0]}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order = random.Random(0)

@@ -13,4 +13,6 @@ void run_frozen_head(const Kernels&, const FrozenHead&);
 void run_attention_forward(const Kernels&, const AttentionForward&, const std::vector<int64_t>& starts);
 void run_attention_backward(const Kernels&, const AttentionBackward&, const std::vector<int64_t>& starts);
 
+void run_adamw(const Kernels&, const AdamwStep&, const std::vector<AdamwTensor>& tensors);
+
 }  // namespace elo

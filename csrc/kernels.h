@@ -69,6 +69,25 @@ inline int64_t head_scratch(int64_t width) {
   return (2 * HEAD_ROWS + HEAD_COLS) * width + HEAD_COLS * HEAD_ROWS + 2 * HEAD_ROWS;
 }
 
+constexpr int64_t GROUP = 256;  // elements whose 8-bit moments share a scale
+
+inline int64_t groups_of(int64_t count) { return count / GROUP + (count % GROUP != 0); }
+
+struct AdamwStep {  // the numbers of reference_adamw.control, and what the tensors hold: fp32, or bf16
+  float factor, step, root, rate1, rate2, eps, decay;
+  bool grad_bf16, weight_bf16;
+};
+
+struct AdamwTensor {
+  const void* grad;
+  void* weight;
+  int8_t* m_codes;
+  uint8_t* v_codes;
+  float *m_scales, *v_scales;  // [groups_of(count)]
+  int64_t count;
+  uint32_t base, key;  // of the random bits
+};
+
 struct Kernels {
   const char* name;
   // Turns the rows [row_begin, row_end) of a tile into exp(logit - running max).
@@ -81,6 +100,7 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackward&, const AttentionTask&, const float* queries, const float* d_outs,
                              int64_t head_stride, float* d_q, int64_t d_q_stride, float* scratch);
   void (*head_block)(const FrozenHead&, int64_t row_begin, int64_t rows, float* scratch);
+  void (*adamw_groups)(const AdamwStep&, const AdamwTensor&, int64_t begin, int64_t end);
 };
 
 // Floats of scratch that a task of either pass needs.

@@ -10,16 +10,18 @@
 #include "isa_gemm.h"
 #include "isa_attention.h"
 #include "isa_head.h"
+#include "isa_adamw.h"
 
 namespace elo {
 // Constant-initialised: no code of this file runs unless the processor was asked first.
 const Kernels avx512_kernels = {"avx512",
-                            avx512::softmax_tile,
-                            avx512::padded_width,
-                            avx512::attention_pack,
-                            avx512::attention_forward,
-                            avx512::attention_pack_queries,
-                            avx512::attention_backward,
-                            avx512::head_block};
+                                avx512::softmax_tile,
+                                avx512::padded_width,
+                                avx512::attention_pack,
+                                avx512::attention_forward,
+                                avx512::attention_pack_queries,
+                                avx512::attention_backward,
+                                avx512::head_block,
+                                avx512::adamw_groups};
 }  // namespace elo
 #endif

@@ -10,6 +10,7 @@
 #include "isa_gemm.h"
 #include "isa_attention.h"
 #include "isa_head.h"
+#include "isa_adamw.h"
 
 namespace elo {
 
@@ -20,7 +21,8 @@ const Kernels base_kernels = {"base",
                               base::attention_forward,
                               base::attention_pack_queries,
                               base::attention_backward,
-                            base::head_block};
+                              base::head_block,
+                              base::adamw_groups};
 
 const Kernels* find_kernels(const char* name) {
   const bool any = std::strcmp(name, "auto") == 0;

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
@@ -157,11 +158,48 @@ void attention_backward(Address q, Address k, Address v, int64_t q_stride, int64
   elo::run_attention_backward(kernels, a, starts);
 }
 
+// reference_adamw.mix, for what all elements of a tensor share.
+uint32_t mixed(uint32_t x, uint32_t key) {
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13) ^ key) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+// addresses: gradient, weight, codes and scales of each tensor; numbers: its place in the model, which its random bits
+// depend on; of_step: factor, step, root, rate1, rate2, eps, decay.
+void adamw_8bit(const std::vector<std::array<Address, 6>>& addresses, const std::vector<int64_t>& counts,
+                const std::vector<int64_t>& numbers, bool grad_bf16, bool weight_bf16, const std::array<float, 7>& of_step,
+                int64_t key, const std::string& isa) {
+  if (addresses.size() != counts.size() || addresses.size() != numbers.size())
+    throw std::invalid_argument("adamw: one count and one number for each tensor");
+  if (key < 0 || key > UINT32_MAX) throw std::invalid_argument("adamw: the key must have 32 bits");
+  const elo::Kernels& kernels = chosen(isa);
+  std::vector<elo::AdamwTensor> tensors;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    check_size(counts[i], 1, "adamw");
+    if (numbers[i] < 0) throw std::invalid_argument("adamw: a tensor's number is negative");
+    if (counts[i] == 0) continue;  // such a tensor may have no address
+    const auto& [grad, weight, m_codes, v_codes, m_scales, v_scales] = addresses[i];
+    const uint32_t base = mixed(static_cast<uint32_t>(key) + static_cast<uint32_t>(numbers[i]) * 0x9e3779b9u, 0);
+    const void* grads = grad_bf16 ? static_cast<const void*>(pointer<const uint16_t>(grad, "gradient"))
+                                  : static_cast<const void*>(pointer<const float>(grad, "gradient"));
+    void* weights = weight_bf16 ? static_cast<void*>(pointer<uint16_t>(weight, "weight"))
+                                : static_cast<void*>(pointer<float>(weight, "weight"));
+    tensors.push_back({grads, weights, pointer<int8_t>(m_codes, "exp_avg"), pointer<uint8_t>(v_codes, "exp_avg_sq"),
+                       pointer<float>(m_scales, "exp_avg's scales"), pointer<float>(v_scales, "exp_avg_sq's scales"),
+                       counts[i], base, mixed(base, base)});
+  }
+  const auto& [factor, step, root, rate1, rate2, eps, decay] = of_step;
+  const elo::AdamwStep a{factor, step, root, rate1, rate2, eps, decay, grad_bf16, weight_bf16};
+  py::gil_scoped_release release;
+  elo::run_adamw(kernels, a, tensors);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_csrc, m) {
   m.doc() = "C++ kernels of the CPU path; elo_engine.model.cpu_native is their checked interface.";
-  m.attr("INTERFACE") = 2;  // cpu_native.py refuses an extension left over from another version
+  m.attr("INTERFACE") = 3;  // cpu_native.py refuses an extension left over from another version
   m.def("instruction_set", [](const std::string& isa) { return std::string(chosen(isa).name); }, py::arg("isa") = "auto");
   m.def("softmax_tile", &softmax_tile);
   m.def("frozen_head", &frozen_head);
@@ -170,4 +208,5 @@ PYBIND11_MODULE(_csrc, m) {
         py::arg("scale"), py::arg("out"), py::arg("lse"), py::arg("starts"), py::arg("isa"), py::arg("window") = 0,
         py::arg("softcap") = 0.0f);
   m.def("attention_backward", &attention_backward);
+  m.def("adamw_8bit", &adamw_8bit);
 }

@@ -33,7 +33,7 @@ def check_rows(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(
             f"{name}: has no columns (shape {tuple(tensor.shape)}), so there is nothing to compute"
         )
-    strided = columns > 1 and tensor.stride(1) != 1
+    strided = rows > 0 and columns > 1 and tensor.stride(1) != 1
     overlapping = rows > 1 and tensor.stride(0) < columns
     if strided or overlapping:
         raise ValueError(

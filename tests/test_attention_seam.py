@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,7 +92,8 @@ def test_a_torch_without_windows_and_scales_is_passed_over(monkeypatch: pytest.M
 def test_who_serves(
     flash: bool, dtype: torch.dtype, E: int, softcap: float | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_has_flash_attn", lambda: flash)
+    known = frozenset({"window_size", "softcap"}) if flash else frozenset()
+    monkeypatch.setattr(attention, "_flash_attn_parameters", lambda: known)
     assert attention._backend(dtype, E, softcap) == expected
 
 
@@ -104,7 +106,7 @@ class OnCuda:
 
 
 def test_a_softcap_that_no_fused_backend_has_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
+    monkeypatch.setattr(attention, "_flash_attn_parameters", frozenset)
     monkeypatch.setattr(attention.choice, "_mode", "fused")
     with pytest.raises(RefusedError, match=r"soft-cap 50\.0.*install flash-attn"):
         attention.attention(OnCuda(), OnCuda(), OnCuda(), PACKING, 0.1, None, 50.0)
@@ -113,3 +115,27 @@ def test_a_softcap_that_no_fused_backend_has_is_refused_by_name(monkeypatch: pyt
 def test_offsets_and_longest() -> None:
     assert PACKING.offsets.tolist() == STARTS and PACKING.offsets.dtype == torch.int32
     assert PACKING.longest == 7
+
+
+def test_a_flash_attn_without_softcap_serves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn before 2.6."""
+    monkeypatch.setattr(attention, "_flash_attn_parameters", lambda: frozenset({"window_size"}))
+    assert attention._backend(torch.bfloat16, 128, None) == "flash-attn"
+    assert attention._backend(torch.bfloat16, 128, 50.0) == "sdpa"
+
+
+def test_a_flash_attn_that_does_not_load_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Built against another torch: the package is there, and importing it fails."""
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    attention._flash_attn_parameters.cache_clear()
+    assert attention._backend(torch.bfloat16, 128, None) == "torch varlen"
+    attention._flash_attn_parameters.cache_clear()
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 2.0), (3, 2.0)])
+def test_the_slow_exact_way_stays_on_its_device(window: int | None, softcap: float | None) -> None:
+    """On the meta device, where a mask made on the CPU would be refused as on a GPU."""
+    q_NHE, k_NKE, v_NKE = (x.to("meta") for x in heads())
+    out_NHE = attention.cpu.attention_by_segment(q_NHE, k_NKE, v_NKE, STARTS, 0.3, window, softcap)
+    assert out_NHE.device.type == "meta" and out_NHE.shape == (13, 4, 8)

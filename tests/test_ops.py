@@ -283,6 +283,9 @@ def tiny_layer(learns: bool) -> tuple[ModelSpec, dict[str, Tensor], Rope, Packin
     return spec, weights, rope_for(POSITIONS, 8), Packing([0, 9, 13], POSITIONS.to(DEVICE))
 
 
+PRODUCTS = ("aten.mm", "aten.addmm")  # a GPU's attention in fp32 may be made of bmm
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's own products would be counted")
 def test_nothing_below_the_first_layer_is_computed() -> None:
     """The products of forward and backward are counted: the projection of query, key and value has no dX."""
@@ -293,7 +296,7 @@ def test_nothing_below_the_first_layer_is_computed() -> None:
         x_ND = hidden_ND.to(DEVICE).requires_grad_(needed)
         with FlopCounterMode(display=False) as counter:
             decoder_layer(spec, weights, x_ND, rope, packing).sum().backward()
-        flops[needed] = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+        flops[needed] = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in PRODUCTS)
         assert (x_ND.grad is not None) == needed
     matrices = sum(weights[key].numel() for key in ("qkv", "output", "gate_up", "down"))
     assert flops[True] == 3 * 2 * 13 * matrices
@@ -313,10 +316,12 @@ def test_the_gradients_below_the_first_layer_are_the_same() -> None:
         torch.testing.assert_close(grad, found[1][key], rtol=2e-5, atol=2e-5 * float(grad.abs().max()))
 
 
-def test_what_a_layer_keeps_for_the_backward_pass() -> None:
+def test_what_a_layer_keeps_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the normed states and not the gated product: they are made again."""
     spec, weights, rope, packing = tiny_layer(learns=True)
-    (hidden_ND,) = draw((13, 64))
+    hidden_ND = draw((13, 64))[0].to(DEVICE)
+    if DEVICE.type == "cuda":  # what attention keeps is its backend's: here the queries stand for its result
+        monkeypatch.setattr(ops, "attention", lambda q_NHE, *rest: q_NHE * 1.0)
     kept: dict[int, int] = {}
     inputs = {x.untyped_storage().data_ptr() for x in (*weights.values(), hidden_ND, rope.cos_PR, rope.sin_PR)}
 
@@ -326,13 +331,12 @@ def test_what_a_layer_keeps_for_the_backward_pass() -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out_ND = decoder_layer(spec, weights, hidden_ND.to(DEVICE), rope, packing)
+        out_ND = decoder_layer(spec, weights, hidden_ND, rope, packing)
     assert out_ND.requires_grad
     N, D, C, F_, H = 13, 64, 128, 96, 4
     # qkv, attention's result and log-sum-exp, the sum after attention, gate and up, two root mean squares
     most = N * (C + D + H + D + 2 * F_ + 2)
-    slack = 13 * 4 * 8  # reference attention on a GPU without flash kernels, and alignment
-    assert sum(kept.values()) <= most + (slack if DEVICE.type == "cuda" else 0), kept
+    assert sum(kept.values()) <= most, kept
 
 
 @pytest.mark.parametrize("planted", ["gamma", "offset", "residual"])

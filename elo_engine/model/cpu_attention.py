@@ -139,7 +139,7 @@ def _by_chunk(
     for first in range(0, T, CHOICE.twin_chunk):
         last, oldest = min(first + CHOICE.twin_chunk, T), max(0, first + 1 - window)
         q, k, v = q_SHTE[:, :, first:last], k_SKTE[:, :, oldest:last], v_SKTE[:, :, oldest:last]
-        seen_TT = _seen(first, oldest, last, window)
+        seen_TT = _seen(first, oldest, last, q.device, window)
         if softcap is None:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=seen_TT, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -150,9 +150,9 @@ def _by_chunk(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _seen(first: int, oldest: int, last: int, window: int) -> Tensor:
+def _seen(first: int, oldest: int, last: int, device: torch.device, window: int) -> Tensor:
     """Which of the keys [oldest, last) each of the queries [first, last) sees."""
-    behind_TT = torch.arange(first, last)[:, None] - torch.arange(oldest, last)
+    behind_TT = torch.arange(first, last, device=device)[:, None] - torch.arange(oldest, last, device=device)
     return (behind_TT >= 0) & (behind_TT < window)
 
 

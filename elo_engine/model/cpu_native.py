@@ -7,7 +7,7 @@ checked here first. Where it was not built, the twin serves: `HAS_CSRC` says whi
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from elo_engine.errors import UsageError
+from elo_engine.model.reference_adamw import GROUP
 
-_INTERFACE = 2  # of csrc/module.cpp; an extension left over from another version must not be called
+_INTERFACE = 3  # of csrc/module.cpp; an extension left over from another version must not be called
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -217,3 +218,48 @@ def attention_backward(
         segment_starts, _choice, 0 if window is None else min(window, N), 0.0 if softcap is None else softcap,
     )  # fmt: skip
     return d_q_NHE, d_k_NKE, d_v_NKE
+
+
+def fits_adamw(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> bool:
+    """Whether C++ makes the 8-bit step of these: fp32 or bf16, one type each. The twin is `reference_adamw`."""
+    kinds = ({grad.dtype for grad in grads if grad is not None}, {weight.dtype for weight in weights})
+    return _native() is not None and all(len(k) < 2 and k <= {torch.float32, torch.bfloat16} for k in kinds)
+
+
+def adamw_8bit(
+    grads: Sequence[Tensor | None], weights: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor], exp_avg_scales: Sequence[Tensor], exp_avg_sq_scales: Sequence[Tensor],
+    numbers: Mapping[str, float], *, eps: float, decay: float, key: int,
+) -> None:  # fmt: skip
+    """The update of `reference_adamw.adamw_8bit`, in place and bit for bit. `numbers` are those of its `control`;
+    `decay` is the learning rate times the weight decay. A tensor whose gradient is None stays as it is.
+    """
+    native = _native()
+    assert native is not None
+    assert 0 <= key < 2**32, f"key: {key} is outside 0 to 2^32 - 1"
+    lists = (grads, weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales)
+    assert len({len(part) for part in lists}) == 1, f"lists of {[len(part) for part in lists]} tensors"
+    there = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+    if not there:
+        return
+    rows = [
+        (grad, weights[i], exp_avgs[i], exp_avg_sqs[i], exp_avg_scales[i], exp_avg_sq_scales[i]) for i, grad in there
+    ]
+    kinds = (rows[0][0].dtype, rows[0][1].dtype)
+    assert {*kinds} <= {torch.float32, torch.bfloat16}, f"gradients {kinds[0]}, weights {kinds[1]}"
+    types = (*kinds, torch.int8, torch.uint8, torch.float32, torch.float32)
+    names = ("gradient", "weight", "exp_avg", "exp_avg_sq", "exp_avg's scales", "exp_avg_sq's scales")
+    for (i, _), row in zip(there, rows, strict=True):
+        shape, groups = tuple(row[1].shape), -(-row[1].numel() // GROUP)
+        for tensor, what, dtype in zip(row, names, types, strict=True):
+            _expect(tensor, f"{what} {i}", (groups,) if what.endswith("scales") else shape, dtype)
+            assert tensor.is_contiguous(), f"{what} {i} has strides {tensor.stride()}"
+    native.adamw_8bit(
+        [tuple(tensor.data_ptr() for tensor in row) for row in rows],
+        [row[1].numel() for row in rows],
+        [i for i, _ in there],
+        *(kind == torch.bfloat16 for kind in kinds),
+        (*(numbers[name] for name in ("factor", "step", "root", "rate1", "rate2")), eps, decay),
+        key,
+        _choice,
+    )

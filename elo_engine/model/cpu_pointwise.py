@@ -72,13 +72,13 @@ def gated_forward(gate_up_N2F: Tensor, activation: Activation = "silu") -> Tenso
 def gated_backward(
     d_y_NF: Tensor, gate_up_N2F: Tensor, activation: Activation = "silu", *, need_y: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """-> gradient of the packed projection [N, 2F], and act(gate) * up again where it is needed. Writes over d_y."""
+    """-> gradient of the packed projection [N, 2F], and act(gate) * up again where it is needed."""
     gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
     d_packed_N2F = torch.empty_like(gate_up_N2F)
     d_gate_NF, d_up_NF = d_packed_N2F.chunk(2, dim=-1)
     active_NF = _activate(gate_NF, activation)
     torch.mul(d_y_NF, active_NF, out=d_up_NF)
-    d_active_NF = torch.mul(d_y_NF, up_NF, out=d_y_NF)
+    d_active_NF = torch.mul(d_y_NF, up_NF, out=d_gate_NF)
     if activation == "silu":
         d_gate_NF.copy_(torch.ops.aten.silu_backward(d_active_NF, gate_NF))
     else:

@@ -1,5 +1,5 @@
 """What AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) means, in plain torch: with fp32 moments, and with moments
-of 8 bits that are rounded at random. The 8-bit one is also what the CPU runs.
+of 8 bits that are rounded at random. Without the C++ extension the 8-bit one is also what the CPU runs.
 
 The 8-bit format (blocks of 256 elements with one scale; idea of Dettmers et al. 2022, arXiv 2110.02861):
     exp_avg     int8  c:  scale * sign(c) * (c / 127)^2        exp_avg_sq  uint8 c:  scale * (c / 255)^4
@@ -53,6 +53,13 @@ def _rows(flat: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
 
 
+def _root(x: Tensor) -> Tensor:
+    """The fp32 root rounded correctly, as a GPU and C++ have it. torch's own may be off in its last place (MKL's is);
+    through fp64 it is exact, since a root of 24 bits is never within 2^-50 of the middle between two others.
+    """
+    return x.double().sqrt().float()
+
+
 def _round_up(low: Tensor, below: Tensor, above: Tensor, value: Tensor, bits: Tensor) -> Tensor:
     """low + 1 with probability (value - below) / (above - below), else low."""
     up = (bits.float() + 0.5) * 2.0**-16 * (above - below) < value - below
@@ -68,8 +75,8 @@ def encode_signed(value: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 [n] and 16 random bits each -> int8 codes [n], fp32 scales [ceil(n / 256)]; right on average."""
     rows = _rows(value)
     scale = rows.abs().amax(dim=1)
-    steps = torch.where(scale > _SMALLEST_SCALE, 127.0 / scale.sqrt(), 0.0)
-    at = rows.abs().sqrt() * steps[:, None]
+    steps = torch.where(scale > _SMALLEST_SCALE, 127.0 / _root(scale), 0.0)
+    at = _root(rows.abs()) * steps[:, None]
     low = _low(at, 126.0)
     code = _round_up(low, low * low, low * low + 2.0 * low + 1.0, at * at, _rows(bits))
     code = torch.where(rows < 0, -code, code)
@@ -82,8 +89,8 @@ def encode_unsigned(value: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = _rows(value)
     scale = rows.amax(dim=1)
-    steps = torch.where(scale > _SMALLEST_SCALE, 255.0 / scale.sqrt().sqrt(), 0.0)
-    at = rows.sqrt().sqrt() * steps[:, None]
+    steps = torch.where(scale > _SMALLEST_SCALE, 255.0 / _root(_root(scale)), 0.0)
+    at = _root(_root(rows)) * steps[:, None]
     low = _low(at, 254.0)
     at, below = at * at, low * low
     above = below + 2.0 * low + 1.0
@@ -174,7 +181,7 @@ def adamw_fp32(
         grad = grad.to(weight.dtype) * numbers["factor"]
         m += (grad - m) * numbers["rate1"]
         v += (grad * grad - v) * numbers["rate2"]
-        weight -= weight * (lr * weight_decay) + numbers["step"] * m / (v.sqrt() * numbers["root"] + eps)
+        weight -= weight * (lr * weight_decay) + numbers["step"] * m / (_root(v) * numbers["root"] + eps)
         if leaves is not None:
             leaves[i].copy_(weight)
     return result
@@ -211,7 +218,7 @@ def adamw_8bit(
             m += (g - m) * numbers["rate1"]
             v += (g * g - v) * numbers["rate2"]
             exact = weight.float()
-            change = exact * (lr * weight_decay) + numbers["step"] * m / (v.sqrt() * numbers["root"] + eps)
+            change = exact * (lr * weight_decay) + numbers["step"] * m / (_root(v) * numbers["root"] + eps)
             exact = exact - change
             bits = random_bits(key, i, first, g.numel(), g.device)
             for value, codes, scales, encode, chance in (

@@ -80,7 +80,10 @@ def to_batch(rows: RowBatch, device: torch.device) -> Batch:
     """Move a micro-batch to the device and flatten it to N = B * T tokens."""
 
     def move(array_BT: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array_BT).reshape(-1)).to(device, non_blocking=True)
+        flat_N = torch.from_numpy(np.ascontiguousarray(array_BT).reshape(-1))
+        if device.type == "cuda":
+            flat_N = flat_N.pin_memory()  # from pageable memory the copy would wait for the device
+        return flat_N.to(device, non_blocking=True)
 
     packing = Packing([int(start) for start in rows.segment_starts], move(rows.positions_BT))
     return Batch(move(rows.ids_BT), move(rows.labels_BT), packing, int(rows.positions_BT.max()) + 1)

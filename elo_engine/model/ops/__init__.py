@@ -1,8 +1,9 @@
 """The one seam between the model and how its ops are computed.
 
-Everything above calls these functions. Only this package knows `reference` (plain torch, the definitions), the CPU
-fast path (`cpu*.py`, C++ where it pays) and `elo_engine.kernels` (Triton); `choice.py` says which of them serves a
-tensor. One file per op, of the same stem as its kernel, its tests and its benchmark, each with its autograd.Function.
+Everything above calls these functions. Of the model only this package knows `reference` (plain torch, the
+definitions), the CPU fast path (`cpu*.py`, C++ where it pays) and `elo_engine.kernels` (Triton); `choice.py` says
+which of them serves a tensor. One file per op, of the same stem as its kernel, its tests and its benchmark, each with
+its autograd.Function.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """AdamW over all leaves of a model: which path makes the step, and the state that each path keeps.
 
 fp32 state: Triton on a GPU; elsewhere torch's own fused AdamW, which is what the CPU has always run.
-8-bit state: Triton on a GPU, `reference_adamw` elsewhere.
+8-bit state: Triton on a GPU, `cpu_adamw` on a CPU, which is the definition `reference_adamw` bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from elo_engine.model import reference_adamw
+from elo_engine.model import cpu_adamw, reference_adamw
 from elo_engine.model.ops import choice
 
 
@@ -95,10 +95,8 @@ def adamw_step(
             )
         return StepResult(control_C[0], control_C[1])
     if state.scales is not None:
-        m_scales, v_scales = state.scales
-        return StepResult(
-            *reference_adamw.adamw_8bit(grads, *lists, m_scales, v_scales, state.powers, key=key, **options)
-        )
+        step = cpu_adamw.adamw_8bit if choice.use_cpu(state.powers) else reference_adamw.adamw_8bit
+        return StepResult(*step(grads, *lists, *state.scales, state.powers, key=key, **options))
     return _torch_step(state, grads, **options)
 
 

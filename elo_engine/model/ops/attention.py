@@ -38,14 +38,21 @@ def _varlen_parameters() -> frozenset[str]:
 
 
 @functools.cache
-def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+def _flash_attn_parameters() -> frozenset[str]:
+    """The names that flash-attn's function takes here; empty where it is not installed, or does not load with this
+    torch.
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except (ImportError, OSError):
+        return frozenset()
+    return frozenset(inspect.signature(flash_attn_varlen_func).parameters)
 
 
 def _backend(dtype: torch.dtype, E: int, softcap: float | None) -> Backend:
     """What serves a CUDA tensor. The flash kernels take bf16, heads of a multiple of 8 up to 256 wide."""
     if dtype == torch.bfloat16 and E <= 256 and E % 8 == 0:
-        if _has_flash_attn():
+        if {"window_size"} | (set() if softcap is None else {"softcap"}) <= _flash_attn_parameters():
             return "flash-attn"
         if _varlen_parameters() and softcap is None:
             return "torch varlen"
@@ -64,7 +71,7 @@ def attention(
     """Causal attention inside each document, none across; see `reference.attention`. -> [N, H, E]
 
     Raises:
-        RefusedError: `kernels: fused` on CUDA, and no fused backend here has a soft-cap (or takes this dtype or width).
+        RefusedError: `kernels: fused` on CUDA, and no fused backend here has a soft-cap, or takes this width in bf16.
     """
     starts = packing.segment_starts
     if choice.use_reference():

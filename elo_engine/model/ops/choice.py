@@ -52,7 +52,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         from elo_engine.model.ops.attention import describe_backend
 
-        kernels = "Triton" if _HAS_TRITON else "plain torch references (triton is not installed)"
+        kernels = "Triton" if _HAS_TRITON else "plain torch (triton is not installed)"
         return f"kernels: {kernels}; attention: {describe_backend()}"
     if _INTERPRETED and _mode == "fused":
         return "kernels: Triton, interpreted on the CPU (TRITON_INTERPRET)"

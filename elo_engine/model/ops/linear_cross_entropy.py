@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from elo_engine.errors import UsageError
 from elo_engine.model import chunked_head, cpu, reference
@@ -42,16 +43,19 @@ class _FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, softcap: float | None) -> Tensor:
-        losses_N, d_hidden_ND, _ = _compute(hidden_ND, head_VD, labels_N, softcap, ctx.needs_input_grad[0], False)
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, softcap: float | None, need: bool
+    ) -> Tensor:
+        losses_N, d_hidden_ND, _ = _compute(hidden_ND, head_VD, labels_N, softcap, need, False)
         if d_hidden_ND is not None:
             ctx.save_for_backward(d_hidden_ND)
         return losses_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (d_hidden_ND,) = ctx.saved_tensors
-        return _scaled(d_hidden_ND, grads[0][:, None]), None, None, None
+        return _scaled(d_hidden_ND, grads[0][:, None]), None, None, None, None
 
 
 class _LearningHead(torch.autograd.Function):
@@ -65,6 +69,7 @@ class _LearningHead(torch.autograd.Function):
         return losses_N.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_hidden_ND, d_head_VD = ctx.saved_tensors
         # in place: this buffer, V x D in fp32, belongs to this node alone and it runs once
@@ -103,7 +108,9 @@ def linear_cross_entropy(
     elif learns:
         return _LearningHead.apply(hidden_ND, head_VD, labels_N, softcap)  # type: ignore[no-any-return]
     else:
-        losses_N = _FrozenHead.apply(hidden_ND, head_VD, labels_N, softcap)
+        # asked here, because inside a Function autograd's switch cannot be seen
+        need = hidden_ND.requires_grad and torch.is_grad_enabled()
+        losses_N = _FrozenHead.apply(hidden_ND, head_VD, labels_N, softcap, need)
     return losses_N if per_token else losses_N.sum()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from elo_engine.model import cpu_pointwise, reference
 from elo_engine.model.ops import choice
@@ -75,6 +76,7 @@ class _RmsNorm(torch.autograd.Function):
         return normed_ND
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_ND, gamma_D, rstd_N = ctx.saved_tensors
         return *_backward(grads[0], hidden_ND, gamma_D, rstd_N, ctx.unit_offset, ctx.needs_input_grad[:2]), None, None
@@ -102,6 +104,7 @@ class _AddRmsNorm(torch.autograd.Function):
         return sum_ND, normed_ND
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sum_ND, gamma_D, rstd_N = ctx.saved_tensors
         needs_hidden, needs_update, needs_gamma = ctx.needs_input_grad[:3]
@@ -136,6 +139,7 @@ class _NormLinear(torch.autograd.Function):
         return F.linear(normed_ND, weight_OD, bias_O), None if update_ND is None else sum_ND
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_out_NO, d_sum_ND = grads
         sum_ND, gamma_D, weight_OD, rstd_N = ctx.saved_tensors

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from elo_engine.model import cpu_pointwise, reference
 from elo_engine.model.ops import choice
@@ -68,8 +69,10 @@ class _Rotary(torch.autograd.Function):
         return qkv_NC
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        d_qkv_NC = grads[0].clone(memory_format=torch.contiguous_format)  # what arrives is not ours to write into
+        # In place: `rotary_packed` hands out views alone, so autograd put this matrix together for this node alone.
+        d_qkv_NC = grads[0].contiguous()
         turn(d_qkv_NC, ctx.heads, ctx.rope, inverse=True)
         return d_qkv_NC, None, None
 
@@ -92,6 +95,7 @@ class _RotaryNorm(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from elo_engine.kernels import rotary_norm as kernel
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from elo_engine.model import cpu_pointwise, reference
 from elo_engine.model.ops import choice
@@ -53,6 +54,7 @@ class _GatedLinear(torch.autograd.Function):
         return F.linear(gated(gate_up_N2F, activation), down_DF, bias_D)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (d_out_ND,) = grads
         gate_up_N2F, down_DF = ctx.saved_tensors
