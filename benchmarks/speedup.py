@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -30,16 +31,20 @@ from elo_engine.measure.meter import spread
 from elo_engine.model.spec import read_spec
 
 ARMS = ("engine_shallow", "transformers_shallow", "engine_full", "transformers_full")
+# transformers again, told to keep freed memory as the engine tells itself (elo_engine/model/cpu_memory.py)
+TUNED = ("transformers_shallow_tuned", "transformers_full_tuned")
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 
 class Arm:
     """A process that runs one training step when asked."""
 
     def __init__(self, name: str, spec: Path) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("arms.py")), name, str(spec)]
+        command = [sys.executable, str(Path(__file__).with_name("arms.py")), name.removesuffix("_tuned"), str(spec)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | (KEEP if name in TUNED else {}),
+        )  # fmt: skip
         self.name = name
         self.described = self._read()
 
@@ -102,7 +107,7 @@ def ratios(seconds: dict[str, list[float]], share: float = 0.9) -> dict[str, lis
     def pipeline(r: dict[str, float], base: str) -> float:
         return r[base] / (share * r["engine_shallow"] + (1 - share) * r["engine_full"])
 
-    return {
+    found = {
         "ELO pretraining, engine over transformers": [r["transformers_shallow"] / r["engine_shallow"] for r in rounds],
         "full CP, engine over transformers": [r["transformers_full"] / r["engine_full"] for r in rounds],
         "pipeline over transformers' full CP": [pipeline(r, "transformers_full") for r in rounds],
@@ -112,6 +117,19 @@ def ratios(seconds: dict[str, list[float]], share: float = 0.9) -> dict[str, lis
             for r in rounds
         ],
     }
+    if TUNED[0] in seconds:
+        found |= {
+            "ELO pretraining, engine over transformers told to keep memory": [
+                r["transformers_shallow_tuned"] / r["engine_shallow"] for r in rounds
+            ],
+            "full CP, engine over transformers told to keep memory": [
+                r["transformers_full_tuned"] / r["engine_full"] for r in rounds
+            ],
+            "pipeline over the full CP of transformers told to keep memory": [
+                pipeline(r, "transformers_full_tuned") for r in rounds
+            ],
+        }
+    return found
 
 
 def measure(model: Path, T: int, micro_batch: int, rounds: int, warmup: int) -> dict[str, Any]:
@@ -128,11 +146,12 @@ def measure(model: Path, T: int, micro_batch: int, rounds: int, warmup: int) -> 
         }  # fmt: skip
         path = Path(scratch) / "spec.json"
         path.write_text(json.dumps(spec))
-        arms = {name: Arm(name, path) for name in ARMS}
-        seconds: dict[str, list[float]] = {name: [] for name in ARMS}
-        losses: dict[str, list[float]] = {name: [] for name in ARMS}
+        names = ARMS + TUNED if device.type == "cpu" else ARMS
+        arms = {name: Arm(name, path) for name in names}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        losses: dict[str, list[float]] = {name: [] for name in names}
         for number in range(warmup + rounds):
-            for name in order.sample(ARMS, len(ARMS)):
+            for name in order.sample(names, len(names)):
                 result = arms[name].step()
                 losses[name].append(result["loss"])
                 if number >= warmup:

@@ -42,6 +42,8 @@ def configure(mode: Mode, device: torch.device) -> str:
             "install a C++17 compiler and reinstall, or use kernels: auto"
         )
     _mode = mode
+    if device.type == "cpu":
+        cpu.keep_freed_memory()
     return describe(device)
 
 
