@@ -2,6 +2,7 @@
 #   make demo     the whole method on a real small model, with a table and a plot at the end
 #   make test     the tests; on a machine with a GPU the kernels' tests run on it too
 #   make lint     ruff and mypy
+#   make fuzz     the byte mover under AddressSanitizer and ThreadSanitizer, FUZZ_SECONDS=30 each; needs g++ or clang++
 #   make bench    the pipeline speedup on the demo's model; BENCH="--sequence-length 1024" passes options on
 #   make setup    .venv with the `elo` command, for use by hand: .venv/bin/elo --help
 # PYTHON=python3.12 chooses the interpreter of a new .venv; CONSTRAINTS=/dev/null takes the newest versions allowed.
@@ -14,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint fuzz bench clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.stamp
@@ -28,6 +29,23 @@ test: .venv/.stamp-test
 lint: .venv/.stamp-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Own random inputs, so that any compiler will do; csrc/fuzz/fuzz_mover.cpp says how clang's libFuzzer drives the same target.
+FUZZ_SECONDS ?= 30
+MOVER := csrc/mover.cpp csrc/guarded_copy.cpp
+SANITIZED := -std=c++17 -O1 -g -Wall -Wextra -pthread
+
+fuzz: build/fuzz/fuzz_mover build/fuzz/stress_ring
+	build/fuzz/fuzz_mover $(FUZZ_SECONDS)
+	build/fuzz/stress_ring $(FUZZ_SECONDS)
+
+build/fuzz/fuzz_mover: csrc/fuzz/fuzz_mover.cpp $(MOVER) $(wildcard csrc/*.h)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZED) -fsanitize=address,undefined -fno-sanitize-recover=all -DOWN_MAIN $< $(MOVER) -o $@
+
+build/fuzz/stress_ring: csrc/fuzz/stress_ring.cpp $(MOVER) $(wildcard csrc/*.h)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZED) -fsanitize=thread $< $(MOVER) -o $@
 
 bench: .venv/.stamp-test
 	$(BIN)/python benchmarks/speedup.py $(BENCH)

@@ -1,4 +1,5 @@
-// elo_engine._csrc: the binding. Addresses and sizes come from elo_engine.model.cpu_native, which has checked dtype, device
+// elo_engine._csrc: the binding of the kernels (the mover's is bind_mover.cpp). Addresses and sizes come from
+// elo_engine.model.cpu_native, which has checked dtype, device
 // and layout; here they are checked once more against what would crash: null, negative, overflow.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_mover.h"
 #include "drivers.h"
 
 namespace py = pybind11;
@@ -198,8 +200,8 @@ void adamw_8bit(const std::vector<std::array<Address, 6>>& addresses, const std:
 }  // namespace
 
 PYBIND11_MODULE(_csrc, m) {
-  m.doc() = "C++ kernels of the CPU path; elo_engine.model.cpu_native is their checked interface.";
-  m.attr("INTERFACE") = 3;  // cpu_native.py refuses an extension left over from another version
+  m.doc() = "C++ of elo_engine; elo_engine.model.cpu_native and elo_engine.checkpoint.mover are its checked interfaces.";
+  m.attr("INTERFACE") = 4;  // elo_engine/native.py refuses an extension left over from another version
   m.def("instruction_set", [](const std::string& isa) { return std::string(chosen(isa).name); }, py::arg("isa") = "auto");
   m.def("softmax_tile", &softmax_tile);
   m.def("frozen_head", &frozen_head);
@@ -209,4 +211,5 @@ PYBIND11_MODULE(_csrc, m) {
         py::arg("softcap") = 0.0f);
   m.def("attention_backward", &attention_backward);
   m.def("adamw_8bit", &adamw_8bit);
+  elo::bind_mover(m);
 }

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cpu_paths import NATIVE, PATHS
 
+from elo_engine import native
 from elo_engine.errors import UsageError
 from elo_engine.model import cpu_native
 
@@ -157,8 +158,8 @@ def test_a_forced_choice_that_cannot_be_honoured_fails() -> None:
 
 
 def test_an_extension_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_native, "_INTERFACE", -1)
-    module, reason = cpu_native._load()
+    monkeypatch.setattr(native, "INTERFACE", -1)
+    module, reason = native.load()
     assert module is None
     assert "reinstall" in reason or "does not load" in reason
 

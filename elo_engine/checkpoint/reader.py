@@ -1,17 +1,19 @@
-"""Reads chosen tensors of a checkpoint, and nothing else, through one reused staging slot.
+"""Reads chosen tensors of a checkpoint, and nothing else: plan -> ring -> device.
 
-Why a slot and not the destination or a mapping: reading into fresh pages costs more than reading into a warm
-buffer and copying (2 cores, page cache warm, 600 MB of bf16: 1.7 to 1.9 GB/s through the slot, 1.2 to 1.5
-GB/s straight into new tensors), and a conversion to another dtype or device needs the bytes in between
-anyway.
+Why the destination's memory matters more than how it is read (2 Zen 3 cores, page cache warm, 700 MB): into fresh small
+pages 2.5 GB/s, into fresh huge pages 8 GB/s, into the ring's warm slots and from there on 6 to 7. So bytes that need no
+conversion on the CPU go straight into tensors on huge pages; all others go through the ring, read ahead by its threads.
+What is not in the page cache is read past it (O_DIRECT) through the ring.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
@@ -19,36 +21,83 @@ from torch import Tensor
 
 from elo_engine.checkpoint.header import TensorEntry
 from elo_engine.checkpoint.index import CheckpointIndex, check_unchanged
-from elo_engine.checkpoint.syscalls import open_folder, open_regular, read_exactly
+from elo_engine.checkpoint.mover import Mover, Slot, TransferError, borrowed, make
+from elo_engine.checkpoint.plan import Chunk, coalesce, cut, cut_by_tensor, in_file_order
+from elo_engine.checkpoint.residency import advise_huge, open_direct, resident_share
+from elo_engine.checkpoint.syscalls import open_folder, open_regular
+from elo_engine.checkpoint.targets import Target, Token, free_slot, make_target
 from elo_engine.errors import FailedError, UsageError
 
-SLOT_BYTES = 16 << 20  # larger slots measured no faster and fall out of the last-level cache
-_WIDEST_ITEM = 16
+__all__ = ["METHODS", "CheckpointReader", "RingShape", "coalesce"]
+
+METHODS = ("auto", "pread", "direct", "mmap")
+_WAYS = {"pread": "buffered", "direct": "direct", "mmap": "mapped"}
+_RESIDENT = 0.5  # with half of a range in the page cache, reading past it asks the disk for more than it saves
+_AHEAD = 64  # transfers straight into tensors that may be queued: enough for any disk, and Ctrl-C waits for few
+
+
+@dataclass(frozen=True)
+class RingShape:
+    """Slots, their bytes and the threads that fill them.
+
+    4 MiB: large enough for a disk's full rate with O_DIRECT, small enough that a slot is still in the last-level cache
+    when it is copied on (2 Zen 3 cores, 32 MiB of it, 2026-11).
+    """
+
+    slots: int = 4
+    slot_bytes: int = 4 << 20
+    threads: int = 4
+
+    @staticmethod
+    def for_device(device: torch.device) -> RingShape:
+        """Towards a GPU a core copies at a fraction of the link's rate: one thread a core, two slots a thread."""
+        if device.type != "cuda":
+            return RingShape()
+        threads = max(4, min(16, os.cpu_count() or 4))
+        return RingShape(slots=2 * threads, threads=threads)
+
+
+@dataclass
+class _File:
+    fd: int
+    direct_fd: int  # -1: not opened, or the filesystem has none
+
+
+@dataclass
+class _Read:
+    """One call of `read`: what is under way."""
+
+    mover: Mover
+    target: Target
+    out: dict[str, Tensor]
+    total: int
+    progress: Callable[[int, int], None] | None
+    waiting: deque[tuple[Chunk, int, Slot | None]] = field(default_factory=deque)  # being filled, in file order
+    in_use: list[tuple[Slot, Token]] = field(default_factory=list)  # filled, and being copied to the device
+    done: int = 0
 
 
 class CheckpointReader:
     """Context manager that reads tensors of one `CheckpointIndex`; not for several threads at once.
 
-    method "pread" (default) reads with positioned reads: a file that is shortened meanwhile is a FailedError.
-    "mmap" copies from a mapping, with the file's state compared before and after every copy; a file shortened
-    in between those two can still end the process with SIGBUS, which is why it is not the default. Both give
-    equal bytes. `bytes_read` counts the bytes really taken from the files' tensor data.
+    method "auto" (default) asks the page cache, range by range: what is there is read with pread, the rest with
+    O_DIRECT. "pread", "direct" and "mmap" force one; "mmap" copies out of a mapping under a guard (C++ only). A file
+    that is shortened meanwhile is a FailedError by all of them, and all give equal bytes. `bytes_read` counts the bytes
+    really taken from the files' tensor data, `bytes_by_way` the same by "buffered", "direct" and "mapped", `seconds`
+    the time.
     """
 
-    def __init__(
-        self, index: CheckpointIndex, method: str = "pread", *, slot_bytes: int = SLOT_BYTES
-    ) -> None:
-        if method not in ("pread", "mmap"):
-            raise UsageError(f"reader method {method!r} is unknown: use 'pread' or 'mmap'.")
-        assert slot_bytes >= _WIDEST_ITEM
+    def __init__(self, index: CheckpointIndex, method: str = "auto", *, ring: RingShape | None = None) -> None:
+        if method not in METHODS:
+            raise UsageError(f"reader method {method!r} is unknown: use one of {', '.join(METHODS)}.")
         self.index = index
         self.method = method
         self.bytes_read = 0
-        self._slot_bytes = slot_bytes
-        self._slot: Tensor | None = None
+        self.bytes_by_way = dict.fromkeys(_WAYS.values(), 0)
+        self.seconds = 0.0
+        self._ring = ring
         self._stack = ExitStack()
-        self._files: dict[str, int] = {}
-        self._maps: dict[str, mmap.mmap] = {}
+        self._files: dict[str, _File] = {}
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -59,13 +108,9 @@ class CheckpointReader:
         self.close()
 
     def close(self) -> None:
-        """Close every descriptor and mapping and drop the slot. May be called twice; a later `read` opens
-        anew.
-        """
+        """Close every descriptor. May be called twice; a later `read` opens anew."""
         self._stack.close()
         self._files.clear()
-        self._maps.clear()
-        self._slot = None
 
     def read(
         self,
@@ -79,122 +124,150 @@ class CheckpointReader:
         disk.
 
         dtype: what floating-point tensors are converted to on the way; others keep theirs. progress(done,
-        total) is called in bytes after every slot. Raises UsageError (no such tensor), RefusedError (packed
+        total) is called in bytes after every transfer. Raises UsageError (no such tensor), RefusedError (packed
         sub-byte dtype) and FailedError (truncated, replaced or changed while it was read; I/O error).
         """
-        entries = sorted(
-            {self.index.entry(name) for name in names}, key=lambda e: (e.shard, e.begin, e.end, e.name)
-        )
-        target = torch.device(device)
+        began = time.perf_counter()
+        entries = in_file_order({self.index.entry(name) for name in names})
+        where = torch.device(device)
         out: dict[str, Tensor] = {}
         for entry in entries:  # all of them first, so that what does not fit fails before anything is read
             source = entry.torch_dtype
-            out[entry.name] = torch.empty(
-                entry.shape,
-                dtype=dtype if dtype is not None and source.is_floating_point else source,
-                device=target,
-            )
-        total = sum(entry.nbytes for entry in entries)
-        done = 0
-        for run in coalesce(entries):
-            for begin, end in self._cuts(run):
-                slot = self._fill(run, begin, end, target)
-                for entry in run:
-                    low, high = max(begin, entry.begin), min(end, entry.end)
-                    if low < high:
-                        _place(slot[low - begin : high - begin], entry, low, out[entry.name])
-                done += end - begin
-                if progress is not None:
-                    progress(done, total)
-        for shard, fd in self._files.items():
-            check_unchanged(fd, self.index.shards[shard], self.index.folder, "while it was read")
+            convert = dtype is not None and source.is_floating_point
+            out[entry.name] = torch.empty(entry.shape, dtype=dtype if convert else source, device=where)
+            if where.type == "cpu":
+                advise_huge(out[entry.name])
+        remote = getattr(self.index, "remote", None)
+        if remote is not None:
+            remote.ensure(entries, progress)
+        shape = self._ring or RingShape.for_device(where)
+        with ExitStack() as stack:
+            if self._ring is None:
+                mover = stack.enter_context(borrowed(shape.slots, shape.slot_bytes, shape.threads))
+            else:
+                mover = make(shape.slots, shape.slot_bytes, shape.threads)
+            read = _Read(mover, make_target(where, mover), out, sum(entry.nbytes for entry in entries), progress)
+            try:
+                for run in coalesce(entries):
+                    self._read_run(run, read)
+                while read.waiting:
+                    self._take(read)
+            finally:
+                _settle(read)
+        for shard, file in self._files.items():
+            check_unchanged(file.fd, self.index.shards[shard], self.index.folder, "while it was read")
+        self.seconds += time.perf_counter() - began
         return out
 
-    def _cuts(self, run: list[TensorEntry]) -> Iterator[tuple[int, int]]:
-        """Byte ranges of at most one slot that cover the run and never cut through an element."""
-        begin, last = run[0].begin, run[-1].end
-        while begin < last:
-            end = min(begin + self._slot_bytes, last)
-            cut = next((entry for entry in run if entry.begin < end < entry.end), None)
-            if cut is not None:
-                end -= (end - cut.begin) % cut.torch_dtype.itemsize
-            yield begin, end
-            begin = end
+    def _read_run(self, run: list[TensorEntry], read: _Read) -> None:
+        file = self._open(run[0].shard)
+        way = self._way(run, file)
+        # The header's and fstat's word on the file, once more before its bytes are taken.
+        check_unchanged(file.fd, self.index.shards[run[0].shard], self.index.folder, "while it was read")
+        for chunk in self._chunks(run, way, read):
+            if len(chunk.pieces) == 1 and self._straight(chunk.pieces[0].entry, way, read):
+                while len(read.waiting) >= _AHEAD:
+                    self._take(read)
+                piece = chunk.pieces[0]
+                flat = read.out[piece.entry.name].view(-1).view(torch.uint8)
+                memory = flat[piece.begin - piece.entry.begin : piece.end - piece.entry.begin]
+                read.waiting.append((chunk, read.mover.into(memory, file.fd, chunk.begin, way), None))
+                continue
+            while (slot := free_slot(read.mover, read.target, read.in_use)) is None:
+                if read.waiting:
+                    self._take(read)
+                else:  # every slot is on its way to the device
+                    read.target.wait(read.in_use[0][1])
+            number = read.mover.fill(slot, file.fd, chunk.begin, chunk.end - chunk.begin, way, file.direct_fd)
+            read.waiting.append((chunk, number, slot))
 
-    def _fill(self, run: list[TensorEntry], begin: int, end: int, device: torch.device) -> Tensor:
-        """Bytes begin..end of the run's shard as a uint8 view of the slot; valid until the next call."""
-        shard = run[0].shard
-        fd = self._open(shard)
-        if self._slot is None or (device.type == "cuda" and not self._slot.is_pinned()):
-            self._slot = torch.empty(self._slot_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        slot = self._slot[: end - begin]
-        buffer = slot.numpy().data
-        first = next(entry for entry in run if entry.end > begin)
-        where = f"{self.index.folder / shard}: tensor {first.name!r}"
-        if self.method == "pread":
-            read_exactly(fd, buffer, begin, where)
-        else:
-            # Touching a page behind the end of a shortened file is a SIGBUS, so ask right before.
-            check_unchanged(fd, self.index.shards[shard], self.index.folder, "while it was read")
-            with memoryview(self._map(shard, fd)) as mapping, mapping[begin:end] as piece:
-                buffer[:] = piece
-            check_unchanged(fd, self.index.shards[shard], self.index.folder, "while it was read")
-        self.bytes_read += end - begin
-        return slot
+    def _chunks(self, run: list[TensorEntry], way: str, read: _Read) -> Iterator[Chunk]:
+        """The run's transfers: one tensor each, or slots shared by neighbours if any of them needs a slot."""
+        if any(not self._straight(entry, way, read) for entry in run):
+            return cut(run, read.mover.slot_bytes)
+        return cut_by_tensor(run, read.mover.slot_bytes)
 
-    def _open(self, shard: str) -> int:
+    def _straight(self, entry: TensorEntry, way: str, read: _Read) -> bool:
+        return read.target.reads_into and way != "direct" and read.out[entry.name].dtype == entry.torch_dtype
+
+    def _way(self, run: list[TensorEntry], file: _File) -> str:
+        if self.method != "auto":
+            way = _WAYS[self.method]
+            if way == "direct" and file.direct_fd < 0:
+                raise UsageError(
+                    f"{self.index.folder / run[0].shard}: its filesystem has no direct reads (O_DIRECT). Use method "
+                    "'auto'."
+                )
+            return way
+        share = resident_share(file.fd, run[0].begin, run[-1].end - run[0].begin)
+        return "direct" if share is not None and share < _RESIDENT and file.direct_fd >= 0 else "buffered"
+
+    def _take(self, read: _Read) -> None:
+        """Wait for the oldest transfer and send its bytes on."""
+        chunk, number, slot = read.waiting.popleft()
+        try:
+            transfer = read.mover.wait(number)
+        except TransferError as error:
+            if slot is not None:
+                read.in_use.append((slot, None))
+            raise self._failure(chunk, error) from error
+        except BaseException:  # Ctrl-C: the slot is given back when nothing writes to it any more
+            if slot is not None:
+                read.in_use.append((slot, None))
+            raise
+        self.bytes_read += transfer.transferred
+        self.bytes_by_way[transfer.way] += transfer.transferred
+        if slot is not None:
+            start = transfer.skip - chunk.begin
+            try:
+                for piece in chunk.pieces:
+                    source = slot.memory[start + piece.begin : start + piece.end]
+                    read.target.place(source, piece, read.out[piece.entry.name])
+            finally:
+                read.in_use.append((slot, read.target.mark()))
+        read.done += chunk.end - chunk.begin
+        if read.progress is not None:
+            read.progress(read.done, read.total)
+
+    def _failure(self, chunk: Chunk, error: TransferError) -> FailedError:
+        at = next((piece for piece in chunk.pieces if error.at < piece.end), chunk.pieces[0])
+        where = f"{self.index.folder / chunk.shard}: tensor {at.entry.name!r}"
+        if error.error == 0:
+            return FailedError(
+                f"{where}: truncated: the file ends at byte {error.at}, bytes up to {chunk.end} were wanted. Somebody "
+                "shortened it after it was opened, or it is damaged: fetch it again."
+            )
+        return FailedError(
+            f"{where}: reading {chunk.end - chunk.begin} bytes at offset {chunk.begin} failed at offset {error.at}: "
+            f"{os.strerror(error.error)}. Check the disk, then fetch the file again."
+        )
+
+    def _open(self, shard: str) -> _File:
         if shard not in self._files:
-            where = str(self.index.folder / shard)
+            info = self.index.shards[shard]
+            where = str(self.index.folder / getattr(info, "file", info.name))
             with open_folder(self.index.folder) as dir_fd:
                 try:
-                    fd = open_regular(shard, dir_fd, where)
+                    fd = open_regular(getattr(info, "file", info.name), dir_fd, where)
                 except FileNotFoundError:
-                    raise FailedError(
-                        f"{where}: has gone since the checkpoint was opened. Fetch it again."
-                    ) from None
+                    raise FailedError(f"{where}: has gone since the checkpoint was opened. Fetch it again.") from None
             self._stack.callback(os.close, fd)
-            check_unchanged(
-                fd, self.index.shards[shard], self.index.folder, "after the checkpoint was opened"
-            )
-            self._files[shard] = fd
+            check_unchanged(fd, info, self.index.folder, "after the checkpoint was opened")
+            direct_fd = open_direct(fd) if self.method in ("auto", "direct") else -1
+            if direct_fd >= 0:
+                self._stack.callback(os.close, direct_fd)
+            self._files[shard] = _File(fd, direct_fd)
         return self._files[shard]
 
-    def _map(self, shard: str, fd: int) -> mmap.mmap:
-        if shard not in self._maps:
-            mapping = mmap.mmap(fd, self.index.shards[shard].size, access=mmap.ACCESS_READ)
-            self._maps[shard] = self._stack.enter_context(mapping)
-        return self._maps[shard]
 
-
-def coalesce(entries: list[TensorEntry]) -> list[list[TensorEntry]]:
-    """Runs of tensors that lie one after the other in one shard; `entries` is sorted by (shard, offset).
-
-    Only true neighbours are joined: a gap is a tensor nobody asked for. Empty tensors have no bytes and join
-    no run.
-    """
-    runs: list[list[TensorEntry]] = []
-    for entry in entries:
-        if entry.nbytes == 0:
-            continue
-        if runs and runs[-1][-1].shard == entry.shard and runs[-1][-1].end == entry.begin:
-            runs[-1].append(entry)
-        else:
-            runs.append([entry])
-    return runs
-
-
-def _place(piece: Tensor, entry: TensorEntry, low: int, target: Tensor) -> None:
-    """Copy a uint8 piece, which starts at file offset `low`, to where it belongs in the target tensor.
-
-    Every copy blocks until the slot may be used again, also towards a GPU.
-    """
-    source = entry.torch_dtype
-    first = (low - entry.begin) // source.itemsize
-    flat = target.view(-1)[first : first + piece.numel() // source.itemsize]
-    if target.dtype == source:
-        flat.view(torch.uint8).copy_(piece)  # as bytes, so that every bit pattern of every dtype survives
-        return
-    if piece.storage_offset() % source.itemsize:  # the format does not align tensors to their elements
-        piece = piece.clone()
-    # Over the bus in the file's dtype, which is the smaller one, and converted on the device.
-    flat.copy_(piece.view(source).to(target.device))
+def _settle(read: _Read) -> None:
+    """After the last byte or an error: nothing writes to memory any more, and every slot is back in the ring."""
+    read.mover.drain()
+    read.target.finish()
+    for slot, _ in read.in_use:
+        read.mover.release(slot)
+    for _, _, filling in read.waiting:
+        if filling is not None:
+            read.mover.release(filling)
+    read.in_use.clear()
+    read.waiting.clear()

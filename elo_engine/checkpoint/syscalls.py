@@ -29,6 +29,10 @@ def _pread(fd: int, buffer: memoryview, offset: int) -> int:
     return os.preadv(fd, [buffer], offset)
 
 
+def _pwrite(fd: int, buffer: memoryview, offset: int) -> int:
+    return os.pwritev(fd, [buffer], offset)
+
+
 def _ficlone(source_fd: int, target_fd: int) -> None:
     fcntl.ioctl(target_fd, _FICLONE, source_fd)
 
@@ -63,6 +67,7 @@ class Syscalls:
     """
 
     pread: Callable[[int, memoryview, int], int] = _pread
+    pwrite: Callable[[int, memoryview, int], int] = _pwrite
     write: Callable[[int, memoryview], int] = os.write
     fsync: Callable[[int], None] = os.fsync
     rename: Callable[[str, str], None] = _rename_without_replacing

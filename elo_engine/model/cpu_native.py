@@ -6,34 +6,18 @@ checked here first. Where it was not built, the twin serves: `HAS_CSRC` says whi
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
-# torch before the extension: both name libgomp.so.1, and the first one loaded serves both. torch's wheel brings
-# its own, and one runtime means one pool of threads and one torch.set_num_threads.
 import torch
 from torch import Tensor
 
 from elo_engine.errors import UsageError
 from elo_engine.model.reference_adamw import GROUP
+from elo_engine.native import CSRC as _csrc
+from elo_engine.native import CSRC_REASON as CSRC_REASON
 
-_INTERFACE = 3  # of csrc/module.cpp; an extension left over from another version must not be called
-
-
-def _load() -> tuple[ModuleType | None, str]:
-    try:
-        module = importlib.import_module("elo_engine._csrc")
-    except ImportError as error:
-        return None, f"elo_engine._csrc does not load: {error}"
-    found = getattr(module, "INTERFACE", None)
-    if found != _INTERFACE:
-        return None, f"elo_engine._csrc has interface {found}, this version needs {_INTERFACE}: reinstall elo_engine"
-    return module, ""
-
-
-_csrc, CSRC_REASON = _load()
 HAS_CSRC = _csrc is not None
 _choice = "auto"
 
