@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from elo_engine import console
 from elo_engine.checkpoint import open_checkpoint
 from elo_engine.config import RunConfig
 from elo_engine.corpora import make_mixture, open_heldout
@@ -37,9 +38,15 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
     )
     mixture = make_mixture(config, source.folder, source.spec.V)
     heldout = open_heldout(config, source.folder, source.spec.V) if config.evaluate.every else None
-    model, _ = load_full(
-        index, source.spec, device=source.device, dtype=source.dtype, recompute=config.align.recompute == "layer"
-    )
+    with console.bytes_bar("load the whole model") as progress:
+        model, _ = load_full(
+            index,
+            source.spec,
+            device=source.device,
+            dtype=source.dtype,
+            recompute=config.align.recompute == "layer",
+            progress=progress,
+        )
     log_model(run, model, index)
     # after ELO pretraining the alignment goes on where that stopped reading; the paper's stages share no text either
     rows_read = config.steps("pretrain") * config.pretrain.tokens_per_step // config.data.sequence_length

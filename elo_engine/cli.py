@@ -22,11 +22,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+patches = typer.Typer(help="What changed between two checkpoints as a small file with hashes.", no_args_is_help=True)
+app.add_typer(patches, name="patch")
 
 Config = Annotated[Path, typer.Argument(help="configuration file (YAML)")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="overrides such as pretrain.optimizer.lr=3e-4")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, show the plan, write nothing")]
 Resume = Annotated[str, typer.Option(help="auto: continue the run in the output folder; never: refuse if it exists")]
+HardLinks = Annotated[bool, typer.Option("--hard-links", help="unchanged shards become hard links to the source's")]
+Folder = Annotated[str, typer.Argument(help="checkpoint: folder or hub id")]
+Patch = Annotated[Path, typer.Argument(help="patch file made by elo patch diff or average")]
+FolderOut = Annotated[Path, typer.Option("--out", help="new folder")]
+PatchOut = Annotated[Path, typer.Option("--out", help="new patch file")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -125,14 +132,17 @@ def pretrain(config: Config, overrides: Overrides = None, resume: Resume = "neve
 
 @app.command()
 @_verb
-def reattach(run_folder: Annotated[Path, typer.Argument(help="a run folder whose pretraining is finished")]) -> None:
+def reattach(
+    run_folder: Annotated[Path, typer.Argument(help="a run folder whose pretraining is finished")],
+    hard_links: HardLinks = False,
+) -> None:
     """Put the trained layers back into the original checkpoint."""
     from elo_engine.detach import open_source
     from elo_engine.reattach import reattach as body
     from elo_engine.run_dir import RunDir
 
     with RunDir.open(run_folder) as opened:
-        body(opened, open_source(opened.config))
+        body(opened, open_source(opened.config), hard_links=hard_links or None)
         opened.status(state="finished", stage="reattach")
 
 
@@ -151,7 +161,9 @@ def align(
 @_verb
 def inspect(
     model: Annotated[str, typer.Argument(help="folder or hub id")],
-    verify: Annotated[bool, typer.Option("--verify", help="read every byte, check every shape")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read every byte (fetch a hub's model), check every shape and hash")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """What a checkpoint is: family, layers, ties, bytes per part. Reads headers only."""
@@ -213,6 +225,60 @@ def evaluate(
             f"{result['bits_per_byte']:.4f} bits/byte over {result['tokens_loss']:,} tokens",
             markup=False,
         )
+
+
+@patches.command("diff")
+@_verb
+def patch_diff(
+    base: Annotated[str, typer.Argument(help="folder or hub id")],
+    changed: Annotated[str, typer.Argument(help="a checkpoint of the same layout")],
+    out: PatchOut,
+) -> None:
+    """The tensors that differ between two checkpoints, as one file."""
+    from elo_engine.patch import diff
+
+    console.out.print(diff(base, changed, out), markup=False)
+
+
+@patches.command("apply")
+@_verb
+def patch_apply(folder: Folder, patch: Patch, out: FolderOut, hard_links: HardLinks = False) -> None:
+    """Base + patch -> the changed checkpoint, checked against the hashes in the patch."""
+    from elo_engine.patch import apply
+
+    console.out.print(apply(folder, patch, out, hard_links=hard_links, back=False), markup=False)
+
+
+@patches.command("revert")
+@_verb
+def patch_revert(folder: Folder, patch: Patch, out: FolderOut, hard_links: HardLinks = False) -> None:
+    """Changed checkpoint - patch -> the base again, byte for byte."""
+    from elo_engine.patch import apply
+
+    console.out.print(apply(folder, patch, out, hard_links=hard_links, back=True), markup=False)
+
+
+@patches.command("verify")
+@_verb
+def patch_verify(folder: Folder, patch: Patch) -> None:
+    """Whether a checkpoint is the base of a patch or its result (exit status 1: neither); reads every byte."""
+    from elo_engine.patch import verify
+
+    console.out.print(verify(folder, patch), markup=False)
+
+
+@patches.command("average")
+@_verb
+def patch_average(
+    base: Annotated[str, typer.Argument(help="folder or hub id of the patches' base")],
+    of: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="patches of that base")],
+    out: PatchOut,
+    weights: Annotated[str | None, typer.Option(help="one a patch, with sum 1, as 0.5,0.5; default: equal")] = None,
+) -> None:
+    """The average of several checkpoints, from patches to a patch, in bounded memory."""
+    from elo_engine.patch import average
+
+    console.out.print(average(base, of, out, weights), markup=False)
 
 
 @app.command()

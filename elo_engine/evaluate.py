@@ -80,7 +80,8 @@ def evaluate_folder(
 ) -> dict[str, Evaluation]:
     """Load a whole checkpoint without gradients and score it."""
     index = open_checkpoint(folder)
-    model, _ = load_full(index, read_spec(index.config), device=device, dtype=dtype, train=False)
+    with console.bytes_bar("load") as progress:
+        model, _ = load_full(index, read_spec(index.config), device=device, dtype=dtype, train=False, progress=progress)
     return evaluate_all(model, heldout)
 
 

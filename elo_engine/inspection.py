@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from elo_engine import console
 from elo_engine.checkpoint import CheckpointIndex, CheckpointReader, open_checkpoint, resolve_model
 from elo_engine.measure.meter import human_bytes
 from elo_engine.model import names
@@ -13,6 +14,9 @@ from elo_engine.model.spec import ModelSpec, choose_layers, read_spec
 
 def inspect_model(model: str, *, verify: bool = False) -> dict[str, Any]:
     """Family, layers, ties, bytes per part and per shard. `verify` reads every byte and checks every shape.
+
+    Of a model on a hub only headers are fetched; `verify` fetches all the rest and compares it with the hub's hashes.
+    "fetched" says how many bytes of the shards are on disk then.
 
     Raises:
         UsageError, RefusedError, FailedError: as `open_checkpoint`, `read_spec` and, with `verify`, reading do.
@@ -34,7 +38,13 @@ def inspect_model(model: str, *, verify: bool = False) -> dict[str, Any]:
         "shards": {name: shard.size for name, shard in index.shards.items()},
         "identity": index.identity(),
     }
+    if index.remote is not None:
+        found["fetched"] = index.remote.present_bytes
     if verify:
+        if index.remote is not None:
+            with console.bytes_bar(f"fetch {model}") as progress:
+                index = index.completed(progress)
+            found["fetched"] = sum(shard.size for shard in index.shards.values())
         found["verified_bytes"] = _read_everything(index)
     return found
 
@@ -78,6 +88,10 @@ def describe_inspection(found: dict[str, Any]) -> list[str]:
         f"{human_bytes(size['head'])}, each layer {human_bytes(size['layer'])}, other {human_bytes(size['other'])}",
         f"  detaching first and last layer reads {human_bytes(size['read_by_detach'])} ({share:.1f} %)",
     ]
+    if "fetched" in found:
+        whole = sum(found["shards"].values())
+        rest = "; the rest is fetched when it is read" if found["fetched"] < whole else ""
+        lines.append(f"  fetched from the hub: {human_bytes(found['fetched'])} of {human_bytes(whole)}{rest}")
     if "verified_bytes" in found:
         lines.append(
             f"  verified: all {human_bytes(found['verified_bytes'])} of tensors could be read and have the right shapes"

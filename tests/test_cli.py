@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,13 +79,45 @@ def test_doctor_says_what_is_off_and_why(elo: Elo) -> None:
     assert json.loads(shown)["packages"]["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
 
 
+def test_patches_from_the_command_line(tied: Path, tmp_path: Path, elo: Elo) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for number in (1, 2):
+        shutil.copytree(tied, tmp_path / f"c{number}")
+        path = next((tmp_path / f"c{number}").glob("*.safetensors"))
+        tensors = load_file(path)
+        tensors[max(tensors)] = tensors[max(tensors)] * (1 + number)
+        save_file(tensors, path, {"format": "pt"})
+        status, shown = elo("patch", "diff", tied, tmp_path / f"c{number}", "--out", tmp_path / f"p{number}")
+        assert (status, "1 tensors differ" in shown) == (0, True), shown
+    p1, p2, mean, new, old = (tmp_path / name for name in ("p1", "p2", "mean", "new", "old"))
+    assert elo("patch", "verify", tied, p1) == (0, f"{tied}: base\n")
+    assert elo("patch", "verify", tmp_path / "c1", p1)[1].endswith(": patched\n")
+    status, shown = elo("patch", "verify", tmp_path / "c2", p1)
+    assert status == 1 and "is neither that of the base" in shown
+    status, shown = elo("patch", "apply", tied, p1, "--out", new)
+    assert status == 0 and "patched" in shown and "written" in shown, shown
+    assert elo("patch", "apply", tied, p1, "--out", new)[0] == 3
+    assert elo("patch", "apply", new, p1, "--out", tmp_path / "no")[0] == 3
+    assert elo("patch", "revert", new, p1, "--out", old)[0] == 0
+    for path in tied.glob("*.safetensors"):
+        assert (old / path.name).read_bytes() == path.read_bytes()
+    assert elo("patch", "average", tied, p1, p2, "--out", mean, "--weights", "0.25,0.75")[0] == 0
+    assert elo("patch", "average", tied, p1, p2, "--out", tmp_path / "no", "--weights", "0.5,x")[0] == 2
+    assert elo("patch", "average", tied, p1, p2, "--out", tmp_path / "no", "--weights", "0.5,0.6")[0] == 2
+    status, shown = elo("patch", "diff", tied, tied, "--out", tmp_path / "empty")
+    assert status == 0 and "no tensor differs" in shown
+    assert elo("patch", "verify", tied, tmp_path / "gone")[0] == 2
+    assert elo("patch", "diff", tied)[0] == 2
+
+
 def test_version_and_usage(elo: Elo) -> None:
     assert elo("version") == (0, f"{elo_engine.__version__}\n")
     assert elo("no-such-verb")[0] == 2
     assert elo("run")[0] == 2
     status, shown = elo("--help")
     assert status == 0
-    for verb in ("inspect", "data", "pretrain", "reattach", "align", "run", "eval", "doctor", "demo"):
+    for verb in ("inspect", "data", "pretrain", "reattach", "align", "run", "eval", "patch", "doctor", "demo"):
         assert verb in shown
 
 

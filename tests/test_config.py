@@ -46,6 +46,15 @@ def test_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
     assert changed_keys(config, again.model_copy(update={"seed": 1})) == ["seed"]
 
 
+def test_a_resumed_run_may_link_or_copy() -> None:
+    """`hard_links` changes no number; it is off unless somebody asks."""
+    config = make_config(TREE)
+    assert config.hard_links is False
+    assert changed_keys(config, make_config(TREE | {"hard_links": True, "output": "elsewhere"})) == []
+    with pytest.raises(UsageError, match="hard_links"):
+        make_config(TREE | {"hard_links": "perhaps"})
+
+
 def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(make_config(TREE).to_yaml())
     overrides = ["pretrain.optimizer.lr=3e-4", "detach.layers=[0, -2]", "data.mix={ja: 1}"]

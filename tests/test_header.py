@@ -226,7 +226,7 @@ def _scramble(draw: st.DrawFn, raw: bytearray) -> None:
         raw[at : at + draw(st.integers(0, 2))] = piece
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mutated_files())
 def test_what_we_accept_safetensors_accepts(case: tuple[bytes, bool]) -> None:
     blob, untouched = case

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,13 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from elo_engine.checkpoint import ranges
 from elo_engine.checkpoint.hub import model_files, resolve_model
 from elo_engine.checkpoint.index import open_checkpoint
-from elo_engine.errors import RefusedError, UsageError
+from elo_engine.errors import FailedError, RefusedError, UsageError
+from elo_engine.inspection import describe_inspection, inspect_model
+
+from .hub_server import TOKEN, Fault, HubServer
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -37,7 +39,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def settings(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """Point huggingface_hub to the cache above and to no network; more of its constants by keyword.
 
     Its environment variables are read once, on import, which other tests may have done already.
@@ -47,6 +49,7 @@ def settings(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
         for name, value in {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": True, **changes}.items():
             monkeypatch.setattr(constants, name, value)
 
+    monkeypatch.setenv("ELO_CACHE", str(tmp_path / "elo"))
     settings()
     return settings
 
@@ -103,86 +106,144 @@ def test_cached_model_without_safetensors_is_refused(cache: Path, settings: Call
         resolve_model("some/model")
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """The two questions that a snapshot asks of a hub, for one repository with all kinds of files."""
-
-    files: dict[str, bytes] = {}  # noqa: RUF012
-    asked: list[str] = []  # noqa: RUF012
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        type(self).asked.append(self.path)
-        name = self.path.partition(f"/resolve/{REVISION}/")[2]
-        if self.path.startswith("/api/models/some/model/tree/"):
-            rows = [
-                {"type": "file", "path": n, "size": len(b), "oid": "0" * 40} for n, b in self.files.items()
-            ]
-            self._answer(json.dumps(rows).encode())
-        elif self.path.startswith("/api/models/some/model"):
-            siblings = [{"rfilename": n, "size": len(b)} for n, b in self.files.items()]
-            self._answer(json.dumps({"id": "some/model", "sha": REVISION, "siblings": siblings}).encode())
-        elif name in self.files:
-            self._answer(self.files[name])
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    def _answer(self, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{len(body):040d}"')
-        self.send_header("X-Repo-Commit", REVISION)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        return
+WANTED = ["LICENSE", "config.json", "extra.json", "merges.txt", "tokenizer.json", "tokenizer.model"]
+UNWANTED = [
+    "PARTIAL.json", "README.md", "consolidated.safetensors", "modeling_x.py", "onnx/model.onnx", "optimizer.pt",
+    "original/consolidated.00.pth", "other/model.safetensors", "pytorch_model.bin", "sub/x.json", "tokenizer.partial",
+    "tokenizer.pkl", "adapter_model.safetensors",
+]  # fmt: skip
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[str]:
-    save_file({"a": torch.zeros(2)}, tmp_path / "weights")
-    wanted = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "LICENSE"]
-    unwanted = ["pytorch_model.bin", "modeling_x.py", "original/consolidated.00.pth", "README.md"]
-    unwanted += ["consolidated.safetensors", "onnx/model.onnx", "other/model.safetensors", "tokenizer.pkl"]
-    _Hub.files = {name: b"{}" for name in wanted + unwanted}
-    _Hub.files["model.safetensors"] = (tmp_path / "weights").read_bytes()
-    _Hub.asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+def repository(tmp_path: Path) -> dict[str, bytes]:
+    """All kinds of files beside a model of one shard that is larger than what is fetched with its header."""
+    save_file({"a": torch.arange(65536.0), "b": torch.ones(2)}, tmp_path / "weights")
+    weights = (tmp_path / "weights").read_bytes()
+    return {name: b"{}" for name in WANTED + UNWANTED} | {"merges.txt": b"", "model.safetensors": weights}
 
 
-def test_fetches_what_a_checkpoint_needs_and_no_pickle_or_code(
-    hub: str, tmp_path: Path, settings: Callable[..., None]
-) -> None:
-    url = hub + "/{repo_id}/resolve/{revision}/{filename}"
-    settings(
-        HF_HUB_CACHE=str(tmp_path / "fresh"),
-        HF_HUB_OFFLINE=False,
-        ENDPOINT=hub,
-        HUGGINGFACE_CO_URL_TEMPLATE=url,
-    )
+@pytest.fixture
+def hub(repository: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer({"some/model": repository, "one/pickle": {"config.json": b"{}", "model.bin": b""}}) as hub:
+        hub.point_to(monkeypatch, tmp_path)
+        monkeypatch.setattr(ranges.TRANSFER, "backoff_s", 0.001)
+        yield hub
+
+
+def test_fetches_what_a_checkpoint_needs_and_no_pickle_or_code(hub: HubServer, repository: dict[str, bytes]) -> None:
     folder = resolve_model("some/model")
-    got = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    weights = "model.safetensors"
-    assert got == ["LICENSE", "config.json", "merges.txt", weights, "tokenizer.json", "tokenizer.model"]
-    assert (folder / weights).read_bytes() == _Hub.files[weights]
-    assert any(weights in path for path in _Hub.asked)
-    assert not any(".bin" in path or ".py" in path or "consolidated" in path for path in _Hub.asked)
+    got = sorted(path.name for path in folder.iterdir())
+    assert got == sorted([*WANTED, "PARTIAL.json", "model.safetensors.partial"])
+    assert all((folder / name).read_bytes() == repository[name] for name in WANTED)
+    assert {request.file for request in hub.asked("*?")} == {*WANTED, "model.safetensors"}
+    assert hub.sent() == ranges.TRANSFER.header_bytes
+    assert [path.name for path in model_files(folder)] == [name for name in WANTED if name != "extra.json"]
+    index = open_checkpoint(folder).completed()
+    assert list(index.entries) == ["a", "b"] and (folder / "PARTIAL.json").exists() is False
+    assert (folder / "model.safetensors").read_bytes() == repository["model.safetensors"]
 
 
-def test_unknown_model_on_a_reachable_hub(hub: str, settings: Callable[..., None]) -> None:
-    settings(HF_HUB_OFFLINE=False, ENDPOINT=hub)
-    with pytest.raises(UsageError, match=r"'no/such': no such folder.*Check the spelling"):
+def test_a_complete_hub_cache_goes_before_the_network(
+    cache: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    snapshot = resolve_model("some/model")
+    assert snapshot == cache / "models--some--model" / "snapshots" / REVISION and hub.log == []
+    (cache / "models--some--model" / "blobs" / "c1").unlink()  # the link is there, the weights are not
+    assert resolve_model("some/model").parent.name == "some--model" and hub.log != []
+
+
+def test_unknown_model_on_a_reachable_hub(hub: HubServer) -> None:
+    with pytest.raises(UsageError, match=r"'no/such': no such folder.*the default revision.*Check the spelling"):
         resolve_model("no/such")
+    with pytest.raises(UsageError, match=r"the hub has no revision v9 of it for you"):
+        resolve_model("some/model", "v9")
+    with pytest.raises(UsageError, match=r"is not a hub id"):
+        resolve_model("some/mo--del")
+
+
+def test_no_safetensors_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"one/pickle \(revision [0-9a-f]{40}\) has no safetensors weights"):
+        resolve_model("one/pickle")
+    assert hub.asked("*?") == []
+    hub.push("one/pickle", {"config.json": b"{}", "adapter_model.safetensors": b""})
+    with pytest.raises(UsageError, match=r"no weights of a whole model"):
+        resolve_model("one/pickle")
+    index = json.dumps({"weight_map": {"a": "../evil.safetensors"}}).encode()
+    hub.push("one/pickle", {"config.json": b"{}", "s.safetensors": b"", "model.safetensors.index.json": index})
+    with pytest.raises(FailedError, match=r"not a plain file name"):
+        resolve_model("one/pickle")
+    index = json.dumps({"weight_map": {"a": "t.safetensors"}}).encode()
+    hub.push("one/pickle", {"config.json": b"{}", "s.safetensors": b"", "model.safetensors.index.json": index})
+    with pytest.raises(FailedError, match=r"names t.safetensors, which the repository does not have"):
+        resolve_model("one/pickle")
+    assert not list(tmp_path.rglob("evil*"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../tokenizer.json", "/LICENSE", "a/../../LICENSE", "additional_chat_templates/..", "LICENSE\0", "LICENSE\n"],
+)
+def test_names_that_lead_elsewhere_are_not_fetched(
+    name: str, hub: HubServer, repository: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.push("some/model", repository | {name: b"evil"})
+    resolve_model("some/model")
+    assert not any(path.read_bytes() == b"evil" for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_private_and_gated(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.private = True
+    folder = resolve_model("some/model")
+    assert {request.token for request in hub.log} == {f"Bearer {TOKEN}"}
+    hub.gated = True
+    index = open_checkpoint(folder)
+    with pytest.raises(UsageError, match=r"HTTP 403 from .*Access to some/model is restricted.*hf auth login"):
+        index.completed()
+    hub.push("some/model", {**hub.commits["some/model"][folder.name], "new.json": b"{}"})
+    with pytest.raises(UsageError, match=r"HTTP 403"):
+        resolve_model("some/model")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(UsageError, match=r"the hub has no the default revision|accept its licence"):
+        resolve_model("some/model")
+
+
+def test_a_small_file_that_is_not_what_the_hub_lists(hub: HubServer) -> None:
+    hub.faults.append(Fault("flip", file="config.json"))
+    with pytest.raises(FailedError, match=r"config.json: has the hash [0-9a-f]{40} and [0-9a-f]{40} on the hub"):
+        resolve_model("some/model")
+    hub.faults.clear()
+    hub.log.clear()
+    assert open_checkpoint(resolve_model("some/model")).config == {}
+    assert len(hub.asked("config.json")) == 1 and hub.asked("LICENSE") == []  # what was there stays
+
+
+def test_a_busy_hub(hub: HubServer) -> None:
+    hub.api_status = 503
+    with pytest.raises(UsageError, match=r"could not be reached while the default revision.*503"):
+        resolve_model("some/model")
+    assert len(hub.log) == ranges.TRANSFER.attempts
+
+
+def test_inspecting_a_model_on_the_hub_reads_headers_only(
+    hub: HubServer, untied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges.TRANSFER, "header_bytes", 4096)
+    hub.push("some/model", {path.name: path.read_bytes() for path in untied.iterdir()})
+    local, found = inspect_model(str(untied)), inspect_model("some/model")
+    shards = len(found["shards"])
+    whole = sum(found["shards"].values())
+    assert found["fetched"] == hub.sent() == shards * 4096 < whole // 4 and "fetched" not in local
+    assert {key: found[key] for key in local if key != "folder"} == {
+        key: local[key] for key in local if key != "folder"
+    }
+    assert any("fetched from the hub" in line and "the rest" in line for line in describe_inspection(found))
+    verified = inspect_model("some/model", verify=True)
+    assert verified["fetched"] == hub.sent() == whole and verified["verified_bytes"] == local["bytes"]["total"]
+    assert not any("the rest" in line for line in describe_inspection(verified))
+    assert {key: value for key, value in inspect_model("some/model").items() if key != "folder"} == {
+        key: local[key] for key in local if key != "folder"
+    }
 
 
 def test_model_files(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from elo_engine.checkpoint.index import open_checkpoint
+from elo_engine.checkpoint.index import open_checkpoint, wanted_shards, weights_complete
 from elo_engine.errors import EloError, FailedError, RefusedError, UsageError
 
 
@@ -286,3 +286,19 @@ def test_no_descriptor_is_left_open(folder: Path) -> None:
     with pytest.raises(FailedError):
         open_checkpoint(folder)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_partial_file_without_its_record_is_no_shard(folder: Path) -> None:
+    assert {name: info.file for name, info in open_checkpoint(folder).shards.items()} == {FIRST: FIRST, SECOND: SECOND}
+    (folder / SECOND).rename(folder / f"{SECOND}.partial")
+    with pytest.raises(FailedError, match=f"missing shard {SECOND}"):
+        open_checkpoint(folder)
+
+
+def test_a_checkpoint_on_disk_is_completed_already(folder: Path) -> None:
+    index = open_checkpoint(folder)
+    assert index.remote is None and index.completed() is index
+    assert wanted_shards(folder) == [FIRST, SECOND] and weights_complete(folder)
+    (folder / SECOND).unlink()
+    assert wanted_shards(folder) == [FIRST, SECOND] and not weights_complete(folder)
+    assert not weights_complete(folder / "nowhere")

@@ -19,6 +19,7 @@ import torch
 
 from elo_engine.checkpoint import syscalls
 from elo_engine.checkpoint.index import CheckpointIndex, open_checkpoint
+from elo_engine.checkpoint.mover import using
 from elo_engine.checkpoint.writer import (
     preflight_space,
     publish,
@@ -83,9 +84,7 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == ["out"] and not os.listdir(tmp_path / "out")
 
 
-def test_rename_where_the_system_cannot_do_it_in_one_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rename_where_the_system_cannot_do_it_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(syscalls.ctypes, "CDLL", lambda *_, **__: object())
     with publish(tmp_path / "out") as folder:
         (folder / "a").touch()
@@ -130,9 +129,7 @@ def test_only_own_stale_folders_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").touch()
     (tmp_path / ".out.tmp-1-0000000f").touch()  # a file of such a name
-    (tmp_path / ".out.tmp-1-0000000a").symlink_to(
-        tmp_path / ".out2.tmp-1-00112233"
-    )  # a link to a foreign folder
+    (tmp_path / ".out.tmp-1-0000000a").symlink_to(tmp_path / ".out2.tmp-1-00112233")  # a link to a foreign folder
     with publish(tmp_path / "out") as folder:
         (folder / "a").touch()
     assert not stale.exists() and (tmp_path / ".out.tmp-1-0000000f").exists()
@@ -185,7 +182,7 @@ def test_a_target_below_a_file(tmp_path: Path) -> None:
 def count_calls(index: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> int:
     with monkeypatch.context() as context:
         calls = fail_on_call(context, name, -1, 0)
-        with publish(tmp_path / "count") as folder:
+        with using("python"), publish(tmp_path / "count") as folder:
             rewrite_checkpoint(index, changed_layers(), folder)
     shutil.rmtree(tmp_path / "count")
     return calls[0]
@@ -193,17 +190,21 @@ def count_calls(index: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("write", errno.ENOSPC), ("write", errno.EIO), ("copy_range", errno.ENOSPC), ("copy_range", errno.EIO)],
+    [
+        *((name, code) for name in ("write", "pwrite") for code in (errno.ENOSPC, errno.EIO)),
+        ("copy_range", errno.ENOSPC),
+        ("copy_range", errno.EIO),
+    ],
 )
 def test_a_full_disk_or_an_error_at_every_write(
     index: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
     before, total = state(index.folder), count_calls(index, tmp_path, monkeypatch, name)
-    assert total >= 4
+    assert total >= (2 if name == "pwrite" else 4)
     for number in range(total):
         with monkeypatch.context() as context:
             fail_on_call(context, name, number, code)
-            with pytest.raises(FailedError) as caught, publish(tmp_path / "out") as folder:
+            with using("python"), pytest.raises(FailedError) as caught, publish(tmp_path / "out") as folder:
                 rewrite_checkpoint(index, changed_layers(), folder)
         text = str(caught.value)
         if code == errno.ENOSPC:
@@ -276,14 +277,10 @@ def test_damage_is_found(index: CheckpointIndex, tmp_path: Path) -> None:
     damaged(lambda f: os.truncate(f / "s-1.safetensors", 9), r"s-1\.safetensors: has 9 bytes", deep=False)
     damaged(lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: missing", deep=False)
     damaged(lambda f: (f / "evil.py").touch(), r"evil\.py: an extra file", deep=False)
-    damaged(
-        lambda f: (f / "COMMIT.json").unlink(), r"COMMIT\.json: missing, so the folder was never", deep=False
-    )
+    damaged(lambda f: (f / "COMMIT.json").unlink(), r"COMMIT\.json: missing, so the folder was never", deep=False)
     damaged(lambda f: (f / "COMMIT.json").write_text("[]"), r"COMMIT\.json: was changed")
     damaged(lambda f: (f / "COMMIT.json").write_text('{"files": {}}'), r"COMMIT\.json: was changed")
-    damaged(
-        lambda f: (f / "LICENSE").unlink() or (f / "LICENSE").symlink_to("/etc/passwd"), "plain files only"
-    )
+    damaged(lambda f: (f / "LICENSE").unlink() or (f / "LICENSE").symlink_to("/etc/passwd"), "plain files only")
 
 
 def test_every_flipped_bit_in_commit_is_found(tmp_path: Path) -> None:
@@ -310,6 +307,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from elo_engine.checkpoint.index import open_checkpoint
+from elo_engine.checkpoint.mover import using
 from elo_engine.checkpoint.writer import SYSCALLS, publish, rewrite_checkpoint
 
 index, base = open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2])
@@ -320,8 +318,8 @@ def run(folder, kill_at):
     def hook(name, real):
         def call(*arguments):
             if len(calls) == kill_at:
-                if name == "write":  # half of it reaches the file
-                    real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                if name in ("write", "pwrite"):  # half of it reaches the file
+                    real(arguments[0], arguments[1][: len(arguments[1]) // 2], *arguments[2:])
                 os.kill(os.getpid(), signal.SIGKILL)
             calls.append(name)
             result = real(*arguments)
@@ -329,9 +327,9 @@ def run(folder, kill_at):
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
         return call
-    for name in ("write", "fsync", "rename", "ficlone", "copy_range"):
+    for name in ("write", "pwrite", "fsync", "rename", "ficlone", "copy_range"):
         setattr(SYSCALLS, name, hook(name, getattr(SYSCALLS, name)))
-    with publish(folder / "out", {"kill_at": kill_at}) as temporary:
+    with using("python"), publish(folder / "out", {"kill_at": kill_at}) as temporary:
         rewrite_checkpoint(index, changed, temporary)
     return calls
 
@@ -362,7 +360,7 @@ def test_killed_at_every_step_of_publishing(source: Path, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert set(report["status"].values()) == {-9} and {"write", "fsync", "rename"} <= set(report["calls"])
+    assert set(report["status"].values()) == {-9} and {"write", "pwrite", "fsync", "rename"} <= set(report["calls"])
     assert state(source) == before
     index, wanted, complete = open_checkpoint(source), state(tmp_path / "runs" / "-1" / "out"), 0
     for kill_at in report["status"]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elo_engine.checkpoint import clone as clone_module
 from elo_engine.checkpoint.index import CheckpointIndex, open_checkpoint
+from elo_engine.checkpoint.mover import using
 from elo_engine.checkpoint.writer import (
     SYSCALLS,
     publish,
@@ -46,7 +47,8 @@ def test_without_a_change_the_output_is_byte_identical(index: CheckpointIndex, t
     for name in TRAVELLING:
         assert (tmp_path / "out" / name).read_bytes() == (index.folder / name).read_bytes()
     assert open_checkpoint(tmp_path / "out").identity() == index.identity()
-    assert (stats.bytes_written, stats.bytes_cloned) == (0, sum(info.size for info in index.shards.values()))
+    total = sum(info.size for info in index.shards.values())
+    assert stats.bytes_written == stats.bytes_linked == 0 and stats.bytes_cloned + stats.bytes_copied == total
     assert state(index.folder) == before
 
 
@@ -59,9 +61,7 @@ def check_rewritten(index: CheckpointIndex, out: Path, changed: dict[str, Tensor
     """Only the changed tensors' ranges differ, and they hold the values cast to the checkpoint's dtype."""
     for shard in index.shards:
         different = ranges_that_differ((out / shard).read_bytes(), (index.folder / shard).read_bytes())
-        allowed = {
-            i for n in changed if (e := index.entries[n]).shard == shard for i in range(e.begin, e.end)
-        }
+        allowed = {i for n in changed if (e := index.entries[n]).shard == shard for i in range(e.begin, e.end)}
         assert different <= allowed and bool(different) == bool(allowed)
         loaded = load_file(out / shard)
         for name in changed.keys() & loaded.keys():
@@ -74,7 +74,7 @@ def test_only_the_changed_ranges_are_written(index: CheckpointIndex, tmp_path: P
         stats = rewrite_checkpoint(index, changed, folder, lambda done, total: seen.append((done, total)))
     check_rewritten(index, tmp_path / "out", changed)
     total = sum(info.size for info in index.shards.values())
-    assert (stats.bytes_written, stats.bytes_cloned) == (2 * 192, total - 2 * 192)
+    assert stats.bytes_written == 2 * 192 and stats.bytes_cloned + stats.bytes_copied == total - 2 * 192
     assert seen[-1] == (total, total) and seen == sorted(seen)
     assert state(index.folder) == before
 
@@ -112,15 +112,16 @@ def test_every_way_of_cloning_gives_the_same(
                 context.setattr(SYSCALLS, name, function)
             out = tmp_path / f"out-{number}"
             out.mkdir()
-            rewrite_checkpoint(index, changed, out)
-        assert used
+            stats = rewrite_checkpoint(index, changed, out)
+        rest = sum(info.size for info in index.shards.values()) - 2 * 192
+        assert used and (stats.bytes_cloned, stats.bytes_copied) == ((rest, 0) if number == 0 else (0, rest))
         check_rewritten(index, out, changed)
 
 
 def test_one_byte_transfers_and_interrupts(
     index: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = SYSCALLS.write, 0
+    real, positioned, calls = SYSCALLS.write, SYSCALLS.pwrite, 0
 
     def write(fd: int, data: memoryview) -> int:
         nonlocal calls
@@ -129,9 +130,17 @@ def test_one_byte_transfers_and_interrupts(
             raise InterruptedError(errno.EINTR, "Interrupted system call")
         return real(fd, data[:1])
 
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls % 7 == 0:
+            raise InterruptedError(errno.EINTR, "Interrupted system call")
+        return positioned(fd, data[:1], offset)
+
     monkeypatch.setattr(SYSCALLS, "write", write)
+    monkeypatch.setattr(SYSCALLS, "pwrite", pwrite)
     changed = changed_layers()
-    with publish(tmp_path / "out") as folder:
+    with using("python"), publish(tmp_path / "out") as folder:
         rewrite_checkpoint(index, changed, folder)
     check_rewritten(index, tmp_path / "out", changed)
     verify_commit(tmp_path / "out")
@@ -150,18 +159,21 @@ def test_single_file_without_an_index(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / INDEX).exists()
 
 
-def test_the_index_is_written_last(
-    index: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_index_is_written_last(index: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    real = SYSCALLS.write
+    real, positioned = SYSCALLS.write, SYSCALLS.pwrite
 
     def write(fd: int, data: memoryview) -> int:
         written.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
         return real(fd, data)
 
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        written.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        return positioned(fd, data, offset)
+
     monkeypatch.setattr(SYSCALLS, "write", write)
-    with publish(tmp_path / "out") as folder:
+    monkeypatch.setattr(SYSCALLS, "pwrite", pwrite)
+    with using("python"), publish(tmp_path / "out") as folder:
         rewrite_checkpoint(index, changed_layers(), folder)
     assert written[-2:] == [INDEX, "COMMIT.json"] and written.index("s-1.safetensors") == 0
 
@@ -173,28 +185,20 @@ def test_strided_tensors_are_written_in_order(index: CheckpointIndex, tmp_path: 
     check_rewritten(index, tmp_path / "out", changed)
 
 
-def test_large_tensors_go_in_pieces(
-    index: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("elo_engine.checkpoint.writer._CAST_ITEMS", 7)
+def test_large_tensors_go_in_pieces(index: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elo_engine.checkpoint.writer.PIECE_ITEMS", 7)
     changed = changed_layers()
     (tmp_path / "out").mkdir()
     rewrite_checkpoint(index, changed, tmp_path / "out")
     check_rewritten(index, tmp_path / "out", changed)
     changed["layers.0.weight"][7, 10] = float("nan")
     (tmp_path / "bad").mkdir()
-    with pytest.raises(
-        FailedError, match=r"'layers\.0\.weight': nan at position 94 of 96 is not finite as BF16"
-    ):
+    with pytest.raises(FailedError, match=r"'layers\.0\.weight': nan at position 94 of 96 is not finite as BF16"):
         rewrite_checkpoint(index, changed, tmp_path / "bad")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("layers.11.norm", float("inf")), ("half", 1e6), ("float8", float("nan"))]
-)
-def test_non_finite_values_are_never_published(
-    index: CheckpointIndex, tmp_path: Path, name: str, value: float
-) -> None:
+@pytest.mark.parametrize(("name", "value"), [("layers.11.norm", float("inf")), ("half", 1e6), ("float8", float("nan"))])
+def test_non_finite_values_are_never_published(index: CheckpointIndex, tmp_path: Path, name: str, value: float) -> None:
     """1e6 is finite in fp32 and not in the fp16 of the checkpoint."""
     tensor = torch.zeros(index.entries[name].shape)
     tensor[3] = value
@@ -261,7 +265,7 @@ def test_files_are_never_written_over(index: CheckpointIndex, tmp_path: Path) ->
 def test_a_source_that_changes_is_noticed(
     index: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    real = SYSCALLS.write
+    real = SYSCALLS.pwrite
 
     def disturb() -> None:
         path = index.folder / ("s-1.safetensors" if what == "earlier shard" else "s-2.safetensors")
@@ -274,16 +278,20 @@ def test_a_source_that_changes_is_noticed(
         else:
             os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
-    def write(fd: int, data: memoryview) -> int:
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
         if os.readlink(f"/proc/self/fd/{fd}").endswith("s-2.safetensors"):
             disturb()
-        return real(fd, data)
+        return real(fd, data, offset)
 
     if what == "before":
         disturb()
     else:
-        monkeypatch.setattr(SYSCALLS, "write", write)
-    with pytest.raises(FailedError, match=r"s-2|changed|missing"), publish(tmp_path / "out") as folder:
+        monkeypatch.setattr(SYSCALLS, "pwrite", pwrite)
+    with (
+        using("python"),
+        pytest.raises(FailedError, match=r"s-2|changed|missing"),
+        publish(tmp_path / "out") as folder,
+    ):
         rewrite_checkpoint(index, changed_layers(), folder)
     assert not (tmp_path / "out").exists() and not leftovers(tmp_path)
 
@@ -325,9 +333,7 @@ def test_write_safetensors_on_a_disk_that_fails(tmp_path: Path, monkeypatch: pyt
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     fail_on_call(monkeypatch, "fsync", 0, errno.ENOSPC)
-    with pytest.raises(
-        FailedError, match=r"a\.safetensors: no space left on the device: 4194304 bytes are needed"
-    ):
+    with pytest.raises(FailedError, match=r"a\.safetensors: no space left on the device: 4194304 bytes are needed"):
         write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(1 << 20)})
     with pytest.raises(FailedError, match="No such file or directory"):
         write_safetensors(tmp_path / "no" / "a.safetensors", {"a": torch.zeros(1)})

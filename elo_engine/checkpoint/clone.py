@@ -1,6 +1,7 @@
 """Copies of source files: shared extents, else a copy inside the kernel, else through a buffer.
 
-Hard links are no clone: a program that truncates and rewrites the copy would destroy the source with it.
+Hard links are no clone: a program that truncates and rewrites the copy would destroy the source with it. They
+are made only where the person asked for them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from elo_engine.checkpoint.syscalls import (
     read_exactly,
     write_all,
 )
+from elo_engine.errors import RefusedError
 
 COPY_BYTES = 16 << 20  # between two reports of progress; also what an interrupt has to wait for
 _HARD_ERRORS = (*NO_SPACE, errno.EIO)  # everything else only says that this way of copying does not work here
@@ -37,11 +39,50 @@ class Clone:
     report: Callable[[int], None]
 
 
-def clone_except(clone: Clone, replaced: list[tuple[int, int]]) -> None:
+def link_file(source_fd: int, source: str, target: Path) -> str:
+    """Make `target` a hard link to the open source file itself, also where that was opened through a symbolic
+    link (a hub cache); returns "" or, when the system declines, why.
+
+    The source keeps its bytes, times, mode and owner, which are the target's as well; its link count grows.
+    Raises RefusedError (`target` exists) and FailedError (a full or a broken disk).
+    """
+    try:
+        # /proc names the very file that was opened and checked. Only with a descriptor does os.link call linkat,
+        # which follows the name in /proc; the plain link(2) would try to link the symbolic link there.
+        os.link(f"/proc/self/fd/{source_fd}", target, src_dir_fd=source_fd, follow_symlinks=True)
+    except FileExistsError:
+        raise RefusedError(f"{target}: exists, and nothing is ever written over. Choose another name.") from None
+    except OSError as error:
+        if error.errno in _HARD_ERRORS:
+            raise io_failure(error, target, None, "linking the source") from error
+        return f"{source}: no hard link to it at {target}: {error.strerror}"
+    return ""
+
+
+def shares_extents(source: Path, folder: Path) -> bool:
+    """Whether a file in `folder` could share the source's extents: tried with a file that never has a name."""
+    try:
+        target_fd = os.open(folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except (OSError, AttributeError):  # not every filesystem has nameless files, nor has every platform
+        return False
+    try:
+        source_fd = open_regular(str(source), None, str(source))
+        try:
+            SYSCALLS.ficlone(source_fd, target_fd)
+        finally:
+            os.close(source_fd)
+    except OSError:
+        return False
+    finally:
+        os.close(target_fd)
+    return True
+
+
+def clone_except(clone: Clone, replaced: list[tuple[int, int]]) -> bool:
     """Give the target the source's bytes, except for the `replaced` ranges (sorted [begin, end) offsets).
 
     Those are the caller's to write. Where extents can be shared the whole file is, because that costs
-    nothing.
+    nothing. Returns whether they are shared.
     """
     try:
         SYSCALLS.ficlone(clone.source_fd, clone.target_fd)
@@ -50,11 +91,12 @@ def clone_except(clone: Clone, replaced: list[tuple[int, int]]) -> None:
             raise io_failure(error, clone.target, clone.size, "cloning the source") from error
     else:
         clone.report(clone.size - sum(end - begin for begin, end in replaced))
-        return
+        return True
     position = 0
     for begin, end in [*replaced, (clone.size, clone.size)]:
         _copy_range(clone, position, begin)
         position = end
+    return False
 
 
 def _copy_range(clone: Clone, begin: int, end: int) -> None:

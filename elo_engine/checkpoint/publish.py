@@ -36,8 +36,8 @@ def publish(target: Path, extra: dict[str, Any] | None = None) -> Iterator[Path]
     target = Path(os.path.abspath(target))
     if not target.name:
         raise UsageError(f"{target} cannot be an output folder: give a folder that does not exist yet.")
-    _refuse_existing(target)
-    made = _make_parents(target.parent)
+    refuse_existing(target)
+    made = make_parents(target.parent)
     temporary: Path | None = None
     lock = -1
     renamed = False
@@ -49,7 +49,7 @@ def publish(target: Path, extra: dict[str, Any] | None = None) -> Iterator[Path]
         try:
             SYSCALLS.rename(str(temporary), str(target))
         except FileExistsError:
-            _refuse_existing(target)
+            refuse_existing(target)
             raise
         renamed = True
         for folder in [target.parent, *(parent.parent for parent in made)]:
@@ -71,14 +71,14 @@ def publish(target: Path, extra: dict[str, Any] | None = None) -> Iterator[Path]
             os.close(lock)
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
         raise RefusedError(
             f"{target}: the output exists, and nothing is ever written over. Move it away or choose another."
         )
 
 
-def _make_parents(parent: Path) -> list[Path]:
+def make_parents(parent: Path) -> list[Path]:
     """Create the missing parents; returns them innermost first, to be removed if no output comes about."""
     missing = []
     while not os.path.lexists(parent):
@@ -106,7 +106,7 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
             continue
         except OSError as error:
             raise io_failure(error, path, None, "creating the temporary folder") from error
-        if _lock(fd) is not False and os.fstat(fd).st_nlink > 0 and path.exists():
+        if try_lock(fd) is not False and os.fstat(fd).st_nlink > 0 and path.exists():
             return path, fd
         os.close(fd)
     raise FailedError(
@@ -114,7 +114,7 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
     )
 
 
-def _lock(fd: int) -> bool | None:
+def try_lock(fd: int) -> bool | None:
     """True when locked, False when somebody else holds it, None where the filesystem has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,7 +137,7 @@ def _remove_stale(target: Path) -> None:
         except OSError:  # a file or a link is not a writer's folder, and a vanished one needs no removal
             continue
         try:
-            if os.fstat(fd).st_uid == os.geteuid() and _lock(fd) is True:
+            if os.fstat(fd).st_uid == os.geteuid() and try_lock(fd) is True:
                 shutil.rmtree(path)
         except OSError as error:
             warnings.warn(

@@ -20,11 +20,20 @@ import torch
 from torch import Tensor
 
 from elo_engine.checkpoint.header import TensorEntry
-from elo_engine.checkpoint.index import CheckpointIndex, check_unchanged
-from elo_engine.checkpoint.mover import Mover, Slot, TransferError, borrowed, make
+from elo_engine.checkpoint.index import CheckpointIndex, check_unchanged, open_shard
+from elo_engine.checkpoint.mover import (
+    RING_SLOT_BYTES,
+    RING_SLOTS,
+    RING_THREADS,
+    Mover,
+    Slot,
+    TransferError,
+    borrowed,
+    make,
+)
 from elo_engine.checkpoint.plan import Chunk, coalesce, cut, cut_by_tensor, in_file_order
 from elo_engine.checkpoint.residency import advise_huge, open_direct, resident_share
-from elo_engine.checkpoint.syscalls import open_folder, open_regular
+from elo_engine.checkpoint.syscalls import open_folder
 from elo_engine.checkpoint.targets import Target, Token, free_slot, make_target
 from elo_engine.errors import FailedError, UsageError
 
@@ -38,15 +47,11 @@ _AHEAD = 64  # transfers straight into tensors that may be queued: enough for an
 
 @dataclass(frozen=True)
 class RingShape:
-    """Slots, their bytes and the threads that fill them.
+    """Slots, their bytes and the threads that fill them; for the CPU as checkpoint/mover.py says."""
 
-    4 MiB: large enough for a disk's full rate with O_DIRECT, small enough that a slot is still in the last-level cache
-    when it is copied on (2 Zen 3 cores, 32 MiB of it, 2026-11).
-    """
-
-    slots: int = 4
-    slot_bytes: int = 4 << 20
-    threads: int = 4
+    slots: int = RING_SLOTS
+    slot_bytes: int = RING_SLOT_BYTES
+    threads: int = RING_THREADS
 
     @staticmethod
     def for_device(device: torch.device) -> RingShape:
@@ -137,9 +142,8 @@ class CheckpointReader:
             out[entry.name] = torch.empty(entry.shape, dtype=dtype if convert else source, device=where)
             if where.type == "cpu":
                 advise_huge(out[entry.name])
-        remote = getattr(self.index, "remote", None)
-        if remote is not None:
-            remote.ensure(entries, progress)
+        if self.index.remote is not None:
+            self.index.remote.ensure(entries, progress)
         shape = self._ring or RingShape.for_device(where)
         with ExitStack() as stack:
             if self._ring is None:
@@ -245,12 +249,8 @@ class CheckpointReader:
     def _open(self, shard: str) -> _File:
         if shard not in self._files:
             info = self.index.shards[shard]
-            where = str(self.index.folder / getattr(info, "file", info.name))
             with open_folder(self.index.folder) as dir_fd:
-                try:
-                    fd = open_regular(getattr(info, "file", info.name), dir_fd, where)
-                except FileNotFoundError:
-                    raise FailedError(f"{where}: has gone since the checkpoint was opened. Fetch it again.") from None
+                fd = open_shard(info, dir_fd, self.index.folder)
             self._stack.callback(os.close, fd)
             check_unchanged(fd, info, self.index.folder, "after the checkpoint was opened")
             direct_fd = open_direct(fd) if self.method in ("auto", "direct") else -1

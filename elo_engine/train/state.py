@@ -17,7 +17,14 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from elo_engine.checkpoint import preflight_space, publish, verify_commit, write_safetensors
+from elo_engine.checkpoint import (
+    StoredTensor,
+    preflight_space,
+    publish,
+    stored_tensors,
+    verify_commit,
+    write_safetensors,
+)
 from elo_engine.errors import FailedError, RefusedError
 from elo_engine.train.loop import Progress
 from elo_engine.train.optim import MasterAdamW
@@ -114,7 +121,8 @@ def restore(folder: Path, optimizer: MasterAdamW) -> None:
     optimizer.load(load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors"))
 
 
-def load_weights(folder: Path) -> dict[str, Any]:
-    """The weights of a snapshot by checkpoint name, after verifying it."""
-    verify_commit(folder)
-    return load_file(folder / "weights.safetensors")
+def stored_weights(folder: Path) -> dict[str, StoredTensor]:
+    """The weights of a snapshot that `latest_snapshot` has verified, by checkpoint name, left in their file: read
+    piece by piece by whoever writes them on. Raises FailedError: no weights there, or a damaged header.
+    """
+    return stored_tensors(folder / "weights.safetensors")
