@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"default: all of {' '.join(BUILD)}")
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("--safetensors-next", type=Path, help="folder with another safetensors (pip install --target)")
-    parser.add_argument("--threads", type=int, default=2, help="of the disk's ceiling and the page cache's second one")
+    parser.add_argument("--threads", type=int, default=2, help="of the page cache's second ceiling")
     parser.add_argument("--no-prime", action="store_true", help="leave fresh memory to the machine (see above)")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a measurement is given up")
     parser.add_argument("--seed", type=int, default=0, help="of the arms' order")

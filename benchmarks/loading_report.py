@@ -140,7 +140,7 @@ def results_markdown(summary: dict[str, dict[str, Any]], described: dict[str, An
         "",
         "Read: bytes returned by read calls, in which mappings and io_uring do not appear. From disk: bytes the block "
         "layer fetched for the process, read-ahead included. Peak memory: growth of the resident size, mapped file "
-        f"pages included. ceiling_page_cache_n and ceiling_disk use {described['ceiling_threads']} threads. "
+        f"pages included. ceiling_page_cache_n uses {described['ceiling_threads']} threads, ceiling_disk 16. "
         f"Fresh memory was {'' if described['memory_primed'] else 'not '}primed. "
         "(mapped): what the arm returns is still a mapping of the file.",
     ]

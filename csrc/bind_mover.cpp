@@ -61,8 +61,8 @@ void bind_mover(py::module_& m) {
              return self.fill({slot, generation}, fd, direct_fd, offset, length, way_of(way));
            })
       .def("into",
-           [](Mover& self, uintptr_t to, int64_t capacity, int fd, int64_t offset, int64_t length, int way) {
-             return self.into(reinterpret_cast<char*>(to), capacity, fd, offset, length, way_of(way));
+           [](Mover& self, uintptr_t to, int64_t capacity, int fd, int direct_fd, int64_t offset, int64_t length, int way) {
+             return self.into(reinterpret_cast<char*>(to), capacity, fd, direct_fd, offset, length, way_of(way));
            })
       .def("store",
            [](Mover& self, int64_t slot, uint64_t generation, int fd, int64_t offset, int64_t length) {

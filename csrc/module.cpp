@@ -201,7 +201,7 @@ void adamw_8bit(const std::vector<std::array<Address, 6>>& addresses, const std:
 
 PYBIND11_MODULE(_csrc, m) {
   m.doc() = "C++ of elo_engine; elo_engine.model.cpu_native and elo_engine.checkpoint.mover are its checked interfaces.";
-  m.attr("INTERFACE") = 4;  // elo_engine/native.py refuses an extension left over from another version
+  m.attr("INTERFACE") = 5;  // elo_engine/native.py refuses an extension left over from another version
   m.def("instruction_set", [](const std::string& isa) { return std::string(chosen(isa).name); }, py::arg("isa") = "auto");
   m.def("softmax_tile", &softmax_tile);
   m.def("frozen_head", &frozen_head);

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <new>
 #include <stdexcept>
@@ -37,18 +38,19 @@ Transfer whole(int64_t transferred, Way way) { return failed(0, 0, transferred, 
 Mover::Mover(int64_t slots, int64_t slot_bytes, int threads, std::unique_ptr<SystemCalls> calls)
     : slot_bytes_(slot_bytes), calls_(std::move(calls)) {
   if (slots < 1 || slots > 4096 || threads < 1 || threads > 256 || slot_bytes < 2 * kPage || slot_bytes % kPage ||
-      slot_bytes > kMost / slots)
+      slot_bytes > kMost / (slots + threads))
     throw std::invalid_argument("mover: 1 to 4096 slots of whole pages, two or more, and 1 to 256 threads");
   // Aligned to a huge page and touched once, here: a page fault in the middle of a read costs more than the read.
-  mapping_bytes_ = static_cast<size_t>(slots * slot_bytes + kHugePage);
+  const int64_t bytes = (slots + threads) * slot_bytes;  // the ring, and a slot for each thread
+  mapping_bytes_ = static_cast<size_t>(bytes + kHugePage);
   mapping_ = mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapping_ == MAP_FAILED) throw std::bad_alloc();
   const auto begin = reinterpret_cast<uintptr_t>(mapping_);
   memory_ = reinterpret_cast<char*>((begin + kHugePage - 1) / kHugePage * kHugePage);
-  madvise(memory_, static_cast<size_t>(slots * slot_bytes), MADV_HUGEPAGE);  // where there are none, small pages serve
-  for (int64_t at = 0; at < slots * slot_bytes; at += kPage) const_cast<volatile char*>(memory_)[at] = 0;
+  madvise(memory_, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // where there are none, small pages serve
+  for (int64_t at = 0; at < bytes; at += kPage) const_cast<volatile char*>(memory_)[at] = 0;
   states_.resize(static_cast<size_t>(slots));
-  for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
+  for (int i = 0; i < threads; ++i) threads_.emplace_back([this, own = memory_ + (slots + i) * slot_bytes] { work(own); });
 }
 
 Mover::~Mover() {
@@ -92,7 +94,8 @@ int64_t Mover::start(Job job) {
     throw std::invalid_argument("mover: a descriptor, an offset or a length is out of range");
   const int64_t head = job.way == Way::kDirect ? job.offset % kPage : 0;
   const int64_t span = job.way == Way::kDirect ? (head + job.length + kPage - 1) / kPage * kPage : job.length;
-  if (span > job.capacity) throw std::invalid_argument("mover: the bytes do not fit their slot");
+  if (span > (job.slot < 0 && job.way == Way::kDirect ? slot_bytes_ : job.capacity) || job.length > job.capacity)
+    throw std::invalid_argument("mover: the bytes do not fit their slot");
   if (job.way == Way::kDirect && job.direct_fd < 0) throw std::invalid_argument("mover: a direct read needs its descriptor");
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -119,10 +122,9 @@ int64_t Mover::fill(Slot slot, int fd, int direct_fd, int64_t offset, int64_t le
   }
 }
 
-int64_t Mover::into(char* to, int64_t capacity, int fd, int64_t offset, int64_t length, Way way) {
+int64_t Mover::into(char* to, int64_t capacity, int fd, int direct_fd, int64_t offset, int64_t length, Way way) {
   if (to == nullptr || capacity < 0) throw std::invalid_argument("mover: the memory to read into is missing");
-  if (way == Way::kDirect) throw std::invalid_argument("mover: direct reads go through a slot, which is aligned for them");
-  return start({0, -1, to, capacity, fd, -1, offset, length, way, false});
+  return start({0, -1, to, capacity, fd, direct_fd, offset, length, way, false});
 }
 
 int64_t Mover::store(Slot slot, int fd, int64_t offset, int64_t length) {
@@ -161,7 +163,7 @@ void Mover::drain() {
   known_.clear();
 }
 
-void Mover::work() {
+void Mover::work(char* own_slot) {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     work_there_.wait(lock, [&] { return stop_ || !waiting_.empty(); });
@@ -170,7 +172,7 @@ void Mover::work() {
     waiting_.pop_front();
     ++running_;
     lock.unlock();
-    const Transfer result = run(job);
+    const Transfer result = run(job, own_slot);
     lock.lock();
     --running_;
     if (job.slot >= 0) states_[static_cast<size_t>(job.slot)].state = State::kHeld;
@@ -179,11 +181,19 @@ void Mover::work() {
   }
 }
 
-Transfer Mover::run(const Job& job) {
+Transfer Mover::run(const Job& job, char* own_slot) {
   if (job.writes) return write(job);
   struct stat status {};
   if (calls_->fstat(job.fd, &status) != 0) return failed(errno, job.offset, 0, job.way);
   if (job.offset + job.length > status.st_size) return ended(status.st_size, 0, job.way);
+  if (job.way == Way::kDirect && job.slot < 0) {
+    Job through = job;
+    through.to = own_slot;
+    Transfer result = read_direct(through);
+    if (!result.error && !result.ended) std::memcpy(job.to, own_slot + result.skip, static_cast<size_t>(job.length));
+    result.skip = 0;
+    return result;
+  }
   if (job.way == Way::kDirect) return read_direct(job);
   return job.way == Way::kMapped ? read_mapped(job) : read_buffered(job, 0);
 }

@@ -47,8 +47,9 @@ class Mover {
   void release(Slot slot);
 
   // Each starts one transfer and returns its number. direct_fd: the same file opened with O_DIRECT, for Way::kDirect.
+  // Directly into memory goes by way of a slot of the thread's own: the pages around the range have no place there.
   int64_t fill(Slot slot, int fd, int direct_fd, int64_t offset, int64_t length, Way way);
-  int64_t into(char* to, int64_t capacity, int fd, int64_t offset, int64_t length, Way way);
+  int64_t into(char* to, int64_t capacity, int fd, int direct_fd, int64_t offset, int64_t length, Way way);
   int64_t store(Slot slot, int fd, int64_t offset, int64_t length);
 
   // True when the transfer has ended within the time; its result is then given out once.
@@ -79,8 +80,8 @@ class Mover {
 
   void check(Slot slot, State state) const;
   int64_t start(Job job);
-  void work();
-  Transfer run(const Job& job);
+  void work(char* own_slot);
+  Transfer run(const Job& job, char* own_slot);
   Transfer read_buffered(const Job& job, int64_t done);
   Transfer read_direct(const Job& job);
   Transfer read_mapped(const Job& job);

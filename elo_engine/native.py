@@ -12,7 +12,7 @@ from types import ModuleType
 # its own, and one runtime means one pool of threads and one torch.set_num_threads.
 import torch  # noqa: F401
 
-INTERFACE = 4  # of csrc/module.cpp; an extension left over from another version must not be called
+INTERFACE = 5  # of csrc/module.cpp; an extension left over from another version must not be called
 
 
 def load() -> tuple[ModuleType | None, str]:

@@ -86,18 +86,29 @@ def test_any_range_comes_as_it_is(
 
 @each
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, SIZE - 1), st.integers(1, SIZE), st.sampled_from([1, 7, 4096, None]))
+@given(
+    offset=st.integers(0, SIZE - 1),
+    length=st.integers(1, SIZE),
+    limit=st.sampled_from([1, 7, 4096, None]),
+    way=st.sampled_from(["buffered", "direct"]),
+)
 def test_straight_into_memory(
-    kind: str, tmp_path_factory: pytest.TempPathFactory, offset: int, length: int, limit: int | None
+    kind: str, tmp_path_factory: pytest.TempPathFactory, offset: int, length: int, limit: int | None, way: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "straight"
     if not path.exists():
         path.write_bytes(BYTES)
-    length = min(length, SIZE - offset)
+    length = min(length, SIZE - offset, SLOT - offset % PAGE if way == "direct" else SIZE)
     with pytest.MonkeyPatch.context() as patch, path.open("rb") as opened:
         mover = make_mover(kind, patch, faults=[] if limit is None or length > 300 else [(-1, 0, limit)])
         memory = torch.zeros(length + 2, dtype=torch.uint8)
-        mover.wait(mover.into(memory[1:-1], opened.fileno(), offset))
+        direct_fd = open_direct(opened.fileno())
+        try:
+            taken = direct_fd if direct_fd >= 0 else opened.fileno()
+            assert mover.wait(mover.into(memory[1:-1], opened.fileno(), offset, way, taken)).skip == 0
+        finally:
+            if direct_fd >= 0:
+                os.close(direct_fd)
     assert bytes(memory.numpy()) == b"\0" + BYTES[offset : offset + length] + b"\0"
 
 
@@ -233,7 +244,8 @@ def test_what_a_caller_must_not_do(kind: str, file: tuple[int, int], monkeypatch
         lambda: mover.fill(slot, fd, 0, 1, "sideways"),
         lambda: mover.into(torch.zeros(4), fd, 0),
         lambda: mover.into(torch.zeros(8, dtype=torch.uint8)[::2], fd, 0),
-        lambda: mover.into(torch.zeros(8, dtype=torch.uint8), fd, 0, "direct"),
+        lambda: mover.into(torch.zeros(8, dtype=torch.uint8), fd, 0, "direct"),  # without its descriptor
+        lambda: mover.into(torch.zeros(SLOT, dtype=torch.uint8), fd, 1, "direct", fd),
         lambda: mover.store(slot, fd, 0, SLOT + 1),
         lambda: mover.wait(12345),
         lambda: make_mover(kind, monkeypatch, slots=0),

@@ -137,7 +137,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
           buffers.emplace_back(static_cast<size_t>(std::max<int64_t>(length, 0) + 16), '\x5a');
           const auto way = static_cast<elo::Way>(in.byte() % 3);
           const int64_t room = std::max<int64_t>(length, 0) - (in.byte() % 4 ? 0 : 1);  // one byte too few is refused
-          const int64_t number = mover->into(buffers.back().data() + 8, room, file, offset, length, way);
+          const int64_t number = mover->into(buffers.back().data() + 8, room, file, in.byte() % 8 ? file : -1, offset, length, way);
           require(room >= length, "more bytes than there is room for");
           finish({number, offset, length, -1, false}, &buffers.back());
           for (size_t i = 0; i < 8; ++i)

@@ -76,9 +76,11 @@ def cut(run: list[TensorEntry], slot_bytes: int) -> Iterator[Chunk]:
         begin = end
 
 
-def cut_by_tensor(run: list[TensorEntry], chunk_bytes: int) -> Iterator[Chunk]:
-    """Chunks of one tensor each, for reading straight into the tensors' own memory."""
+def cut_by_tensor(run: list[TensorEntry], slot_bytes: int) -> Iterator[Chunk]:
+    """Chunks of one tensor each, for reading straight into the tensors' own memory; else as `cut`."""
     for entry in run:
-        for begin in range(entry.begin, entry.end, chunk_bytes):
-            end = min(begin + chunk_bytes, entry.end)
+        begin = entry.begin
+        while begin < entry.end:
+            end = min(begin // PAGE * PAGE + slot_bytes, entry.end)
             yield Chunk(entry.shard, begin, end, (Piece(entry, begin, end),))
+            begin = end
