@@ -214,7 +214,7 @@ def page_cache_ceiling(threads: int) -> Callable[[Job], Load]:
 
 
 def disk_ceiling(job: Job) -> Load:
-    """O_DIRECT reads of the wanted ranges into hot buffers: 16 at a time, of 2 MiB each, as many as the disk here asks for."""
+    """O_DIRECT reads of the wanted ranges into hot buffers, 16 at a time of 2 MiB each."""
     return lambda: _read_ranges(job, 16, 2 << 20, os.O_DIRECT)
 
 
@@ -229,7 +229,7 @@ def _read_ranges(job: Job, threads: int, block: int, flags: int) -> dict[str, Te
     errors = []
 
     def work() -> None:
-        memory = mmap.mmap(-1, block)  # page-aligned
+        memory = mmap.mmap(-1, block, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
         buffer = memoryview(memory)
         try:

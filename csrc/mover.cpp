@@ -40,7 +40,8 @@ Mover::Mover(int64_t slots, int64_t slot_bytes, int threads, std::unique_ptr<Sys
   if (slots < 1 || slots > 4096 || threads < 1 || threads > 256 || slot_bytes < 2 * kPage || slot_bytes % kPage ||
       slot_bytes > kMost / (slots + threads))
     throw std::invalid_argument("mover: 1 to 4096 slots of whole pages, two or more, and 1 to 256 threads");
-  // Aligned to a huge page and touched once, here: a page fault in the middle of a read costs more than the read.
+  // Aligned to a huge page. A slot's pages come with its first use, on the thread that fills it: zeroing them all here would
+  // make the first read wait.
   const int64_t bytes = (slots + threads) * slot_bytes;  // the ring, and a slot for each thread
   mapping_bytes_ = static_cast<size_t>(bytes + kHugePage);
   mapping_ = mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -48,7 +49,6 @@ Mover::Mover(int64_t slots, int64_t slot_bytes, int threads, std::unique_ptr<Sys
   const auto begin = reinterpret_cast<uintptr_t>(mapping_);
   memory_ = reinterpret_cast<char*>((begin + kHugePage - 1) / kHugePage * kHugePage);
   madvise(memory_, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // where there are none, small pages serve
-  for (int64_t at = 0; at < bytes; at += kPage) const_cast<volatile char*>(memory_)[at] = 0;
   states_.resize(static_cast<size_t>(slots));
   for (int i = 0; i < threads; ++i) threads_.emplace_back([this, own = memory_ + (slots + i) * slot_bytes] { work(own); });
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from elo_engine.checkpoint.residency import huge_pages
 from elo_engine.measure.environment import choose_device, choose_dtype, describe_environment
 from elo_engine.measure.meter import human_bytes
 from elo_engine.model import cpu, ops
@@ -36,6 +37,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         lines.append("C++ extension: loaded")
     else:
         lines.append(f"! C++ extension: off ({cpu.CSRC_REASON})")
+    lines.append(_loading())
     optional = {
         "triton": "fused kernels on a GPU",
         "flash_attn": "attention on a GPU; torch's own serves without it, but for soft-capped scores",
@@ -49,3 +51,12 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         lines.append(f"{'' if there else '! '}{name}: {'installed' if there else 'not installed'} ({use})")
     environment["dtype"] = str(dtype).removeprefix("torch.")
     return environment, lines
+
+
+def _loading() -> str:
+    """How checkpoints are read here, and what slows it."""
+    how = "loading: by the C++ mover" if cpu.HAS_CSRC else "! loading: by the mover in Python"
+    pages = huge_pages()
+    if pages not in ("always", "madvise"):
+        return f"! {how.removeprefix('! ')}; transparent huge pages are {pages}, without which memory fills 3x slower"
+    return f"{how}, into huge pages ({pages})"

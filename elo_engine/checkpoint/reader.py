@@ -171,7 +171,8 @@ class CheckpointReader:
         way = self._way(run, file)
         # The header's and fstat's word on the file, once more before its bytes are taken.
         check_unchanged(file.fd, self.index.shards[run[0].shard], self.index.folder, "while it was read")
-        ahead = read.mover.threads if way == "direct" else min(_CACHED_AHEAD, read.mover.threads)
+        # Results are taken in order, so more wait than threads work: one slow read must not leave the disk idle.
+        ahead = 4 * read.mover.threads if way == "direct" else min(_CACHED_AHEAD, read.mover.threads)
         for chunk in self._chunks(run, way, read):
             while len(read.waiting) >= ahead:
                 self._take(read)

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import mmap
 import os
+from pathlib import Path
 
 from torch import Tensor
 
@@ -73,6 +74,15 @@ def open_direct(fd: int) -> int:
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:
         return -1
+
+
+def huge_pages() -> str:
+    """The system's setting for transparent huge pages: always, madvise, never, or unknown."""
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "unknown"
+    return text.partition("[")[2].partition("]")[0] or "unknown"
 
 
 def advise_huge(tensor: Tensor) -> None:
