@@ -15,14 +15,22 @@ namespace py = pybind11;
 namespace elo {
 namespace {
 
-std::unique_ptr<Mover> make(int64_t slots, int64_t slot_bytes, int threads, const std::vector<std::array<int64_t, 3>>& faults) {
-  if (faults.empty()) return std::make_unique<Mover>(slots, slot_bytes, threads, std::make_unique<SystemCalls>());
+// A forked child that ends must not join its parent's threads.
+struct Forget {
+  void operator()(Mover* mover) const {
+    if (mover->owned()) delete mover;
+  }
+};
+using Holder = std::unique_ptr<Mover, Forget>;
+
+Holder make(int64_t slots, int64_t slot_bytes, int threads, const std::vector<std::array<int64_t, 3>>& faults) {
+  if (faults.empty()) return Holder(new Mover(slots, slot_bytes, threads, std::make_unique<SystemCalls>()));
   std::vector<Fault> plan;
   for (const auto& [call, error, limit] : faults) {
     if (call < -1 || error < 0 || error > 4095 || limit < 0) throw std::invalid_argument("mover: no such fault");
     plan.push_back({call, static_cast<int>(error), limit});
   }
-  return std::make_unique<Mover>(slots, slot_bytes, threads, std::make_unique<FaultyCalls>(std::move(plan)));
+  return Holder(new Mover(slots, slot_bytes, threads, std::make_unique<FaultyCalls>(std::move(plan))));
 }
 
 Way way_of(int way) {
@@ -48,7 +56,7 @@ py::tuple wait(Mover& mover, int64_t number) {
 }  // namespace
 
 void bind_mover(py::module_& m) {
-  py::class_<Mover>(m, "Mover")
+  py::class_<Mover, Holder>(m, "Mover")
       .def(py::init(&make), py::arg("slots"), py::arg("slot_bytes"), py::arg("threads"), py::arg("faults"))
       .def("acquire",
            [](Mover& self) {
@@ -70,8 +78,11 @@ void bind_mover(py::module_& m) {
            })
       .def("wait", &wait)
       .def("drain", &Mover::drain, py::call_guard<py::gil_scoped_release>())
-      // The ring's memory; it is the caller's to keep the mover alive for as long as the view.
-      .def("memory", [](Mover& self) { return py::memoryview::from_memory(self.memory(), self.slots() * self.slot_bytes()); });
+      // The ring's memory, which keeps the mover alive.
+      .def(
+          "memory",
+          [](Mover& self) { return py::memoryview::from_memory(self.memory(), self.slots() * self.slot_bytes()); },
+          py::keep_alive<0, 1>());
 }
 
 }  // namespace elo

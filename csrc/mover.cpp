@@ -50,11 +50,21 @@ Mover::Mover(int64_t slots, int64_t slot_bytes, int threads, std::unique_ptr<Sys
   memory_ = reinterpret_cast<char*>((begin + kHugePage - 1) / kHugePage * kHugePage);
   madvise(memory_, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // where there are none, small pages serve
   states_.resize(static_cast<size_t>(slots));
-  for (int i = 0; i < threads; ++i) threads_.emplace_back([this, own = memory_ + (slots + i) * slot_bytes] { work(own); });
+  try {
+    for (int i = 0; i < threads; ++i)
+      threads_.emplace_back([this, own = memory_ + (slots + i) * slot_bytes] { work(own); });
+  } catch (...) {  // not as many threads as asked for
+    stop();
+    throw;
+  }
 }
 
 Mover::~Mover() {
   drain();
+  stop();
+}
+
+void Mover::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
@@ -223,8 +233,12 @@ Transfer Mover::read_direct(const Job& job) {
     if (count > 0) {
       transferred += count;
       if (done + count >= wanted) break;
+      if (count < kPage) {  // no block got done: the end of the file, or a filesystem of smaller ones
+        Transfer result = read_buffered(job, 0);
+        result.transferred += transferred;
+        return result;
+      }
       done = (done + count) / kPage * kPage;
-      if (count < kPage) return ended(begin + done + count, transferred, Way::kDirect);
     } else if (count == 0) {
       return ended(begin + done, transferred, Way::kDirect);
     } else if (errno == EINVAL || errno == EOPNOTSUPP || errno == ENOSYS) {
@@ -241,7 +255,8 @@ Transfer Mover::read_direct(const Job& job) {
 }
 
 Transfer Mover::read_mapped(const Job& job) {
-  const int64_t skip = job.offset % kPage;
+  static const int64_t page = sysconf(_SC_PAGESIZE);  // 64 KiB on some
+  const int64_t skip = job.offset % page;
   const size_t bytes = static_cast<size_t>(skip + job.length);
   // Populated in one go: page faults one by one would cost as much as the copy.
   void* map = mmap(nullptr, bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, job.fd, job.offset - skip);

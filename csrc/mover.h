@@ -39,6 +39,8 @@ class Mover {
   // Throws std::invalid_argument for sizes that make no ring, std::bad_alloc where the memory is not there.
   Mover(int64_t slots, int64_t slot_bytes, int threads, std::unique_ptr<SystemCalls> calls);
   ~Mover();
+  // False in a process forked off the one that made it: its threads did not come along, and it must be left alone.
+  bool owned() const { return owner_ == getpid(); }
   Mover(const Mover&) = delete;
   Mover& operator=(const Mover&) = delete;
 
@@ -87,6 +89,9 @@ class Mover {
   Transfer read_mapped(const Job& job);
   Transfer write(const Job& job);
 
+  void stop();
+
+  const pid_t owner_ = getpid();
   const int64_t slot_bytes_;
   std::unique_ptr<SystemCalls> calls_;
   void* mapping_ = nullptr;

@@ -56,7 +56,7 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
     write_model(
         run,
         index,
-        final_weights(run, "align"),
+        final_weights(run, "align", index),
         target,
         extra,
         _model_card(config, source, summary, reattached=start.exists()),

@@ -162,7 +162,12 @@ def align(
 def inspect(
     model: Annotated[str, typer.Argument(help="folder or hub id")],
     verify: Annotated[
-        bool, typer.Option("--verify", help="read every byte (fetch a hub's model), check every shape and hash")
+        bool,
+        typer.Option(
+            "--verify",
+            help="read every byte, check every shape, and hashes where the folder has a COMMIT.json or comes from a "
+            "hub",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -157,6 +157,8 @@ class RunConfig(_Section):
     """A whole run; see the examples folder for commented files."""
 
     model: str = Field(min_length=1)
+    # branch, tag or commit of a hub id; a run keeps the commit that it was at its start in config.resolved.yaml
+    revision: Annotated[str, Field(min_length=1)] | None = None
     output: str = Field(min_length=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"

@@ -19,7 +19,7 @@ import numpy as np
 
 from elo_engine import console, demo_assets, report
 from elo_engine.checkpoint import resolve_model
-from elo_engine.config import RunConfig, make_config
+from elo_engine.config import RunConfig, load_config, make_config
 from elo_engine.corpora import make_mixture
 from elo_engine.data import build_tokens
 from elo_engine.detach import Source, open_source
@@ -48,17 +48,20 @@ def run_demo(output: Path, model: str | None, texts: list[str], baseline: bool) 
         UsageError: `--text` is not LANG=FILE. Everything that `run_pipeline` raises.
     """
     began = time.perf_counter()
-    source_folder = resolve_model(model) if model else demo_assets.demo_model()
+    source_folder = _model_folder(model, output) if model else demo_assets.demo_model()
     documents = _read_texts(texts) if texts else demo_assets.demo_text()
     ready = time.perf_counter()
     console.err.print(f"model {source_folder}", markup=False)
     work = output.parent / f"{output.name}-data"
     shards, heldout = _prepare(documents, source_folder, work)
-    config = _configuration(source_folder, output, shards, heldout)
-    source = open_source(config)
+    named = model if model and not Path(model).expanduser().is_dir() else str(source_folder)
+    config = _configuration(named, output, shards, heldout)
+    source = open_source(config, source_folder)
     with RunDir.obtain(config, resume=True) as run:
         run_pipeline(run, source)
         results = read_results(run)
+        with console.bytes_bar("fetch the rest of the model") as progress:
+            source.index.completed(progress)  # transformers reads whole folders; the run may need no more of it
         if "samples" not in results:
             results["samples"] = _samples(source, run.folder("model"), next(iter(documents.values())))
             run.write_json("results.json", results)
@@ -75,6 +78,13 @@ def run_demo(output: Path, model: str | None, texts: list[str], baseline: bool) 
             f"demo: {console.format_seconds(total)} in all, {console.format_seconds(ready - began)} of it "
             "fetching and unpacking"
         )
+
+
+def _model_folder(model: str, output: Path) -> Path:
+    """One's own model; of a hub's, the commit that a demo in this output folder was started from."""
+    stored = output / "config.resolved.yaml"
+    before = load_config(stored) if stored.exists() else None
+    return resolve_model(model, before.revision if before is not None and before.model == model else None)
 
 
 def _read_texts(texts: list[str]) -> dict[str, list[str]]:
@@ -133,13 +143,13 @@ def _characters(texts: list[str], tokenizer: Path, tokens: int) -> int:
     return max(1, len(sample) * tokens // len(ids))
 
 
-def _configuration(model: Path, output: Path, shards: dict[str, str], heldout: dict[str, str]) -> RunConfig:
+def _configuration(model: str, output: Path, shards: dict[str, str], heldout: dict[str, str]) -> RunConfig:
     """The first language is the target: 9 : 1 against all others together."""
     target, *others = shards
     mix = {target: 9 * max(1, len(others)), **dict.fromkeys(others, 1)}
     return make_config(
         {
-            "model": str(model),
+            "model": model,
             "output": str(output),
             "data": {"shards": shards, "mix": mix, "sequence_length": SEQUENCE_LENGTH},
             "pretrain": PRETRAIN,

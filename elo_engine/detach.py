@@ -12,6 +12,7 @@ import torch
 
 from elo_engine import console
 from elo_engine.checkpoint import CheckpointIndex, open_checkpoint, resolve_model
+from elo_engine.checkpoint.hub import commit_of
 from elo_engine.config import RunConfig
 from elo_engine.measure.environment import choose_device, choose_dtype
 from elo_engine.measure.meter import human_bytes
@@ -19,7 +20,7 @@ from elo_engine.model import ops
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.shallow import load_shallow
 from elo_engine.model.spec import ModelSpec, choose_layers, read_spec
-from elo_engine.run_dir import RunDir
+from elo_engine.run_dir import RunDir, pinned
 from elo_engine.stage import log_model
 
 
@@ -34,22 +35,27 @@ class Source:
     device: torch.device
     dtype: torch.dtype
     reasons: tuple[str, ...]  # why this device, dtype and these kernels, one line each
+    revision: str | None = None  # the commit of a hub's model; None: a folder
 
 
 def open_source(config: RunConfig, folder: Path | None = None) -> Source:
     """Headers and configuration of the model of a run, or of `folder` in its place; no weights are read.
 
+    Of a hub's model a run that is there already has one commit, whatever its branch is by now.
+
     Raises:
         UsageError, RefusedError, FailedError: no such model, not supported, or damaged; see `open_checkpoint`,
         `read_spec`.
     """
-    folder = folder or resolve_model(config.model)
+    config = pinned(config)
+    folder = folder or resolve_model(config.model, config.revision)
     index = open_checkpoint(folder)
     spec = read_spec(index.config)
     layers = choose_layers(config.detach.layers, spec.layers)
     device = choose_device(config.device)
     dtype, why = choose_dtype(config.dtype, device)
-    return Source(folder, index, spec, layers, device, dtype, (why, ops.configure(config.kernels, device)))
+    reasons = (why, ops.configure(config.kernels, device))
+    return Source(folder, index, spec, layers, device, dtype, reasons, commit_of(config.model, folder))
 
 
 def detach(source: Source, run: RunDir, *, recompute: bool = False) -> Decoder:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from elo_engine import console
-from elo_engine.checkpoint import CheckpointIndex, CheckpointReader, open_checkpoint, resolve_model
+from elo_engine.checkpoint import COMMIT_NAME, CheckpointIndex, open_checkpoint, resolve_model, verify_commit
+from elo_engine.checkpoint.pieces import ShardReader
 from elo_engine.measure.meter import human_bytes
 from elo_engine.model import names
 from elo_engine.model.full import check_shapes
 from elo_engine.model.spec import ModelSpec, choose_layers, read_spec
 
+_CHUNK_BYTES = 4 << 20
+
 
 def inspect_model(model: str, *, verify: bool = False) -> dict[str, Any]:
-    """Family, layers, ties, bytes per part and per shard. `verify` reads every byte and checks every shape.
+    """Family, layers, ties, bytes per part and per shard; shapes are always checked. `verify` reads every byte.
 
     Of a model on a hub only headers are fetched; `verify` fetches all the rest and compares it with the hub's hashes.
-    "fetched" says how many bytes of the shards are on disk then.
+    "fetched" says how many bytes of the shards are on disk then. A folder that has a COMMIT.json is compared with
+    that. "verified_hashes" says which of the two it was, or None: that the bytes can be read is all that is known.
 
     Raises:
         UsageError, RefusedError, FailedError: as `open_checkpoint`, `read_spec` and, with `verify`, reading do.
@@ -41,11 +47,19 @@ def inspect_model(model: str, *, verify: bool = False) -> dict[str, Any]:
     if index.remote is not None:
         found["fetched"] = index.remote.present_bytes
     if verify:
+        found["verified_hashes"] = None
         if index.remote is not None:
             with console.bytes_bar(f"fetch {model}") as progress:
                 index = index.completed(progress)
             found["fetched"] = sum(shard.size for shard in index.shards.values())
-        found["verified_bytes"] = _read_everything(index)
+            found["verified_hashes"] = "hub"
+        commit = index.folder / COMMIT_NAME
+        # A hub cache has links, which no published folder has: there it is a file of the model like any other.
+        committed = commit.exists() and not commit.is_symlink()
+        if committed:
+            verify_commit(index.folder)  # which reads every byte
+            found["verified_hashes"] = COMMIT_NAME
+        found["verified_bytes"] = _read_everything(index, read=not committed)
     return found
 
 
@@ -65,12 +79,22 @@ def _parts(index: CheckpointIndex, spec: ModelSpec) -> dict[str, int]:
     }
 
 
-def _read_everything(index: CheckpointIndex) -> int:
-    """Tensor by tensor, so that memory stays small."""
-    with CheckpointReader(index) as reader:
-        for name in index.entries:
-            reader.read([name])
-        return reader.bytes_read
+def _read_everything(index: CheckpointIndex, *, read: bool) -> int:
+    """Through one small buffer: a tensor may be larger than the memory. Returns the bytes of tensors.
+
+    Without `read`, for what has just been read, the checkpoint is only compared with what it was when opened.
+    """
+    buffer, done = np.empty(_CHUNK_BYTES, np.uint8), 0
+    total = sum(info.size - info.header_bytes for info in index.shards.values())
+    with ShardReader(index) as reader, console.bytes_bar("verify") as progress:
+        for info in index.shards.values() if read else ():
+            for offset in range(info.header_bytes, info.size, _CHUNK_BYTES):
+                piece = buffer[: min(_CHUNK_BYTES, info.size - offset)]
+                reader.read(info.name, piece.data, offset)
+                done += len(piece)
+                progress(done, total)
+        reader.check()
+    return total
 
 
 def describe_inspection(found: dict[str, Any]) -> list[str]:
@@ -93,7 +117,13 @@ def describe_inspection(found: dict[str, Any]) -> list[str]:
         rest = "; the rest is fetched when it is read" if found["fetched"] < whole else ""
         lines.append(f"  fetched from the hub: {human_bytes(found['fetched'])} of {human_bytes(whole)}{rest}")
     if "verified_bytes" in found:
+        hashes = {
+            None: "there are no hashes to compare them with",
+            "hub": "their hashes are the hub's",
+            COMMIT_NAME: f"the hash of every file is that of {COMMIT_NAME}",
+        }[found["verified_hashes"]]
         lines.append(
-            f"  verified: all {human_bytes(found['verified_bytes'])} of tensors could be read and have the right shapes"
+            f"  verified: all {human_bytes(found['verified_bytes'])} of tensors could be read and have the right "
+            f"shapes; {hashes}"
         )
     return lines

@@ -36,8 +36,8 @@ def _bars() -> Iterator[Progress]:
             nonlocal current, bar
             if what != current or bar is None:
                 stack.close()
-                current, bar = what, stack.enter_context(console.progress_bar(f"{what} (bytes)", total))
-            bar(done, "")
+                current, bar = what, stack.enter_context(console.bytes_bar(what))
+            bar(done, total)
 
         yield progress
 

@@ -29,8 +29,9 @@ def read_results(run: RunDir) -> dict[str, Any]:
 
 
 def start(run: RunDir, source: Source) -> None:
-    """Say what will be done and on what; write `plan.json`."""
+    """Say what will be done and on what; write `plan.json`, and the commit of a hub's model."""
     require_shards(run.config)
+    run.pin(source.revision)
     planned = plan(run.config, source)
     run.write_json("plan.json", planned)
     for line in (*describe_plan(planned), *source.reasons, *describe_corpora(run.config)):

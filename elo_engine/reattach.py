@@ -10,6 +10,7 @@ configuration says `hard_links: true`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,18 @@ from elo_engine.checkpoint import (
     space_needed,
 )
 from elo_engine.detach import Source
-from elo_engine.errors import FailedError, UsageError
+from elo_engine.errors import FailedError, RefusedError, UsageError
 from elo_engine.measure.meter import human_bytes
 from elo_engine.model import names
 from elo_engine.run_dir import RunDir
 from elo_engine.train import state
 
 
-def final_weights(run: RunDir, stage: str) -> dict[str, StoredTensor]:
+def final_weights(run: RunDir, stage: str, index: CheckpointIndex) -> dict[str, StoredTensor]:
     """Weights of a finished stage by checkpoint name, left on the disk: `write_model` reads them piece by piece.
 
     Raises:
-        UsageError: the stage has not run to its end.
+        UsageError: the stage has not run to its end. RefusedError: it was trained from another checkpoint than `index`.
     """
     folder = state.latest_snapshot(run.folder(stage), run.say)
     steps = run.config.steps("pretrain" if stage == "pretrain" else "align")
@@ -47,6 +48,12 @@ def final_weights(run: RunDir, stage: str) -> dict[str, StoredTensor]:
         at = folder.name if folder else "no snapshot"
         raise UsageError(
             f"{run.path}: {stage} is not finished ({at} of {steps} steps); run elo {stage} with --resume auto first"
+        )
+    before = json.loads((folder / "state.json").read_text(encoding="utf-8"))["identity"]["checkpoint"]
+    if before != index.identity():
+        raise RefusedError(
+            f"{index.folder}: is not the checkpoint that {folder} was trained from (identity {before[:12]}, now "
+            f"{index.identity()[:12]}); put that one back in its place, or start a new run in another output folder"
         )
     return state.stored_weights(folder)
 
@@ -111,7 +118,7 @@ def reattach(run: RunDir, source: Source, *, hard_links: bool | None = None) -> 
     if target.exists():
         run.say(f"reattach: {target} is already there")
         return target
-    weights = final_weights(run, "pretrain")
+    weights = final_weights(run, "pretrain", source.index)
     extra = {"kind": "reattached", "run_id": run.run_id, "source": source.index.identity()}
     write_model(run, source.index, weights, target, extra, hard_links=hard_links)
     return target

@@ -1,7 +1,8 @@
 """A run on disk: configuration, environment, plan, log, metrics, STATUS, and the folders of its stages.
 
-Nothing is written over but STATUS, which is replaced whole. `metrics.jsonl` is append-only: after a resume, steps
-that were lost appear again, and the last line of a step is the one that counts.
+Nothing is written over but STATUS, which is replaced whole, and once `revision` in the configuration, by the commit it
+means. `metrics.jsonl` is append-only: after a resume, steps that were lost appear again, and the last line of a step is
+the one that counts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,25 @@ from elo_engine import console
 from elo_engine.config import RunConfig, changed_keys, load_config
 from elo_engine.errors import RefusedError, UsageError
 from elo_engine.measure.environment import describe_environment
+
+_CONFIG_NAME = "config.resolved.yaml"
+
+
+def pinned(config: RunConfig) -> RunConfig:
+    """The configuration with the commit of the hub's model that the run in its output folder was started from.
+
+    That commit stands for what was asked for then, also no revision at all: a branch may have moved since, and one run
+    reads one commit. Any other `revision` stays as it is, and so does everything where no such run is.
+    """
+    path = Path(config.output)
+    if not (path / _CONFIG_NAME).exists():
+        return config
+    before = load_config(path / _CONFIG_NAME)
+    if before.revision is None or before.model != config.model:
+        return config
+    if config.revision is not None and config.revision != _run_json(path).get("revision"):
+        return config
+    return config.model_copy(update={"revision": before.revision})
 
 
 class RunDir:
@@ -42,18 +62,18 @@ class RunDir:
         """
         path = Path(config.output)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            hint = "continue it with --resume auto, or" if (path / "config.resolved.yaml").exists() else ""
+            hint = "continue it with --resume auto, or" if (path / _CONFIG_NAME).exists() else ""
             raise RefusedError(
                 f"{path}: the output folder exists and nothing is ever written over; {hint} choose another output"
             )
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         run_id = uuid.uuid4().hex
-        created = {"run_id": run_id, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        created = {"run_id": run_id, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "revision": config.revision}
         _write_durably(path / "run.json", json.dumps(created) + "\n")
         _write_durably(path / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
         # the resolved configuration is what makes the folder a run, so it comes last
-        _write_durably(path / "config.resolved.yaml", config.to_yaml())
+        _write_durably(path / _CONFIG_NAME, config.to_yaml())
         return cls(path, config, run_id, lock)
 
     @classmethod
@@ -63,13 +83,16 @@ class RunDir:
         Raises:
             UsageError: no run there. RefusedError: another configuration, or another process writes to it.
         """
-        resolved = path / "config.resolved.yaml"
+        resolved = path / _CONFIG_NAME
         if not resolved.exists():
             raise UsageError(
                 f"{path}: not a run folder (it has no config.resolved.yaml); start one with elo run or elo pretrain"
             )
         config = load_config(resolved)
-        if expected is not None:
+        if expected is None:
+            config = config.model_copy(update={"output": str(path)})  # it may have been moved
+        else:
+            expected = pinned(expected.model_copy(update={"output": str(path)}))
             keys = changed_keys(config, expected)
             if keys:
                 raise RefusedError(
@@ -79,15 +102,26 @@ class RunDir:
                 )
             config = expected
         lock = _lock(path)
-        return cls(path, config, json.loads((path / "run.json").read_text())["run_id"], lock)
+        return cls(path, config, _run_json(path)["run_id"], lock)
 
     @classmethod
     def obtain(cls, config: RunConfig, resume: bool) -> RunDir:
         """`create`, or with `resume` open what is there and create otherwise."""
         path = Path(config.output)
-        if resume and (path / "config.resolved.yaml").exists():
+        if resume and (path / _CONFIG_NAME).exists():
             return cls.open(path, config)
         return cls.create(config)
+
+    def pin(self, revision: str | None) -> None:
+        """Keep the commit of the hub's model for the rest of this run, before anything is made from it; None: the model
+        is a folder.
+        """
+        if revision is None or revision == self.config.revision:
+            return
+        started = load_config(self.path / _CONFIG_NAME)
+        _write_durably(self.path / _CONFIG_NAME, started.model_copy(update={"revision": revision}).to_yaml())
+        self.config = self.config.model_copy(update={"revision": revision})
+        self.say(f"model: {self.config.model} at the commit {revision}, from here to the end of this run")
 
     def folder(self, name: str) -> Path:
         """A sub-folder's path: `pretrain`, `align`, `reattached`, `model`."""
@@ -141,6 +175,10 @@ class RunDir:
             stopped = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_status", 1) == 130
             self.status(state="interrupted" if stopped else "failed", reason=str(error) or type(error).__name__)
         self.close()
+
+
+def _run_json(path: Path) -> dict[str, Any]:
+    return json.loads((path / "run.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -14,6 +14,12 @@ import pytest
 import torch
 
 import elo_engine
+from elo_engine import console
+from elo_engine.checkpoint import open_checkpoint, publish, rewrite_checkpoint
+from elo_engine.checkpoint.patch_file import safetensors_header
+from elo_engine.model import names
+from elo_engine.model.spec import read_spec
+from elo_engine.patch import _bars
 
 Elo = Callable[..., tuple[int, str]]
 
@@ -37,7 +43,47 @@ def test_inspect_reads_headers_only_and_counts_bytes(untied: Path, elo: Elo) -> 
 
 def test_inspect_verify_finds_what_headers_cannot_show(tied: Path, elo: Elo) -> None:
     status, shown = elo("inspect", tied, "--verify")
-    assert status == 0 and "verified" in shown
+    assert status == 0 and "no hashes to compare" in shown
+    status, shown = elo("inspect", tied, "--verify", "--json")
+    found = json.loads(shown)
+    assert status == 0 and (found["verified_bytes"], found["verified_hashes"]) == (found["bytes"]["total"], None)
+
+
+def test_inspect_verify_compares_a_published_folder_with_its_hashes(tied: Path, tmp_path: Path, elo: Elo) -> None:
+    out = tmp_path / "out"
+    with publish(out) as folder:
+        rewrite_checkpoint(open_checkpoint(tied), {}, folder)
+    status, shown = elo("inspect", out, "--verify")
+    assert status == 0 and "the hash of every file is that of COMMIT.json" in shown, shown
+    found = json.loads(elo("inspect", out, "--verify", "--json")[1])
+    assert (found["verified_bytes"], found["verified_hashes"]) == (found["bytes"]["total"], "COMMIT.json")
+    shard = next(out.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    status, shown = elo("inspect", out, "--verify")
+    assert status == 1 and shard.name in shown and "sha256 differs" in shown and "verified" not in shown, shown
+
+
+def test_inspect_verify_keeps_no_tensor_in_memory(tmp_path: Path, tied: Path) -> None:
+    """An embedding of 0.8 GB, a hole in a file, under a limit of 0.5 GiB on top of what the imports take."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {**json.loads((tied / "config.json").read_text()), "vocab_size": 1 << 23}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = names.expected_shapes(read_spec(config))
+    header = safetensors_header([(name, "BF16", shape, 2 * math.prod(shape)) for name, shape in shapes.items()], {})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(2 * math.prod(shape) for shape in shapes.values()))
+    code = (
+        "import re, resource, sys; from pathlib import Path; from elo_engine.inspection import inspect_model; "
+        "now = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]); "
+        "resource.setrlimit(resource.RLIMIT_AS, (now + 2**29,) * 2); "
+        "print(inspect_model(sys.argv[1], verify=True)['verified_bytes'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and int(done.stdout) > 800_000_000, done.stderr
 
 
 def test_eval_equals_a_direct_computation(tied: Path, shards: dict[str, str], elo: Elo) -> None:
@@ -109,6 +155,18 @@ def test_patches_from_the_command_line(tied: Path, tmp_path: Path, elo: Elo) -> 
     assert status == 0 and "no tensor differs" in shown
     assert elo("patch", "verify", tied, tmp_path / "gone")[0] == 2
     assert elo("patch", "diff", tied)[0] == 2
+
+
+def test_bars_of_patches_are_in_megabytes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0.0)
+    with _bars() as progress:
+        for what in ("comparing", "writing p"):  # of the same total: two bars all the same
+            progress(what, 250_000_000, 1_000_000_000)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("comparing (MB) 250/1000 ") and "GB/s" in first
+    assert second.startswith("writing p (MB) 250/1000 ")
 
 
 def test_version_and_usage(elo: Elo) -> None:

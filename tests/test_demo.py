@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 from conftest import SYLLABLES, WORDS
 
 from elo_engine import demo
+from elo_engine.checkpoint import ranges
 from elo_engine.errors import RefusedError
+
+from .hub_server import HubServer
 
 
 @pytest.fixture
@@ -56,6 +60,33 @@ def test_demo_with_own_model_and_text(
     )
 
 
+def test_demo_with_a_model_from_a_hub(
+    tied: Path, tmp_path: Path, elo: Callable[..., tuple[int, str]], small_demo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One commit, named by its hub id, whole when transformers reads it."""
+    ja, en = write_text(tmp_path / "ja.txt", SYLLABLES, ""), write_text(tmp_path / "en.txt", WORDS, " ")
+    texts = ("--text", f"ja={ja}", "--text", f"en={en}")
+    arguments = ("demo", "--output", tmp_path / "demo", "--model", "some/model", *texts, "--no-baseline")
+    files = {path.name: path.read_bytes() for path in tied.iterdir()}
+    with HubServer({"some/model": files}) as hub:
+        hub.point_to(monkeypatch, tmp_path / "cache")
+        monkeypatch.setattr(ranges.TRANSFER, "header_bytes", 4096)
+        first = hub.branches["some/model"]["main"]
+        status, shown = elo(*arguments)
+        assert status == 0, shown
+        assert f"revision: {first}" in (tmp_path / "demo" / "config.resolved.yaml").read_text()
+        assert "base_model: some/model\n" in (tmp_path / "demo" / "model" / "README.md").read_text()
+        results = json.loads((tmp_path / "demo" / "results.json").read_text())
+        samples = results.pop("samples")
+        (tmp_path / "demo" / "results.json").write_text(json.dumps(results))
+        shutil.rmtree(tmp_path / "cache")  # nothing but the samples needs the weights again
+        hub.push("some/model", files | {"LICENSE": b"another"})
+        status, shown = elo(*arguments)
+        assert status == 0, shown
+        assert [path.name for path in (tmp_path / "cache" / "elo" / "hub" / "some--model").glob("?" * 40)] == [first]
+    assert json.loads((tmp_path / "demo" / "results.json").read_text())["samples"] == samples
+
+
 @pytest.mark.parametrize("text", ["ja", "=x", "ja=/no/such/file"])
 def test_text_that_is_not_language_and_file(
     tied: Path, tmp_path: Path, elo: Callable[..., tuple[int, str]], text: str
@@ -78,7 +109,7 @@ def test_the_example_is_the_demos_own_recipe() -> None:
     from elo_engine.config import load_config
 
     example = load_config(Path(demo.__file__).parents[1] / "examples" / "demo.yaml")
-    made = demo._configuration(Path("m"), Path("o"), example.data.shards, example.evaluate.shards)
+    made = demo._configuration("m", Path("o"), example.data.shards, example.evaluate.shards)
     for section in ("pretrain", "align", "evaluate", "detach"):
         assert getattr(example, section) == getattr(made, section), section
     assert example.data == made.data and example.seed == made.seed

@@ -121,6 +121,7 @@ def test_straight_into_memory(
         pytest.param([(0, errno.EINTR, 0), (2, errno.EINTR, 0), (1, 0, 4000)], id="interrupted and short"),
         pytest.param([(0, 0, PAGE)], id="one page, then the rest"),
         pytest.param([(0, 0, PAGE + 1), (1, 0, 4095)], id="off a page"),
+        pytest.param([(-1, 0, 512)], id="blocks smaller than a page"),
     ],
 )
 def test_short_transfers_and_interrupts_change_nothing(

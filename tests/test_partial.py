@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from elo_engine.checkpoint.index import CheckpointIndex, check_unchanged, open_c
 from elo_engine.checkpoint.syscalls import open_folder
 from elo_engine.errors import FailedError, UsageError
 
-from .hub_server import HubServer
+from .hub_server import Fault, HubServer
 from .partial_fixture import (
     FIRST,
     HEADER,
@@ -33,7 +35,9 @@ from .partial_fixture import (
     equal_on_disk,
     layer,
     make_original,
+    record,
     serving,
+    spans,
 )
 
 
@@ -157,7 +161,13 @@ def test_a_shard_that_becomes_whole_by_chance_is_finished(hub: HubServer, index:
 def test_without_a_network_afterwards(hub: HubServer, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     ensure(index, 0)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert resolve_model(REPO) == resolve_model(REPO, "main") == resolve_model(REPO, index.folder.name) == index.folder
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a commit is what it is without asking
+        assert resolve_model(REPO, index.folder.name) == index.folder
+    with pytest.warns(UserWarning, match=f"the default revision is taken for the commit {index.folder.name}.*OFFLINE"):
+        assert resolve_model(REPO) == index.folder
+    with pytest.warns(UserWarning, match="revision main is taken"):
+        assert resolve_model(REPO, "main") == index.folder
     again = open_checkpoint(index.folder)
     assert ensure(again, 0) == 0
     with pytest.raises(UsageError, match=r"HF_HUB_OFFLINE is set"):
@@ -166,11 +176,37 @@ def test_without_a_network_afterwards(hub: HubServer, index: CheckpointIndex, mo
         resolve_model(REPO, "v2")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.api_status = 503
-    assert resolve_model(REPO) == index.folder
+    with pytest.warns(UserWarning, match="the hub could not be reached.*503"):
+        assert resolve_model(REPO) == index.folder
     hub.__exit__(None, None, None)
-    assert resolve_model(REPO) == index.folder
+    with pytest.warns(UserWarning, match="the hub could not be reached"):
+        assert resolve_model(REPO) == index.folder
     with pytest.raises(FailedError, match="could not be reached in 3 attempts"):
         ensure(again, 1)
+
+
+def test_a_shard_outside_lfs_is_held_against_its_blob_hash(
+    hub: HubServer, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.lies[FIRST] = None  # type: ignore[assignment]
+    index = open_checkpoint(resolve_model(REPO))
+    assert record(index.folder)["shards"][FIRST]["sha256"] is None
+    hub.faults.append(Fault("flip", file=FIRST, times=1))
+    with pytest.raises(FailedError, match=rf"{FIRST}: git blob hash is [0-9a-f]{{40}} and [0-9a-f]{{40}} on the hub"):
+        index.completed()
+    assert not (index.folder / FIRST).exists() and spans(index.folder, FIRST) == []
+    open_checkpoint(resolve_model(REPO)).completed()
+    assert_finished(index.folder, files)
+
+
+def test_a_shard_without_any_hash_is_not_begun(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub.lies[FIRST] = None  # type: ignore[assignment]
+    monkeypatch.setattr(sys.modules[HubServer.__module__], "_blob", lambda data: None)
+    with pytest.raises(FailedError, match=rf"{FIRST}: the hub lists no hash of it"):
+        resolve_model(REPO)
+    assert hub.sent() == 0 and not list(tmp_path.rglob("PARTIAL.json"))
 
 
 def test_a_moved_branch_and_a_pinned_commit(

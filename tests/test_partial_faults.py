@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import hashlib
 import json
@@ -188,6 +189,19 @@ def test_two_processes_at_once(hub: HubServer, files: dict[str, bytes], tmp_path
     assert len(hub.asked("config.json")) == 1
 
 
+def test_nothing_is_fetched_without_a_lock(
+    hub: HubServer, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    hub.log.clear()
+    with pytest.raises(FailedError, match=r"\.elo-lock: cannot be locked \(No locks available\).*Set ELO_CACHE"):
+        ensure(index, 0)
+    assert hub.log == [] and resolve_model(REPO) == index.folder  # where nothing is fetched, no lock is needed
+
+
 def test_a_truncated_partial_file(hub: HubServer, index: CheckpointIndex, files: dict[str, bytes]) -> None:
     ensure(index, 0, 12)
     os.truncate(index.folder / f"{FIRST}.partial", 1000)
@@ -249,7 +263,7 @@ def test_data_are_synced_before_the_record_says_that_they_are_there(
     ensure(index, 2, 12)
     before = {FIRST: 1, SECOND: 1}  # at the moment of the sync the record knows the headers only
     data = [f"{FIRST}.partial {before}", f"{SECOND}.partial {before}"]
-    assert events == [*data, ".elo-writing", index.folder.name]
+    assert [event.partition("-writing")[0] for event in events] == [*data, ".elo", index.folder.name]
 
 
 def equal_where_present(index: CheckpointIndex, files: dict[str, bytes]) -> bool:
@@ -288,6 +302,8 @@ def set_shard(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (set_shard("present", [[0, 10, 20]]), "not pairs"),
         (set_shard("size", 0), "bad size"),
         (set_shard("sha256", "x"), "bad sha256"),
+        (set_shard("sha256", None), "has no hash for"),
+        (set_shard("blob", "x"), "bad blob hash"),
         (set_shard("etag", 'W/"x"'), "bad etag"),
         (lambda body: body.update(repo="../x"), "bad repo"),
         (lambda body: body.update(commit="main"), "bad commit"),
@@ -306,6 +322,12 @@ def test_a_record_that_nobody_wrote(
         with pytest.raises(FailedError, match=rf"PARTIAL.json: .*{re.escape(message)}"):
             use(index.folder)
     assert hub.asked() == [] and not list(index.folder.parents[2].rglob("outside*"))
+
+
+def test_a_record_of_before_there_were_blob_hashes_in_it(index: CheckpointIndex, files: dict[str, bytes]) -> None:
+    reseal(index.folder, lambda body: [shard.pop("blob") for shard in body["shards"].values()])
+    open_checkpoint(index.folder).completed()
+    assert_finished(index.folder, files)
 
 
 def test_a_flipped_digit_in_the_record(index: CheckpointIndex) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -182,3 +183,20 @@ def test_leftovers_of_others_stay(base: Path, changed: Path, tmp_path: Path) -> 
     diff_checkpoints(base, changed, tmp_path / "p")
     assert not (tmp_path / ".p.tmp-1-00112233").exists()
     assert all((tmp_path / name).exists() for name in [*foreign, ".p.tmp-1-0000000a", ".p.tmp-1-0000000b"])
+
+
+def test_leftovers_are_removed_where_a_lock_needs_write_access(
+    base: Path, changed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, which makes a lock of the file's bytes of it."""
+    real = fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(fd, operation)
+
+    (tmp_path / ".p.tmp-1-00112233").write_bytes(b"stale")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    diff_checkpoints(base, changed, tmp_path / "p")
+    assert not leftovers(tmp_path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from elo_engine.checkpoint import clone as clone_module
 from elo_engine.checkpoint.index import CheckpointIndex, open_checkpoint
-from elo_engine.checkpoint.mover import using
+from elo_engine.checkpoint.mover import Mover, NativeMover, using
 from elo_engine.checkpoint.writer import (
     SYSCALLS,
     publish,
@@ -24,8 +26,12 @@ from elo_engine.checkpoint.writer import (
     write_safetensors,
 )
 from elo_engine.errors import FailedError, RefusedError, UsageError
+from elo_engine.native import CSRC
 
 from .checkpoint_fixture import INDEX, TRAVELLING, changed_layers, fail_on_call, leftovers, make_source, state
+from .mover_fixture import Faults
+
+NativeFaults = Callable[[Faults], list[Mover]]
 
 
 @pytest.fixture
@@ -145,6 +151,58 @@ def test_one_byte_transfers_and_interrupts(
     check_rewritten(index, tmp_path / "out", changed)
     verify_commit(tmp_path / "out")
     assert calls > 400
+
+
+@pytest.fixture
+def native_faults(monkeypatch: pytest.MonkeyPatch) -> NativeFaults:
+    """From now on tensors are written by native movers, one a tensor, in pieces of 7, with these faults."""
+    if CSRC is None:
+        pytest.skip("the C++ extension is not built")
+    made: list[Mover] = []
+
+    def use(faults: Faults) -> list[Mover]:
+        @contextmanager
+        def borrowed(*_: int) -> Iterator[Mover]:
+            made.append(NativeMover(4, 8192, 2, faults))
+            yield made[-1]
+
+        monkeypatch.setattr("elo_engine.checkpoint.writer.borrowed", borrowed)
+        monkeypatch.setattr("elo_engine.checkpoint.writer.PIECE_ITEMS", 7)
+        return made
+
+    return use
+
+
+@pytest.mark.parametrize("call", [0, 3, 9])
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(errno.ENOSPC, r"no space left on the device: \d+ bytes are needed"), (errno.EIO, "write failed: Input/output")],
+)
+def test_native_writes_that_fail(
+    index: CheckpointIndex, tmp_path: Path, native_faults: NativeFaults, call: int, code: int, message: str
+) -> None:
+    before, made = state(index.folder), native_faults([(call, code, 0)])
+    with pytest.raises(FailedError, match=rf"s-1\.safetensors: {message}"), publish(tmp_path / "out") as folder:
+        rewrite_checkpoint(index, changed_layers(), folder)
+    (mover,) = made
+    assert all(mover.acquire() is not None for _ in range(4))  # every slot was given back
+    assert os.listdir(tmp_path) == ["source"] and state(index.folder) == before
+
+
+@pytest.mark.parametrize(
+    "faults", [[(-1, 0, 5)], [(0, errno.EINTR, 0), (5, errno.EINTR, 0)], [(-1, 0, 1), (4, errno.EINTR, 0)]]
+)
+def test_native_writes_that_are_short_or_interrupted(
+    index: CheckpointIndex, tmp_path: Path, native_faults: NativeFaults, faults: Faults
+) -> None:
+    for name in ("plain", "out"):
+        made = native_faults(faults) if name == "out" else []
+        with publish(tmp_path / name) as folder:
+            rewrite_checkpoint(index, changed_layers(), folder)
+    assert len(made) == 2
+    for name in TRAVELLING:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    check_rewritten(index, tmp_path / "out", changed_layers())
 
 
 def test_single_file_without_an_index(tmp_path: Path) -> None:

@@ -6,14 +6,15 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
-#include <set>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "../mover.h"
@@ -45,7 +46,7 @@ struct Input {
   }
 };
 
-struct Pending {
+struct Job {
   int64_t number, offset, length;
   int64_t slot;  // -1: into the buffer
   bool writes;
@@ -90,15 +91,25 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   // Each transfer straight into memory has a buffer of its own with guard bytes on both sides.
   std::vector<std::vector<char>> buffers;
   std::vector<elo::Slot> slots;
-  std::vector<Pending> pending;
+  std::vector<size_t> pending;  // buffers whose transfers nobody has waited for
   int64_t shortest = kFile;
-  const auto finish = [&](const Pending& job, const std::vector<char>* buffer) {
+  const auto finish = [&](const Job& job, const std::vector<char>* buffer) {
     elo::Transfer result;
     require(mover->wait(job.number, 60, &result), "a transfer that never ends");
     if (result.error || result.ended || job.writes || shortest < kFile) return;
     const char* found = buffer ? buffer->data() + 8 : mover->memory() + job.slot * mover->slot_bytes() + result.skip;
     for (int64_t i = 0; i < job.length; ++i)
       require(static_cast<unsigned char>(found[i]) == at(job.offset + i), "success with other bytes");
+  };
+  // After draining nothing may write any more: what is put into the memory then stays.
+  const auto settle = [&] {
+    mover->drain();
+    for (const size_t i : pending) std::fill(buffers[i].begin(), buffers[i].end(), '\x33');
+    std::this_thread::yield();
+    for (const size_t i : pending)
+      for (const char byte : buffers[i]) require(byte == '\x33', "written to after draining");
+    for (const size_t i : pending) std::fill(buffers[i].begin(), buffers[i].end(), '\x5a');
+    pending.clear();
   };
   while (in.left) {
     try {
@@ -139,6 +150,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
           const int64_t room = std::max<int64_t>(length, 0) - (in.byte() % 4 ? 0 : 1);  // one byte too few is refused
           const int64_t number = mover->into(buffers.back().data() + 8, room, file, in.byte() % 8 ? file : -1, offset, length, way);
           require(room >= length, "more bytes than there is room for");
+          if (in.byte() % 2) {
+            pending.push_back(buffers.size() - 1);
+            break;
+          }
           finish({number, offset, length, -1, false}, &buffers.back());
           for (size_t i = 0; i < 8; ++i)
             require(buffers.back()[i] == '\x5a' && buffers.back()[buffers.back().size() - 1 - i] == '\x5a', "a guard byte was written");
@@ -154,7 +169,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         }
         default: {
           if (what < 128) {
-            mover->drain();
+            settle();
           } else {
             const int64_t cut = in.number();
             if (cut < 0 || cut > kFile) break;
@@ -166,6 +181,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     } catch (const std::invalid_argument&) {  // refused: nothing may have happened, which the next calls show
     }
   }
+  settle();
   return 0;
 }
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import warnings
 from pathlib import Path
 
-from elo_engine.checkpoint.hub_listing import HubUnreachable, Listing, list_files, recorded_commit
+from elo_engine.checkpoint.hub_listing import HubFile, HubUnreachable, Listing, list_files, recorded_commit
 from elo_engine.checkpoint.index import INDEX_NAME, SINGLE_NAME, wanted_shards, weights_complete
 from elo_engine.checkpoint.partial import PartialStore, cache_folder
 from elo_engine.checkpoint.partial_record import (
@@ -112,6 +113,12 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             commit = commit or recorded_commit(root, revision)
             if commit is None or not _begun(root / commit):
                 raise _unreachable(model, revision, tried, snapshot, error) from error
+            if commit != revision:
+                warnings.warn(
+                    f"{model}: the hub could not be reached, so {_at(revision)} is taken for the commit {commit}, "
+                    f"which it was the last time ({error})",
+                    stacklevel=1,  # one place for all callers, so that it is said once
+                )
         else:
             commit = listing.commit
             if not _begun(root / commit):
@@ -120,6 +127,13 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if store is not None:
         store.fetch_headers()
     return root / commit
+
+
+def commit_of(model: str, folder: Path) -> str | None:
+    """The commit of a hub's model in the folder that `resolve_model` gave for it; None when the model is a folder."""
+    if Path(os.path.expanduser(model)).is_dir() or not COMMIT_HASH.fullmatch(folder.name):
+        return None
+    return folder.name
 
 
 def _snapshot(model: str, revision: str | None) -> Path | None:
@@ -139,10 +153,14 @@ def _begun(folder: Path) -> bool:
     return (folder / PARTIAL_NAME).exists() or weights_complete(folder)
 
 
+def _at(revision: str | None) -> str:
+    return f"revision {revision}" if revision else "the default revision"
+
+
 def _unreachable(
     model: str, revision: str | None, tried: str, snapshot: Path | None, error: HubUnreachable
 ) -> RefusedError | UsageError:
-    at = f"revision {revision}" if revision else "the default revision"
+    at = _at(revision)
     if snapshot is not None and not any(snapshot.glob("*.safetensors")):
         return _no_weights(model, at)
     return UsageError(
@@ -184,8 +202,17 @@ def _begin(listing: Listing, folder: Path) -> None:
         absent = [name for name in wanted if name not in listing.files]
         if absent:
             raise FailedError(f"{model} ({at}): {INDEX_NAME} names {absent[0]}, which the repository does not have.")
-        record = {name: PartialShard(listing.files[name].size, listing.files[name].sha256) for name in wanted}
+        record = {name: _to_fetch(listing.files[name], f"{model} ({at}): {name}") for name in wanted}
         Record(model, listing.commit, listing.endpoint, record).write(folder)
+
+
+def _to_fetch(on_hub: HubFile, label: str) -> PartialShard:
+    if on_hub.sha256 is None and (on_hub.blob is None or len(on_hub.blob) != 40):
+        raise FailedError(
+            f"{label}: the hub lists no hash of it, so what arrives could not be verified. Fetch the model with "
+            "another program and give its folder."
+        )
+    return PartialShard(on_hub.size, on_hub.sha256, blob=on_hub.blob)
 
 
 def _fetched_at_once(name: str) -> bool:

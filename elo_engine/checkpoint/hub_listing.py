@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from elo_engine.checkpoint.header import strict_json
-from elo_engine.checkpoint.partial_record import COMMIT_HASH, locked, replace_file
+from elo_engine.checkpoint.partial_record import COMMIT_HASH, blob_hash, locked, replace_file
 from elo_engine.checkpoint.ranges import TRANSFER
 from elo_engine.errors import EloError, FailedError, UsageError
 
@@ -37,7 +37,9 @@ class HubFile:
         if self.sha256:
             got = hashlib.sha256(data).hexdigest()
         elif self.blob and len(self.blob) == 40:
-            got = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+            digest = blob_hash(len(data))
+            digest.update(data)
+            got = digest.hexdigest()
         if len(data) != self.size or got != wanted:
             raise FailedError(f"{label}: has the hash {got} and {wanted} on the hub. It was not kept: try again.")
 
@@ -108,6 +110,8 @@ def recorded_commit(root: Path, revision: str | None) -> str | None:
 def _remember(root: Path, revision: str | None, commit: str) -> None:
     from huggingface_hub import constants
 
+    if recorded_commit(root, revision) == commit:
+        return
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

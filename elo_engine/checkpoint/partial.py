@@ -3,8 +3,8 @@
 A shard that is not whole lies as NAME.safetensors.partial, of full size from the start, so that no program takes it for
 weights. PARTIAL.json says which of its bytes are present: it is replaced only after they were synced, so whatever stops
 the process, what it says is true. A shard that became whole is compared with its hash on the hub and renamed; when all
-are, PARTIAL.json goes, and the folder is a checkpoint like any other. One process at a time fetches (flock on the
-folder).
+are, PARTIAL.json goes, and the folder is a checkpoint like any other. One process at a time fetches (flock on a
+file in the folder).
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from elo_engine.checkpoint.commit import sync_folder
 from elo_engine.checkpoint.header import TensorEntry, header_length
 from elo_engine.checkpoint.partial_record import (
     PARTIAL_NAME,
-    WRITING,
     PartialShard,
     Record,
     Span,
+    blob_hash,
     length,
     locked,
     merged,
+    new_writing,
     read_record,
+    remove_writing,
     without,
 )
 from elo_engine.checkpoint.publish import preflight_space
@@ -94,6 +96,13 @@ class PartialStore:
 
     def fetch_headers(self) -> int:
         """Fetch what precedes the tensors of every shard; returns and raises as `ensure`."""
+        self._refresh()
+        # Without the lock where nothing is to be done, as in a cache that others can only read.
+        with suppress(FileNotFoundError):  # a shard that another process completes at this moment
+            if not all(self._whole(name) for name in self.shards) and all(
+                self._intact(name) and not self._missing(name, [self._header(name)]) for name in self.shards
+            ):
+                return 0
         with self._alone():
             # The first answer holds the header's length, and nearly always the header.
             return sum(self._fetch({name: [self._header(name)] for name in self.shards}, None) for _ in range(2))
@@ -168,16 +177,16 @@ class PartialStore:
                 self._make_sparse(name)
             yield
             if all(self._whole(name) for name in self.shards):
-                for path in (self.folder / PARTIAL_NAME, self.folder / WRITING):
-                    path.unlink(missing_ok=True)
+                (self.folder / PARTIAL_NAME).unlink(missing_ok=True)
+                remove_writing(self.folder)
                 sync_folder(self.folder)
 
     def _make_sparse(self, name: str) -> None:
         # Beside the old file and then in its place: removed first, its inode's number could come back, and by that
         # number a reader who has it open tells that it is another file.
-        path, writing = self._partial(name), self.folder / WRITING
+        path = self._partial(name)
         try:
-            writing.unlink(missing_ok=True)
+            writing = new_writing(self.folder)
             fd = os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 os.ftruncate(fd, self.shards[name].size)
@@ -293,16 +302,17 @@ class PartialStore:
         """Compare a shard that is all there with its hash, and give it its name."""
         shard, path = self.shards[name], self._partial(name)
         try:
+            kind, wanted = ("sha256", shard.sha256) if shard.sha256 else ("git blob hash", shard.blob)
             with open(path, "rb") as file:
-                got = hashlib.file_digest(file, "sha256").hexdigest() if shard.sha256 else None
-            if got != shard.sha256:
+                got = hashlib.file_digest(file, hashlib.sha256 if shard.sha256 else lambda: blob_hash(shard.size))
+            if got.hexdigest() != wanted:
                 shard.present, shard.etag = [], None
                 self._files.pop(name, None)
                 self._on.write(self.folder)
                 path.unlink()
                 raise FailedError(
-                    f"{self.folder / name}: sha256 is {got} and {shard.sha256} on the hub. The bytes were dropped. Run "
-                    "the command again; if it stays so, what serves this hub's files is broken."
+                    f"{self.folder / name}: {kind} is {got.hexdigest()} and {wanted} on the hub. The bytes were "
+                    "dropped. Run the command again; if it stays so, what serves this hub's files is broken."
                 )
             SYSCALLS.rename(str(path), str(self.folder / name))
             sync_folder(self.folder)

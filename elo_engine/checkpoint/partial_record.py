@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,8 @@ PARTIAL_NAME = "PARTIAL.json"
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-WRITING = ".elo-writing"  # what a file is called until it is whole and synced; at most one such file is ever left
+_WRITING = ".elo-writing"  # how the name of a file begins until it is whole and synced
+_LOCK_NAME = ".elo-lock"
 _MAX_RECORD_BYTES = 100_000_000
 Span = tuple[int, int]  # byte offsets in a file, end exclusive
 
@@ -35,6 +37,7 @@ class PartialShard:
     sha256: str | None
     etag: str | None = None
     present: list[Span] = field(default_factory=list)
+    blob: str | None = None  # git blob hash, of a file that the hub keeps outside LFS and so has no sha256 of
 
 
 @dataclass
@@ -57,7 +60,7 @@ def read_record(folder: Path) -> Record | None:
     if body is None:
         return None
     shards = {
-        name: PartialShard(s["size"], s["sha256"], s["etag"], [(begin, end) for begin, end in s["present"]])
+        name: PartialShard(s["size"], s["sha256"], s["etag"], [(a, b) for a, b in s["present"]], s.get("blob"))
         for name, s in body["shards"].items()
     }
     return Record(body["repo"], body["commit"], body["endpoint"], shards)
@@ -65,26 +68,65 @@ def read_record(folder: Path) -> Record | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which dies with the process; where the filesystem has none, nothing is held."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Hold the folder's lock, which dies with the process. FailedError: the filesystem grants none.
+
+    The lock is a file that is open for writing, because NFS passes only such locks on to other hosts. It goes when the
+    lock is let go; whoever waited for it then sees that it is no longer the file of that name, and begins again.
+    """
+    path = folder / _LOCK_NAME
+    fd = _lock_file(path)
     try:
-        with suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
+        with suppress(OSError):  # left behind it is in nobody's way
+            path.unlink()
+        os.close(fd)
+
+
+def _lock_file(path: Path) -> int:
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise io_failure(error, path, None, "opening it") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
+                    return fd
+        except OSError as error:
+            os.close(fd)
+            raise FailedError(
+                f"{path}: cannot be locked ({error.strerror}), and two processes that fetch into one folder would "
+                "damage it. Set ELO_CACHE to a folder on a filesystem with locks, such as a local disk."
+            ) from error
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Put a small file in the place of the one before, atomically and durably; the caller holds the folder's lock."""
-    writing = path.parent / WRITING
     try:
-        writing.unlink(missing_ok=True)  # of a process that was stopped; the lock keeps others out
+        writing = new_writing(path.parent)
         write_file(writing, data, sync=True)
         os.replace(writing, path)
         sync_folder(path.parent)
     except OSError as error:
         raise io_failure(error, path, len(data), "writing it") from error
+
+
+def new_writing(folder: Path) -> Path:
+    """A new name to write under; those of processes that were stopped go, which the folder's lock makes sure of."""
+    remove_writing(folder)
+    return folder / f"{_WRITING}-{uuid.uuid4().hex}"
+
+
+def remove_writing(folder: Path) -> None:
+    """Remove what stopped processes were writing; the caller holds the folder's lock."""
+    for left in folder.glob(f"{_WRITING}*"):
+        left.unlink(missing_ok=True)
 
 
 def _sealed_text(body: dict[str, Any]) -> bytes:
@@ -137,12 +179,16 @@ def _malformed(body: dict[str, Any]) -> str:
     for name, shard in body["shards"].items():
         if not SHARD_NAME.fullmatch(name):
             return f"names the shard {name[:200]!r}, which is not a plain file name ending in .safetensors"
-        if not isinstance(shard, dict) or shard.keys() != {"size", "sha256", "etag", "present"}:
+        if not isinstance(shard, dict) or shard.keys() - {"blob"} != {"size", "sha256", "etag", "present"}:
             return f"has a malformed entry for {name}"
         if type(shard["size"]) is not int or not 0 < shard["size"] < 2**63:
             return f"has a bad size for {name}"
         if not (shard["sha256"] is None or fits(shard["sha256"], "[0-9a-f]{64}")):
             return f"has a bad sha256 for {name}"
+        if not (shard.get("blob") is None or fits(shard["blob"], "[0-9a-f]{40}")):
+            return f"has a bad blob hash for {name}"
+        if shard["sha256"] is None and shard.get("blob") is None:
+            return f"has no hash for {name}"
         if not (shard["etag"] is None or fits(shard["etag"], '"[^"]*"')):
             return f"has a bad etag for {name}"
         position = -1
@@ -178,6 +224,11 @@ def without(spans: list[Span], present: list[Span]) -> list[Span]:
         if begin < end:
             out.append((begin, end))
     return out
+
+
+def blob_hash(size: int) -> hashlib._Hash:
+    """git's hash of a file of this size, to be given its bytes."""
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 
 def length(spans: list[Span]) -> int:

@@ -6,7 +6,6 @@ Positioned reads and no mapping: a file that is shortened meanwhile is an error,
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +19,7 @@ from elo_engine.checkpoint.index import CheckpointIndex, check_unchanged, open_c
 from elo_engine.checkpoint.syscalls import open_folder, open_regular, read_exactly
 from elo_engine.errors import FailedError
 
+OPEN_SHARDS = 32  # of a reader: `ulimit -n` is often 1024, and a large model has as many shards
 PIECE_ITEMS = 1 << 20  # elements at once: with its cast and its check of finite values some 16 MiB of memory
 
 
@@ -122,12 +122,14 @@ def check_same(fd: int, seen: tuple[int, int, int], path: Path) -> None:
 
 
 class ShardReader:
-    """Bytes of one checkpoint's shards. Context manager; `check` is for before anything is made of what was read."""
+    """Bytes of one checkpoint's shards. Context manager; `check` is for before anything is made of what was read.
+
+    At most OPEN_SHARDS are open at once; of more, the one that was not read for longest is closed.
+    """
 
     def __init__(self, index: CheckpointIndex) -> None:
         self.index = index
-        self._stack = ExitStack()
-        self._files: dict[str, int] = {}
+        self._files: dict[str, int] = {}  # descriptors, the one read last at the end
 
     def __enter__(self) -> ShardReader:
         return self
@@ -135,29 +137,45 @@ class ShardReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
-        self._files.clear()
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     def read(self, shard: str, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset` of a shard. Raises FailedError: changed, truncated, gone, I/O error."""
-        if shard not in self._files:
-            self._files[shard] = self._open(shard)
-        read_exactly(self._files[shard], buffer, offset, str(self.index.folder / shard))
+        fd = self._files.pop(shard, None)
+        if fd is None:
+            self._make_room()
+            fd = self._open(shard)
+        self._files[shard] = fd
+        read_exactly(fd, buffer, offset, str(self.index.folder / shard))
 
     def check(self) -> None:
         """FailedError when the folder is no longer what it was: a shard that was read, another one, config.json."""
-        for shard, fd in self._files.items():
-            check_unchanged(fd, self.index.shards[shard], self.index.folder, "while it was read")
+        for shard in self._files:
+            self._check_open(shard)
         now = open_checkpoint(self.index.folder)
         if now.identity() != self.index.identity() or now.shards != self.index.shards:
             raise FailedError(
                 f"{self.index.folder}: was changed while it was read. Stop what writes to it and run the command again."
             )
 
+    def _check_open(self, shard: str) -> None:
+        check_unchanged(self._files[shard], self.index.shards[shard], self.index.folder, "while it was read")
+
+    def _make_room(self) -> None:
+        """A shard that is closed here is compared first: nobody could tell later what was read of it."""
+        while len(self._files) >= OPEN_SHARDS:
+            oldest = next(iter(self._files))
+            self._check_open(oldest)
+            os.close(self._files.pop(oldest))
+
     def _open(self, shard: str) -> int:
         info = self.index.shards[shard]
         with open_folder(self.index.folder) as dir_fd:
             fd = open_shard(info, dir_fd, self.index.folder)
-        self._stack.callback(os.close, fd)
-        check_unchanged(fd, info, self.index.folder, "after the checkpoint was opened")
+        try:
+            check_unchanged(fd, info, self.index.folder, "after the checkpoint was opened")
+        except BaseException:
+            os.close(fd)
+            raise
         return fd

@@ -89,8 +89,8 @@ def _remove_stale(target: Path) -> None:
         path = target.parent / name
         if not ours.fullmatch(name):
             continue
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:  # to write as well: on NFS an exclusive lock needs that
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError:  # a link is not a writer's file, and a vanished one needs no removal
             continue
         try:

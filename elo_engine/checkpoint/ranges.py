@@ -67,6 +67,8 @@ class _Policy(Retry):
     def sleep(self, response: BaseHTTPResponse | None = None) -> None:
         asked = self.get_retry_after(response) if response is not None else None
         self.stop.wait(min(self.get_backoff_time() if asked is None else asked, TRANSFER.longest_wait_s))
+        if self.stop.is_set():  # else all attempts that are left would be made, each with a timeout of its own
+            raise Stopped
 
 
 @dataclass

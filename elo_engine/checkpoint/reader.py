@@ -45,6 +45,8 @@ _RESIDENT = 0.5  # with half of a range in the page cache, reading past it asks 
 # Transfers under way from the page cache. They are copies, so more than the cores can do at once only get in each
 # other's way: 1.03 GB took 0.25 s with 4, 0.33 s with 16 (2 Zen 3 cores, 2026-11-23). Direct reads wait for the disk.
 _CACHED_AHEAD = 2 * (os.cpu_count() or 2)
+_TINY_BYTES = 64 << 10  # tensors smaller than this on average share a transfer: whole pages for each would add up
+_MAX_OPEN = 32  # shards; a checkpoint may have more than a process may open
 _CACHED_BYTES = 4 << 20  # of one such transfer straight into a tensor, which no slot bounds
 
 
@@ -68,7 +70,12 @@ class RingShape:
 @dataclass
 class _File:
     fd: int
-    direct_fd: int  # -1: not opened, or the filesystem has none
+    direct_fd: int = -1  # not opened, or the filesystem has none
+
+    def close(self) -> None:
+        for fd in (self.fd, self.direct_fd):
+            if fd >= 0:
+                os.close(fd)
 
 
 @dataclass
@@ -104,7 +111,6 @@ class CheckpointReader:
         self.bytes_by_way = dict.fromkeys(_WAYS.values(), 0)
         self.seconds = 0.0
         self._ring = ring
-        self._stack = ExitStack()
         self._files: dict[str, _File] = {}
 
     def __enter__(self) -> CheckpointReader:
@@ -117,8 +123,8 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Close every descriptor. May be called twice; a later `read` opens anew."""
-        self._stack.close()
-        self._files.clear()
+        while self._files:
+            self._files.popitem()[1].close()
 
     def read(
         self,
@@ -167,6 +173,8 @@ class CheckpointReader:
         return out
 
     def _read_run(self, run: list[TensorEntry], read: _Read) -> None:
+        if run[0].shard not in self._files:
+            self._make_room(read)
         file = self._open(run[0].shard)
         way = self._way(run, file)
         # The header's and fstat's word on the file, once more before its bytes are taken.
@@ -191,8 +199,9 @@ class CheckpointReader:
             read.waiting.append((chunk, number, slot))
 
     def _chunks(self, run: list[TensorEntry], way: str, read: _Read) -> Iterator[Chunk]:
-        """The run's transfers: one tensor each, or slots shared by neighbours if any of them needs a slot."""
-        if any(not self._straight(entry, read) for entry in run):
+        """The run's transfers: one tensor each, or slots shared by neighbours that are tiny or need a conversion."""
+        tiny = run[-1].end - run[0].begin < _TINY_BYTES * len(run)
+        if tiny or any(not self._straight(entry, read) for entry in run):
             return cut(run, read.mover.slot_bytes)
         return cut_by_tensor(run, read.mover.slot_bytes if way == "direct" or self._ring else _CACHED_BYTES)
 
@@ -255,20 +264,29 @@ class CheckpointReader:
         if shard not in self._files:
             info = self.index.shards[shard]
             with open_folder(self.index.folder) as dir_fd:
-                fd = open_shard(info, dir_fd, self.index.folder)
-            self._stack.callback(os.close, fd)
-            check_unchanged(fd, info, self.index.folder, "after the checkpoint was opened")
-            direct_fd = open_direct(fd) if self.method in ("auto", "direct") else -1
-            if direct_fd >= 0:
-                self._stack.callback(os.close, direct_fd)
-            self._files[shard] = _File(fd, direct_fd)
+                file = self._files[shard] = _File(open_shard(info, dir_fd, self.index.folder))
+            check_unchanged(file.fd, info, self.index.folder, "after the checkpoint was opened")
+            if self.method in ("auto", "direct"):
+                file.direct_fd = open_direct(file.fd)
         return self._files[shard]
+
+    def _make_room(self, read: _Read) -> None:
+        """Close the shard that was opened first, once nothing of it is being read, if there are too many."""
+        if len(self._files) < _MAX_OPEN:
+            return
+        shard = next(iter(self._files))
+        while any(chunk.shard == shard for chunk, _, _ in read.waiting):
+            self._take(read)
+        check_unchanged(self._files[shard].fd, self.index.shards[shard], self.index.folder, "while it was read")
+        self._files.pop(shard).close()
 
 
 def _settle(read: _Read) -> None:
     """After the last byte or an error: nothing writes to memory any more, and every slot is back in the ring."""
-    read.mover.drain()
-    read.target.finish()
+    try:
+        read.mover.drain()
+    finally:
+        read.target.finish()
     for slot, _ in read.in_use:
         read.mover.release(slot)
     for _, _, filling in read.waiting:

@@ -35,12 +35,16 @@ def _libc() -> ctypes.CDLL:
 
 
 def resident_share(fd: int, offset: int, length: int) -> float | None:
-    """Share of the pages of offset .. offset + length that are in the page cache; None where nobody can tell."""
+    """Share of the pages of offset .. offset + length that are in the page cache; None where nobody can tell.
+
+    Of a file that is neither one's own nor writable (a shared hub cache) the kernel hides it and says 1.0.
+    """
     first = offset // mmap.PAGESIZE
     pages = (offset + length - 1) // mmap.PAGESIZE - first + 1
     cached = _cachestat(fd, first * mmap.PAGESIZE, pages * mmap.PAGESIZE)
-    if cached is None:
-        cached = _mincore(fd, first * mmap.PAGESIZE, pages)
+    if not cached:  # not known, or nothing, which overlayfs says of every file: its pages are with the file below
+        found = _mincore(fd, first * mmap.PAGESIZE, pages)
+        cached = cached if found is None else found
     return None if cached is None else min(cached / pages, 1.0)
 
 

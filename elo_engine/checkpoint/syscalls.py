@@ -23,6 +23,11 @@ _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int); shares the extents on X
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_DESCRIPTOR = {
+    errno.EMFILE: "This process may not open more files: raise `ulimit -n`, then run the command again.",
+    errno.ENFILE: "The whole system may not open more files: raise `ulimit -n` and fs.file-max, or close other "
+    "programs, then run the command again.",
+}
 
 
 def _pread(fd: int, buffer: memoryview, offset: int) -> int:
@@ -90,7 +95,7 @@ def open_folder(folder: Path) -> Iterator[int]:
             f"{folder}: not a folder. Give the folder that holds config.json and the weights."
         ) from None
     except OSError as error:
-        raise FailedError(f"{folder}: cannot be opened: {error.strerror}. Check its permissions.") from error
+        raise _cannot_open(str(folder), error, "Check its permissions.") from error
     try:
         yield fd
     finally:
@@ -109,9 +114,7 @@ def open_regular(name: str, dir_fd: int | None, where: str) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise FailedError(
-            f"{where}: cannot be opened: {error.strerror}. Check its permissions and links."
-        ) from error
+        raise _cannot_open(where, error, "Check its permissions and links.") from error
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
@@ -119,6 +122,13 @@ def open_regular(name: str, dir_fd: int | None, where: str) -> int:
         kind = next((label for test, label in kinds if test(mode)), "a special file")
         raise FailedError(f"{where}: is {kind}, not a regular file. Replace it by the real file.")
     return fd
+
+
+def _cannot_open(where: str, error: OSError, advice: str) -> FailedError:
+    """`advice` is for errors of the file; a lack of descriptors is none, and has its own."""
+    return FailedError(
+        f"{where}: cannot be opened: {error.strerror}. {_NO_DESCRIPTOR.get(error.errno or 0, advice)}"
+    )
 
 
 def read_exactly(fd: int, buffer: memoryview, offset: int, where: str) -> None:

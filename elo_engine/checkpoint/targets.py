@@ -6,6 +6,7 @@ earlier would corrupt weights silently, which is why slots also carry generation
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,7 @@ class CpuTarget(Target):
 class CudaTarget(Target):
     """Copies on a stream of their own, from a ring that is registered with the driver once.
 
-    Over the bus in the file's dtype, which is the smaller one, and converted on the device.
+    Over the bus in the file's dtype, and converted on the device.
     """
 
     def __init__(self, device: torch.device, mover: Mover) -> None:
@@ -113,12 +114,19 @@ def _copy(source: Tensor, piece: Piece, target: Tensor, across: Callable[[Tensor
 
 
 def _register(mover: Mover) -> None:
-    """Page-lock the ring for the GPU, once in its life: pinning afresh for each load costs more than it brings."""
-    if mover.ring.is_pinned():
+    """Page-lock the ring for the GPU, once in its life: pinning afresh for each load costs more than it brings.
+
+    Released before the mover's memory goes: later memory at the same address would pass for registered, and copies from
+    it would read the old pages.
+    """
+    if mover.registered:
         return
-    error = int(torch.cuda.cudart().cudaHostRegister(mover.ring.data_ptr(), mover.ring.numel(), 0))
+    runtime, pointer = torch.cuda.cudart(), mover.ring.data_ptr()
+    error = int(runtime.cudaHostRegister(pointer, mover.ring.numel(), 1))  # portable: for every device
     if error:
         raise FailedError(
             f"the {mover.ring.numel()} bytes of the reading ring could not be registered with the GPU (CUDA error "
             f"{error}). Raise the limit on locked memory (ulimit -l), or free host memory."
         )
+    mover.registered = True
+    weakref.finalize(mover, runtime.cudaHostUnregister, pointer).atexit = False  # by then the driver cleans up itself
