@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def test_a_large_tensor_gets_huge_pages_and_a_small_one_is_left_alone() -> None:
     if huge_pages() not in ("always", "madvise"):
         pytest.skip("no transparent huge pages here")
     before = huge_bytes()
-    tensor = torch.empty(16 * HUGE_PAGE, dtype=torch.uint8)
+    # Memory of its own, for the allocator may hand out pages that were touched before.
+    memory = mmap.mmap(-1, 16 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
     advise_huge(tensor)
     tensor.fill_(1)
     assert huge_bytes() - before >= 4 * HUGE_PAGE  # all 15 or 16 where memory is not fragmented
