@@ -28,7 +28,7 @@ from elo_engine.checkpoint import CheckpointReader, open_checkpoint, publish, re
 from elo_engine.checkpoint.mover import using
 
 warnings.simplefilter("ignore")
-kind, what, folder, seconds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), float(sys.argv[4])
+kind, folder, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 (folder / "model").mkdir()
 (folder / "model" / "config.json").write_text("{}")
 tensors = {f"a{i}": torch.full((1 << 17,), float(i)) for i in range(16)}
@@ -48,10 +48,10 @@ def write(number):
     shutil.rmtree(folder / f"out-{number}")
 
 signal.signal(signal.SIGALRM, interrupt)
-rng, seen, number = random.Random(1), collections.Counter(), 0
-before = len(os.listdir("/proc/self/fd"))
-end = time.monotonic() + seconds
-with using(kind):
+rng = random.Random(1)
+
+def stress(what):
+    seen, number, end = collections.Counter(), 0, time.monotonic() + seconds
     while time.monotonic() < end or min(seen["done"], seen["interrupted"]) < 3:
         number += 1
         try:
@@ -63,19 +63,22 @@ with using(kind):
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
             seen["interrupted"] += 1
+    print(what, dict(seen))
+
+with using(kind):
+    stress("read")
+    stress("write")
     with CheckpointReader(index) as reader:
         found = reader.read(tensors)
 assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-print(dict(seen), "descriptors", len(os.listdir("/proc/self/fd")) - before)
 """
 
 
 @each
-@pytest.mark.parametrize("what", ["read", "write"])
-def test_interrupted_at_random_moments(kind: str, what: str, tmp_path: Path) -> None:
+def test_interrupted_at_random_moments(kind: str, tmp_path: Path) -> None:
     """Nothing but KeyboardInterrupt comes out, and what comes after works."""
     done = subprocess.run(
-        [sys.executable, "-c", STRESS, kind, what, str(tmp_path), "1"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", STRESS, kind, str(tmp_path), "1"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "interrupted" in done.stdout
@@ -119,19 +122,21 @@ def test_draining_waits_for_a_write_whose_wait_was_interrupted(
         os.close(fd)
 
 
-FORKED = """
+FORKED_AND_OUTLIVED = """
 import os, sys
-from elo_engine.checkpoint.mover import borrowed
+from elo_engine.checkpoint.mover import borrowed, make
 with borrowed(2, 8192, 4): pass
 pid = os.fork()
 if pid == 0: sys.exit(0)
-print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+slot = make(1, 8192, 1).acquire()
+slot.memory.fill_(7)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(slot.memory.sum()))
 """
 
 
-def test_a_forked_child_ends_as_usual() -> None:
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
+def test_a_forked_child_ends_as_usual_and_a_slot_keeps_its_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED_AND_OUTLIVED], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()) == (0, ["0", str(7 * 8192)]), done.stderr
 
 
 LIMITED = """
@@ -146,21 +151,11 @@ except FailedError as error:
     print("refused:", error)
 """
 
-OUTLIVING = """
-import torch
-from elo_engine.checkpoint.mover import NativeMover
-slot = NativeMover(1, 8192, 1).acquire()
-slot.memory.fill_(7)
-print(int(slot.memory.sum()))
-"""
-
 
 @native_only
-def test_too_few_threads_is_an_error_and_a_slot_keeps_its_memory() -> None:
+def test_too_few_threads_is_an_error() -> None:
     limited = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=60)
     assert limited.returncode == 0 and "ulimit" in limited.stdout, (limited.stdout, limited.stderr)
-    outliving = subprocess.run([sys.executable, "-c", OUTLIVING], capture_output=True, text=True, timeout=60)
-    assert (outliving.returncode, outliving.stdout.strip()) == (0, str(7 * 8192)), outliving.stderr
 
 
 def test_more_shards_than_may_be_open(tmp_path: Path) -> None:
