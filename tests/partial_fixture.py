@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from elo_engine.checkpoint import ranges
-from elo_engine.checkpoint.index import CheckpointIndex
+from elo_engine.checkpoint.hub import resolve_model
+from elo_engine.checkpoint.index import CheckpointIndex, open_checkpoint
 from elo_engine.checkpoint.syscalls import SYSCALLS
 
 from .checkpoint_fixture import INDEX
@@ -85,3 +86,26 @@ def equal_on_disk(index: CheckpointIndex, files: dict[str, bytes], *numbers: int
 
 def assert_finished(folder: Path, files: dict[str, bytes]) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files  # and nothing else
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original")
+    make_original(folder)
+    return folder
+
+
+@pytest.fixture
+def files(original: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in original.iterdir()}
+
+
+@pytest.fixture
+def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with serving(files, monkeypatch, tmp_path) as hub:
+        yield hub
+
+
+@pytest.fixture
+def index(hub: HubServer) -> CheckpointIndex:
+    return open_checkpoint(resolve_model(REPO))

@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from elo_engine.checkpoint import open_checkpoint
+from elo_engine.checkpoint import diff_checkpoints, open_checkpoint
 
-from .checkpoint_fixture import TRAVELLING
+from .checkpoint_fixture import TRAVELLING, make_source
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "layers.0.weight": lambda t: t * 2,
@@ -46,3 +47,20 @@ def make_changed(base: Path, folder: Path) -> Path:
 
 def same_weights(one: Path, other: Path) -> bool:
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in TRAVELLING)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    make_source(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def changed(base: Path, tmp_path: Path) -> Path:
+    return make_changed(base, tmp_path / "changed")
+
+
+@pytest.fixture
+def patch(base: Path, changed: Path, tmp_path: Path) -> Path:
+    diff_checkpoints(base, changed, tmp_path / "p.safetensors")
+    return tmp_path / "p.safetensors"

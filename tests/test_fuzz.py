@@ -1,4 +1,4 @@
-"""`make fuzz`, for a moment: its targets build and run clean under the sanitizers, and a planted error stops them."""
+"""`make fuzz`, for a moment: clean under the sanitizers, and an error planted in the ring is found."""
 
 from __future__ import annotations
 

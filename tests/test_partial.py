@@ -7,7 +7,6 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from elo_engine.checkpoint.syscalls import open_folder
 from elo_engine.errors import FailedError, UsageError
 
 from .hub_server import Fault, HubServer
-from .partial_fixture import (
+from .partial_fixture import (  # noqa: F401
     FIRST,
     HEADER,
     LAYERS,
@@ -33,35 +32,18 @@ from .partial_fixture import (
     assert_finished,
     ensure,
     equal_on_disk,
+    files,
+    hub,
+    index,
     layer,
     make_original,
+    original,
     record,
     serving,
     spans,
 )
 
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("original")
-    make_original(folder)
-    return folder
-
-
-@pytest.fixture
-def files(original: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in original.iterdir()}
-
-
-@pytest.fixture
-def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with serving(files, monkeypatch, tmp_path) as hub:
-        yield hub
-
-
-@pytest.fixture
-def index(hub: HubServer) -> CheckpointIndex:
-    return open_checkpoint(resolve_model(REPO))
+# ruff: noqa: F811 (fixtures are parameters of their own name)
 
 
 def test_beginning_fetches_headers_and_small_files(hub: HubServer, index: CheckpointIndex, original: Path) -> None:

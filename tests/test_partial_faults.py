@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from elo_engine.errors import FailedError, RefusedError, UsageError
 
 from .checkpoint_fixture import fail_on_call
 from .hub_server import Fault, HubServer
-from .partial_fixture import (
+from .partial_fixture import (  # noqa: F401
     FIRST,
     HEADER,
     PIECE,
@@ -39,35 +39,18 @@ from .partial_fixture import (
     assert_finished,
     ensure,
     equal_on_disk,
+    files,
+    hub,
+    index,
     layer,
     make_original,
+    original,
     record,
     serving,
     spans,
 )
 
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("original")
-    make_original(folder)
-    return folder
-
-
-@pytest.fixture
-def files(original: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in original.iterdir()}
-
-
-@pytest.fixture
-def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with serving(files, monkeypatch, tmp_path) as hub:
-        yield hub
-
-
-@pytest.fixture
-def index(hub: HubServer) -> CheckpointIndex:
-    return open_checkpoint(resolve_model(REPO))
+# ruff: noqa: F811 (fixtures are parameters of their own name)
 
 
 @pytest.mark.parametrize("kind", ["etag", "range", "whole", "short", "gzip", 500, 403])

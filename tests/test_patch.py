@@ -27,25 +27,10 @@ from elo_engine.checkpoint import (
 )
 from elo_engine.errors import FailedError, RefusedError, UsageError
 
-from .checkpoint_fixture import leftovers, make_source, state
-from .patch_fixture import CHANGES, edit, make_changed, same_weights
+from .checkpoint_fixture import leftovers, state
+from .patch_fixture import CHANGES, base, changed, edit, make_changed, patch, same_weights  # noqa: F401
 
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    make_source(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def changed(base: Path, tmp_path: Path) -> Path:
-    return make_changed(base, tmp_path / "changed")
-
-
-@pytest.fixture
-def patch(base: Path, changed: Path, tmp_path: Path) -> Path:
-    diff_checkpoints(base, changed, tmp_path / "p.safetensors")
-    return tmp_path / "p.safetensors"
+# ruff: noqa: F811 (fixtures are parameters of their own name)
 
 
 def test_a_patch_holds_the_changed_tensors_alone(base: Path, changed: Path, patch: Path) -> None:

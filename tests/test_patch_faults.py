@@ -17,25 +17,10 @@ from elo_engine.checkpoint import apply_patch, diff_checkpoints, verify_commit, 
 from elo_engine.checkpoint.syscalls import SYSCALLS
 from elo_engine.errors import FailedError
 
-from .checkpoint_fixture import fail_on_call, leftovers, make_source, state
-from .patch_fixture import make_changed, same_weights
+from .checkpoint_fixture import fail_on_call, leftovers, state
+from .patch_fixture import base, changed, make_changed, patch, same_weights  # noqa: F401
 
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    make_source(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def changed(base: Path, tmp_path: Path) -> Path:
-    return make_changed(base, tmp_path / "changed")
-
-
-@pytest.fixture
-def patch(base: Path, changed: Path, tmp_path: Path) -> Path:
-    diff_checkpoints(base, changed, tmp_path / "p.safetensors")
-    return tmp_path / "p.safetensors"
+# ruff: noqa: F811 (fixtures are parameters of their own name)
 
 
 DISK = [("write", errno.ENOSPC), *((name, errno.EIO) for name in ("write", "fsync", "rename", "pread"))]

@@ -11,30 +11,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from elo_engine.checkpoint import apply_patch, diff_checkpoints, verify_patch
+from elo_engine.checkpoint import apply_patch, verify_patch
 from elo_engine.checkpoint import patch_file as format_module
 from elo_engine.checkpoint.patch_file import PatchFile, safetensors_header
 from elo_engine.errors import FailedError, RefusedError
 
-from .checkpoint_fixture import leftovers, make_source, state
-from .patch_fixture import make_changed
+from .checkpoint_fixture import leftovers, state
+from .patch_fixture import base, changed, make_changed, patch  # noqa: F401
 
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    make_source(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def changed(base: Path, tmp_path: Path) -> Path:
-    return make_changed(base, tmp_path / "changed")
-
-
-@pytest.fixture
-def patch(base: Path, changed: Path, tmp_path: Path) -> Path:
-    diff_checkpoints(base, changed, tmp_path / "p.safetensors")
-    return tmp_path / "p.safetensors"
+# ruff: noqa: F811 (fixtures are parameters of their own name)
 
 
 def test_every_flipped_bit_is_found(base: Path, changed: Path, patch: Path, tmp_path: Path) -> None:

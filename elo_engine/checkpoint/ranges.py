@@ -32,7 +32,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 
 
 @dataclass(slots=True)
-class Transfer:
+class TransferSettings:
     """How bytes are fetched; looked up at the time of use, so that a test can make it fast and small."""
 
     threads: int = 4
@@ -47,7 +47,7 @@ class Transfer:
     timeout_s: float = 30.0
 
 
-TRANSFER = Transfer()
+TRANSFER = TransferSettings()
 
 
 class Stopped(Exception):
