@@ -1,0 +1,72 @@
+"""What is measured and predicted: one arm of the comparison at one size. Named by letters in the reports, as here:
+
+(a) transformers_full, (b) liger_full, (c) engine_full, (d) lora, (e) outer_unfrozen, (f) elo_pretrain, (g) elo_align,
+and (x) transformers_shallow, which is (f) made of transformers' parts. On a CPU (k) transformers_full_kept is (a) in a
+process whose C library keeps freed memory, as the engine tells its own to (elo_engine/model/cpu_memory.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from elo_engine.model.spec import ModelSpec
+
+ArmName = Literal[
+    "transformers_full",
+    "liger_full",
+    "engine_full",
+    "lora",
+    "outer_unfrozen",
+    "elo_pretrain",
+    "elo_align",
+    "transformers_shallow",
+    "transformers_full_kept",
+]
+ARMS: tuple[ArmName, ...] = get_args(ArmName)
+
+SHALLOW: frozenset[ArmName] = frozenset({"elo_pretrain", "transformers_shallow"})  # without the middle layers
+ENGINE: frozenset[ArmName] = frozenset({"engine_full", "elo_pretrain", "elo_align"})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One arm at one size.
+
+    Attributes:
+        layers: the detached layers (elo_pretrain, transformers_shallow) or the unfrozen ones (outer_unfrozen); the
+            other arms train every layer, and `lora` every layer's adapters.
+        sequence_length, micro_batch, micro_batches: T tokens a row, B rows at once, and how often a step.
+        dtype: of the weights and of the arithmetic; in bf16 the engine keeps fp32 masters with `state` fp32, the
+            others train bf16 weights as they are.
+        state: moments of 8 bits, or in fp32 (in transformers' arms: in the weights' own type).
+        recompute: gradient checkpointing, layer by layer.
+        lora_rank: r of arm (d), on all seven projections of a layer.
+    """
+
+    arm: ArmName
+    spec: ModelSpec
+    layers: tuple[int, ...]
+    sequence_length: int
+    micro_batch: int
+    micro_batches: int = 1
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    state: Literal["fp32", "8bit"] = "8bit"
+    recompute: bool = False
+    device: Literal["cpu", "cuda"] = "cuda"
+    lora_rank: int = 16
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.dtype == "bf16" else 4
+
+    @property
+    def N(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.sequence_length * self.micro_batch
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions that one optimizer step is fed."""
+        return self.N * self.micro_batches
