@@ -1,206 +1,254 @@
-"""Pipeline speedup, measured: four arms interleaved step by step in processes of their own, ratios taken round by
-round.
+"""`elo bench speedup`: seconds per token of every arm, interleaved, and from them the pipeline speedup.
 
-Pipeline speedup = T(full CP on all tokens) / (T(ELO pretraining on 90 %) + T(alignment on 10 %)), from seconds per
-token of the same run: against transformers' full CP, and against full CP in this engine. The demo's model and text
-unless told otherwise.
+Pipeline speedup = T(full CP on all tokens) / (T(ELO pretraining on 90 %) + T(alignment on 10 %)), from measured seconds
+per token of the same run: against the transformers Trainer (a), the same with Liger (b), and this engine's own full CP
+(c). What an arm trains, how many tokens pass and what changes is watched from outside and held against its claim.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import random
 import statistics
-import subprocess
-import sys
 import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
+import torch
 
-from elo_engine import demo_assets
-from elo_engine.checkpoint import open_checkpoint
-from elo_engine.data import Mixture, TokenStore, build_tokens
-from elo_engine.errors import FailedError
-from elo_engine.measure.environment import choose_device, choose_dtype, describe_environment
-from elo_engine.measure.flops import full_step, ideal_speedup, shallow_step
+from elo_engine import console
+from elo_engine.benchmarks import rounds as measuring
+from elo_engine.benchmarks.contestants import BASELINES, LABELS, LETTERS, Contestant, Size, choose, together_fit
+from elo_engine.benchmarks.intervals import pipeline_speedup, stage_ratio
+from elo_engine.benchmarks.models import open_model
+from elo_engine.benchmarks.processes import ceilings_of
+from elo_engine.errors import FailedError, UsageError
+from elo_engine.measure.environment import available_memory, choose_device, choose_dtype, device_name
+from elo_engine.measure.flops import arm_flops
 from elo_engine.measure.meter import spread
-from elo_engine.model.spec import read_spec
+from elo_engine.measure.planner import predict_memory
+from elo_engine.measure.setting import SHALLOW, ArmName, Setting
 
-ARMS = ("engine_shallow", "transformers_shallow", "engine_full", "transformers_full")
-# transformers again, told to keep freed memory as the engine tells itself (elo_engine/model/cpu_memory.py)
-TUNED = ("transformers_shallow_tuned", "transformers_full_tuned")
-KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
-
-
-class Arm:
-    """A process that runs one training step when asked."""
-
-    def __init__(self, name: str, spec: Path) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("arms.py")), name.removesuffix("_tuned"), str(spec)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | (KEEP if name in TUNED else {}),
-        )  # fmt: skip
-        self.name = name
-        self.described = self._read()
-
-    def step(self) -> dict[str, float]:
-        """Seconds and loss of one step."""
-        stdin: IO[str] | None = self.process.stdin
-        assert stdin is not None
-        stdin.write("step\n")
-        stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None and self.process.stderr is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise FailedError(f"arm {self.name} ended: {self.process.stderr.read()[-1500:]}")
-        return json.loads(line)  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+SPLIT = 0.9  # of the tokens, in ELO pretraining (paper section 4)
+LEARNING_RATE = 1e-4
+SAME_LOSS = {"fp32": 0.01, "bf16": 0.03}  # relative difference of two arms' first losses on the same weights and rows
 
 
-def make_rows(folder: Path, model: Path, T: int, count: int) -> Path:
-    """Rows of real text, 9 : 1 Japanese to English, each row one document to attention."""
-    stores = {}
-    for language, texts in demo_assets.demo_text().items():
-        lines = folder / f"{language}.jsonl"
-        lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:200]), encoding="utf-8")
-        build_tokens([lines], model, folder / language)
-        stores[language] = TokenStore(folder / language)
-    rows = Mixture(stores, {"ja": 9.0, "en": 1.0}, T, 42, "concat").rows(0, count)
-    path = folder / "rows.npz"
-    np.savez(path, ids_BT=rows.ids_BT, labels_BT=rows.labels_BT)
-    return path
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; None: by the device."""
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    sequence_length: int | None = None
+    rows: int = 4
+    elo_micro_batch: int = 4
+    micro_batch: int = 1
+    state: str | None = None
+    arms: tuple[ArmName, ...] = ()
+    minutes: float = 9.0
+    rounds: int = 9
+    steps: int = 5
 
 
-def check_engagement(described: dict[str, Any], losses: dict[str, list[float]], parameters: dict[str, int]) -> None:
-    """Every arm trains what it claims to and starts at the loss of its twin.
+def size_of(options: Options) -> Size:
+    """The size that the options mean on this machine: the paper's rows of 8192 tokens and 8-bit state on a GPU; rows
+    of 512 and fp32 state on a CPU, where nothing else ends within minutes.
+    """
+    device = choose_device(options.device)  # type: ignore[arg-type]
+    dtype, _ = choose_dtype(options.dtype, device)  # type: ignore[arg-type]
+    gpu = device.type == "cuda"
+    return Size(
+        device=device.type,
+        dtype="bf16" if dtype == torch.bfloat16 else "fp32",
+        sequence_length=options.sequence_length or (8192 if gpu else 512),
+        rows=options.rows,
+        elo_micro_batch=options.elo_micro_batch,
+        whole_micro_batch=options.micro_batch,
+        state=options.state or ("8bit" if gpu else "fp32"),
+        memory_bytes=available_memory(device),
+    )
+
+
+def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """-> result, raw, settings, as `recording.write_record` keeps them.
 
     Raises:
-        FailedError: naming the arm that does not.
+        FailedError: an arm is not what it claims, arms of one model do not start at one loss, or neither ELO
+            pretraining nor a baseline could be measured.
     """
-    for name in ARMS:
-        expected = parameters["shallow" if name.endswith("shallow") else "full"]
-        if described[name]["trains"] != expected:
-            raise FailedError(f"{name} trains {described[name]['trains']} parameters, expected {expected}")
-    for kind in ("shallow", "full"):
-        ours, theirs = losses[f"engine_{kind}"][0], losses[f"transformers_{kind}"][0]
-        if abs(ours - theirs) > 0.02 * theirs:
-            raise FailedError(f"the {kind} arms start at different losses: engine {ours}, transformers {theirs}")
-
-
-def ratios(seconds: dict[str, list[float]], share: float = 0.9) -> dict[str, list[float]]:
-    """Round by round: how many times faster."""
-    rounds = [dict(zip(seconds, values, strict=True)) for values in zip(*seconds.values(), strict=True)]
-
-    def pipeline(r: dict[str, float], base: str) -> float:
-        return r[base] / (share * r["engine_shallow"] + (1 - share) * r["engine_full"])
-
-    found = {
-        "ELO pretraining, engine over transformers": [r["transformers_shallow"] / r["engine_shallow"] for r in rounds],
-        "full CP, engine over transformers": [r["transformers_full"] / r["engine_full"] for r in rounds],
-        "pipeline over transformers' full CP": [pipeline(r, "transformers_full") for r in rounds],
-        "pipeline over this engine's full CP": [pipeline(r, "engine_full") for r in rounds],
-        "pipeline made of transformers' parts over its full CP": [
-            r["transformers_full"] / (share * r["transformers_shallow"] + (1 - share) * r["transformers_full"])
-            for r in rounds
-        ],
-    }
-    if TUNED[0] in seconds:
-        found |= {
-            "ELO pretraining, engine over transformers told to keep memory": [
-                r["transformers_shallow_tuned"] / r["engine_shallow"] for r in rounds
-            ],
-            "full CP, engine over transformers told to keep memory": [
-                r["transformers_full_tuned"] / r["engine_full"] for r in rounds
-            ],
-            "pipeline over the full CP of transformers told to keep memory": [
-                pipeline(r, "transformers_full_tuned") for r in rounds
-            ],
-        }
-    return found
-
-
-def measure(model: Path, T: int, micro_batch: int, rounds: int, warmup: int) -> dict[str, Any]:
-    """Run all arms interleaved, in an order shuffled each round, and gather the record."""
-    device = choose_device("auto")
-    dtype, why = choose_dtype("auto", device)
-    shape = read_spec(open_checkpoint(model).config)
-    order = random.Random(0)
+    began = time.monotonic()
+    model, size = open_model(options.model), size_of(options)
+    spec = model.spec
+    if 0 < spec.max_positions < size.sequence_length:
+        raise UsageError(f"--sequence-length {size.sequence_length}: {model.name} has {spec.max_positions} positions")
+    layers = (0, spec.layers - 1)
+    contestants = choose(model, layers, size, options.arms or tuple(LETTERS))
+    say(f"{model.name}, {size.device}, {size.dtype}, rows of {size.sequence_length}: measuring the ceilings")
+    ceilings = ceilings_of(size.device, size.dtype)
+    together = size.device == "cpu" and together_fit(contestants, size.memory_bytes)
+    left = 60 * options.minutes - (time.monotonic() - began)
+    schedule = measuring.Schedule(options.rounds, left, steps=options.steps)
     with tempfile.TemporaryDirectory() as scratch:
-        rows = make_rows(Path(scratch), model, T, micro_batch * (rounds + warmup))
-        spec = {
-            "model": str(model), "rows": str(rows), "micro_batch": micro_batch, "lr": 1e-5, "device": device.type,
-            "dtype": "bf16" if "bfloat16" in str(dtype) else "fp32",
-        }  # fmt: skip
-        path = Path(scratch) / "spec.json"
-        path.write_text(json.dumps(spec))
-        names = ARMS + TUNED if device.type == "cpu" else ARMS
-        arms = {name: Arm(name, path) for name in names}
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        losses: dict[str, list[float]] = {name: [] for name in names}
-        for number in range(warmup + rounds):
-            for name in order.sample(names, len(names)):
-                result = arms[name].step()
-                losses[name].append(result["loss"])
-                if number >= warmup:
-                    seconds[name].append(result["seconds"])
-            print(f"round {number + 1}/{warmup + rounds}", file=sys.stderr, flush=True)
-        described = {name: arm.described for name, arm in arms.items()}
-        for arm in arms.values():
-            arm.close()
-    check_engagement(described, losses, {"shallow": 2 * shape.layer_parameters, "full": shape.parameters})
-    tokens = micro_batch * T
-    found = ratios(seconds)
-    return {
-        "model": model.name, "sequence_length": T, "micro_batch": micro_batch, "dtype": spec["dtype"], "why": why,
-        "device": device.type, "rounds": rounds, "warmup_rounds": warmup, "arms": described,
-        "tokens_per_s": {name: tokens / statistics.median(values) for name, values in seconds.items()},
-        "step_s": {name: vars(s) for name, values in seconds.items() if (s := spread(values))},
-        "ratios": {name: vars(s) for name, values in found.items() if (s := spread(values))},
-        "counted": {
-            "full_gflop_per_token": full_step(shape, T).total / 1e9,
-            "shallow_gflop_per_token": shallow_step(shape, 2, T).total / 1e9,
-            "ideal_pipeline_speedup": ideal_speedup(shape, 2, T, 0.9),
+        run = measuring.run(
+            contestants, options.model, LEARNING_RATE, schedule, together=together, scratch=Path(scratch), say=say
+        )  # fmt: skip
+    if not run.rounds or not any(run.rounds):
+        raise FailedError("no round was measured; " + "; ".join(f"{k}: {v.failed}" for k, v in run.taken.items()))
+    checks = check_losses(contestants, run, size.dtype)
+    result = {
+        "schema": 1, "theme": "speedup",
+        "model": {
+            "name": model.name, "parameters": spec.parameters, "layers": spec.layers, "V": spec.V, "D": spec.D,
+            "F": spec.F, "H": spec.H, "K": spec.K, "E": spec.E, "tied": spec.tied,
         },
-        "raw_step_s": seconds, "raw_losses_nats": losses, "environment": describe_environment(),
+        "device": {"type": size.device, "name": device_name(size.device)},
+        "dtype": size.dtype, "sequence_length": size.sequence_length,
+        "micro_batch": {
+            "elo_pretrain": size.elo_micro_batch, "transformers_shallow": size.elo_micro_batch,
+            "others": size.whole_micro_batch,
+        },
+        "split": SPLIT, "rounds": len(run.rounds), "warmup_steps": run.warmup_steps, "ceilings": ceilings,
+        "peak_flop_per_s": datasheet_peak(size),
+        "arms": {one.name: arm_result(one, run, ceilings, datasheet_peak(size)) for one in contestants},
+        **ratios(contestants, run), "checks": checks,
+    }  # fmt: skip
+    raw = {"rounds": run.rounds, "first_losses": {name: taken.losses for name, taken in run.taken.items()},
+           "evidence": {name: taken.last.get("evidence") for name, taken in run.taken.items()}}  # fmt: skip
+    settings = {
+        "weights": "random" if model.folder is None else "of the checkpoint", "rows_a_step": size.rows,
+        "state": size.state, "learning_rate": LEARNING_RATE, "arms_alive_together": together,
+        "steps_a_visit": None if together else options.steps, "interrupted": run.interrupted,
+    }  # fmt: skip
+    return result, raw, settings
+
+
+def check_losses(contestants: list[Contestant], run: measuring.Run, dtype: str) -> list[str]:
+    """Arms on the same weights and rows start at the same loss: whole models among themselves, shallow ones among
+    theirs (which differ from the whole and are never compared with it).
+
+    Raises:
+        FailedError: two do not.
+    """
+    said = []
+    for what, shallow in (("whole model", False), ("shallow model", True)):
+        firsts = {
+            one.name: run.taken[one.name].losses[0]
+            for one in contestants
+            if not one.why_not and run.taken[one.name].losses and (one.name in SHALLOW) == shallow
+        }
+        if not firsts:
+            continue
+        low, high = min(firsts, key=firsts.__getitem__), max(firsts, key=firsts.__getitem__)
+        if not firsts[high] - firsts[low] <= SAME_LOSS[dtype] * firsts[low]:
+            raise FailedError(
+                f"{what}: {low} starts at a loss of {firsts[low]:.5f} and {high} at {firsts[high]:.5f} on the same "
+                "weights and rows; they do not compute the same, so they are not compared"
+            )
+        apart = (firsts[high] - firsts[low]) / firsts[low]
+        said.append(f"{what}: {len(firsts)} arms start at {firsts[low]:.4f} nats, {100 * apart:.3f} % apart at most")
+    said.append("tokens, layer runs, gradients and changed tensors of every arm as it claims")
+    return said
+
+
+def arm_result(one: Contestant, run: measuring.Run, ceilings: dict[str, float], peak: float | None) -> dict[str, Any]:
+    """One arm's row."""
+    row: dict[str, Any] = {"letter": LETTERS[one.name], "label": LABELS[one.name]}
+    taken = run.taken.get(one.name)
+    seconds = [s for turn in run.rounds for s in turn.get(one.name, {}).get("seconds", [])]
+    setting, plan = one.setting, predict_memory(one.setting)
+    options = {
+        "recompute": setting.recompute, "state": setting.state, "micro_batch": setting.micro_batch,
+        "micro_batches": setting.micro_batches, "layers": list(setting.layers),
+    }  # fmt: skip
+    if taken is None or taken.failed or not seconds:
+        status = "not here" if taken is None else "failed"
+        why = one.why_not if taken is None else taken.failed or "interrupted before its first timed step"
+        return row | {"status": status, "why": why, "options": options}
+    times = spread(seconds)
+    assert times is not None
+    tokens, flops = setting.tokens_per_step, arm_flops(setting)
+    rate = tokens / times.median
+    energy = taken.energy_j
+    return row | {
+        "status": "ran", "why": "", "tokens_per_step": tokens, "step_s": vars(times),
+        "tokens_per_s": {"median": rate, "p10": tokens / times.p90, "p90": tokens / times.p10},
+        "model_gflop_per_token": flops.model.total / 1e9, "executed_gflop_per_token": flops.executed.total / 1e9,
+        "mfu": flops.model.total * rate / peak if peak else None,
+        "ceiling_share": flops.model.total * rate / ceilings["matmul_flop_per_s"],
+        "memory": {
+            "peak_allocated_bytes": taken.last.get("peak_allocated_bytes"),
+            "peak_reserved_bytes": taken.last.get("peak_reserved_bytes"),
+            "host_peak_bytes": taken.last.get("host_peak_bytes"),
+            "tensor_peak_bytes": taken.tensor_peak_bytes,
+            "predicted_bytes": plan.peak_bytes, "predicted": plan.components,
+        },
+        "energy_j_per_token": statistics.fmean(energy) / tokens if energy else None,
+        "loss_first": taken.losses[0], "loss_last": taken.losses[-1],
+        "parameters_trained": sum(taken.last["evidence"]["gradients"].values()) if taken.last else 0,
+        "options": options | taken.described,
     }  # fmt: skip
 
 
-def main() -> None:
-    """Measure, print the ratios, keep the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="checkpoint folder (default: the demo's SmolLM2-135M)")
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--record", type=Path, help="folder to keep the record in; its file is named after the setting")
-    options = parser.parse_args()
-    model = options.model or demo_assets.demo_model()
-    record = measure(model, options.sequence_length, options.micro_batch, options.rounds, options.warmup)
-    for name, value in record["tokens_per_s"].items():
-        print(f"{name}: {value:.0f} tokens/s")
-    for name, value in record["ratios"].items():
-        print(f"{name}: {value['median']:.2f}x (p10 {value['p10']:.2f}, p90 {value['p90']:.2f})")
-    if options.record:
-        options.record.mkdir(parents=True, exist_ok=True)
-        path = options.record / f"speedup_{options.micro_batch}x{options.sequence_length}_{record['dtype']}.json"
-        if path.exists():
-            raise SystemExit(f"{path} exists; records are never written over")
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def ratios(contestants: list[Contestant], run: measuring.Run) -> dict[str, Any]:
+    """Stage ratio and pipeline speedup against each baseline that ran, with what the operations alone allow."""
+    ran = {one.name: one.setting for one in contestants if any(one.name in turn for turn in run.rounds)}
+    ran = {name: setting for name, setting in ran.items() if not run.taken[name].failed}
+    # A visit's steps share a process; where there are visits, its k-th steps make up a round of their own.
+    turns = run.rounds if run.together else [
+        {name: {"seconds": [taken["seconds"][k]]} for name, taken in turn.items() if k < len(taken["seconds"])}
+        for turn in run.rounds
+        for k in range(max((len(taken["seconds"]) for taken in turn.values()), default=0))
+    ]  # fmt: skip
+    rounds = [{name: taken["seconds"] for name, taken in turn.items()} for turn in turns]
+    tokens = {name: setting.tokens_per_step for name, setting in ran.items()}
+    stage, pipeline = {}, {}
+    for base in BASELINES:
+        if base not in ran or "elo_pretrain" not in ran:
+            continue
+        stage[base] = stage_ratio(rounds, tokens, base).to_json()
+        if "elo_align" in ran:
+            pipeline[base] = pipeline_speedup(rounds, tokens, base, SPLIT).to_json() | {"ideal": ideal(ran, base)}
+    return {"stage_ratio": stage, "pipeline_speedup": pipeline}
 
 
-if __name__ == "__main__":
-    main()
+def ideal(ran: dict[ArmName, Setting], base: ArmName) -> float:
+    """The pipeline speedup if every operation that is executed took the same time."""
+    full, elo, align = (arm_flops(ran[name]).executed.total for name in (base, "elo_pretrain", "elo_align"))
+    return full / (SPLIT * elo + (1 - SPLIT) * align)
+
+
+def datasheet_peak(size: Size) -> float | None:
+    """Dense bf16 FLOP/s of a named card; None for a CPU, an unknown card, or fp32."""
+    if size.device != "cuda" or size.dtype != "bf16":
+        return None
+    from elo_engine.measure.cards import card_of_device
+
+    card = card_of_device(torch.cuda.get_device_name())
+    return None if card is None else card.flop_per_s
+
+
+def run_command(options: Options, records: Path | None, command: list[str]) -> tuple[dict[str, Any], Path | None]:
+    """Measure, and keep the record where one is wanted."""
+    from elo_engine.benchmarks.recording import card_name, write_record
+    from elo_engine.measure.device_state import clocks
+    from elo_engine.measure.environment import describe_environment
+
+    device = choose_device(options.device)  # type: ignore[arg-type]
+    before = clocks(device)
+    result, raw, settings = measure(options, lambda line: console.err.print(line, markup=False))
+    if records is None:
+        return result, None
+    environment = describe_environment() | {"clocks_before": before, "clocks_after": clocks(device)}
+    path = write_record(
+        records, card=card_name(device.type, environment), result=result, raw=raw, environment=environment,
+        settings=settings, command=command, name=f"speedup-{_slug(result['model']['name'])}",
+    )  # fmt: skip
+    return result, path
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c == "." else "-" for c in name.lower()).strip("-.")
+

@@ -1,0 +1,135 @@
+"""One arm of the comparison, in a process of its own: `python -m elo_engine.benchmarks.arm SPEC.json`.
+
+SPEC: `model` (name or folder), `arm`, `layers`, `sequence_length`, `micro_batch`, `micro_batches`, `dtype`, `state`,
+`recompute`, `device`, `lr`, and `cap_bytes` (GPU: refuse memory beyond it). The first line printed describes the arm,
+then commands are served as `conductor` says, and the last line holds the evidence. An arm that runs out of memory
+prints `{"failed": "out of memory: ..."}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elo_engine.benchmarks import evidence as seen
+from elo_engine.benchmarks.conductor import Conductor
+from elo_engine.benchmarks.models import BenchModel, engine_model, open_model, random_rows
+from elo_engine.config import OptimizerConfig, ScheduleConfig, StageConfig
+from elo_engine.measure.environment import choose_device
+from elo_engine.measure.setting import ENGINE, SHALLOW, Setting
+
+ROWS = 64  # drawn once; the text repeats after that
+FOREVER = 1_000_000_000
+
+
+def setting_of(spec: dict[str, Any], model: BenchModel) -> Setting:
+    """The setting that a SPEC describes."""
+    keys = ("arm", "sequence_length", "micro_batch", "micro_batches", "dtype", "state", "recompute", "device")
+    return Setting(spec=model.spec, layers=tuple(spec["layers"]), **{key: spec[key] for key in keys})
+
+
+def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.device, conductor: Conductor) -> None:
+    """This engine's own training loop, as `elo pretrain` and `elo align` run it."""
+    import numpy as np
+
+    from elo_engine.data import RowBatch
+    from elo_engine.model import ops
+    from elo_engine.train.loop import Hooks, Progress, train
+    from elo_engine.train.optim import MasterAdamW
+
+    how = ops.configure("auto", device)
+    dtype = torch.bfloat16 if setting.dtype == "bf16" else torch.float32
+    shallow = setting.arm in SHALLOW
+    decoder = engine_model(
+        model, setting.layers, shallow=shallow, recompute=setting.recompute, device=device, dtype=dtype
+    )
+    section = StageConfig(
+        tokens=FOREVER, tokens_per_step=setting.tokens_per_step, micro_batch=setting.micro_batch,
+        optimizer=OptimizerConfig(lr=lr, state=setting.state), schedule=ScheduleConfig(warmup=0.0, decay="constant"),
+    )  # fmt: skip
+    optimizer = MasterAdamW(decoder, section.optimizer)
+    ids_RT, labels_RT = random_rows(setting.spec.V, ROWS, setting.sequence_length)
+
+    class Rows:
+        """Stands where the loop expects a mixture: the drawn rows, round and round."""
+
+        def rows(self, first: int, count: int) -> RowBatch:
+            at = np.arange(first, first + count) % ROWS
+            T = setting.sequence_length
+            return RowBatch(
+                ids_BT=ids_RT.numpy()[at],
+                labels_BT=labels_RT.numpy()[at],
+                positions_BT=np.tile(np.arange(T), (count, 1)),
+                segment_starts=np.arange(count + 1) * T,
+                languages=("random",) * count,
+            )
+
+    seen.watch_engine(decoder, conductor.evidence)
+    tensors = decoder.trainable() | decoder.frozen()
+    conductor.evidence.photograph(tensors)
+    conductor.say({"kernels": how, "attention": "", "optimizer": f"AdamW, {setting.state} state", "versions": {}})
+    conductor.wait()
+
+    def on_step(progress: Progress, metrics: dict[str, Any]) -> None:
+        conductor.stepped()
+        conductor.answer(metrics["loss_nats"])
+        conductor.wait()
+
+    if not conductor.finished:
+        train(
+            decoder, optimizer, Rows(), section,  # type: ignore[arg-type]
+            steps=FOREVER, sequence_length=setting.sequence_length, progress=Progress(),
+            hooks=Hooks(on_step=on_step, should_stop=lambda: conductor.finished),
+        )  # fmt: skip
+    conductor.evidence.compare(tensors)
+
+
+def peaks(device: torch.device) -> dict[str, int | None]:
+    """Bytes: GPU memory as torch's allocator had it, and the process's resident memory."""
+    gpu = device.type == "cuda"
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if gpu else None,
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def main() -> None:
+    """Build the arm, serve steps, report."""
+    # Libraries print; what the harness reads goes to a descriptor of its own.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    device = choose_device(spec["device"])
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+        if spec.get("cap_bytes"):
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, spec["cap_bytes"] / total), device)
+    model = open_model(spec["model"])
+    setting = setting_of(spec, model)
+    conductor = Conductor(device, seen.Evidence(), replies)
+    try:
+        if setting.arm in ENGINE:
+            run_engine(setting, model, spec["lr"], device, conductor)
+        else:
+            from elo_engine.benchmarks.trainer_arms import run_trainer
+
+            run_trainer(setting, model, spec["lr"], device, conductor)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in text:
+            raise
+        conductor.say({"failed": f"out of memory: {text.splitlines()[0]}"[:300]} | peaks(device))
+        return
+    conductor.say({"evidence": conductor.evidence.to_json()} | peaks(device))
+
+
+if __name__ == "__main__":
+    main()

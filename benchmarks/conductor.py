@@ -1,0 +1,70 @@
+"""The clock of an arm's process: commands come on stdin, one a line, and each step answers with one JSON line.
+
+Commands: `step` (timed), `trace` (its tensor bytes followed exactly on a CPU; slower, so not timed), `finish`. A step
+is timed from its command to the end of the optimizer's work on the device, data wait included.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from typing import IO, Any
+
+import torch
+
+from elo_engine.benchmarks.evidence import Evidence, synchronize
+from elo_engine.measure.device_state import energy_joules
+from elo_engine.measure.tensor_trace import traced_tensor_bytes
+
+
+class Conductor:
+    """Between the harness and a training loop; `wait` blocks until the next command."""
+
+    def __init__(self, device: torch.device, evidence: Evidence, replies: IO[str]) -> None:
+        self.device, self.evidence = device, evidence
+        self.finished = False
+        self._replies = replies
+        self._stack = ExitStack()
+        self._trace: Any = None
+        self._answer: dict[str, Any] = {}
+        self._first = True
+
+    def wait(self) -> None:
+        """Read the next command and start its clock."""
+        command = sys.stdin.readline().strip()
+        if command in ("finish", ""):
+            self.finished = True
+            return
+        if self._first and self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # from here on it is training, not loading
+        self._first = False
+        self._trace = None
+        if command == "trace" and self.device.type == "cpu":
+            self._trace = self._stack.enter_context(traced_tensor_bytes())
+        self._energy = energy_joules(self.device)
+        self._began = time.perf_counter()
+
+    def stepped(self) -> None:
+        """The optimizer's step is queued: stop the clock when the device is done."""
+        synchronize(self.device)
+        seconds = time.perf_counter() - self._began
+        energy = energy_joules(self.device)
+        self.evidence.steps += 1
+        self._stack.close()
+        self._answer = {
+            "seconds": seconds,
+            "energy_j": None if energy is None or self._energy is None else energy - self._energy,
+        }
+        if self._trace is not None:
+            self._answer |= {"tensor_peak_bytes": self._trace.peak_bytes}
+
+    def answer(self, loss: float) -> None:
+        """The step's loss is known: answer the command."""
+        self.say(self._answer | {"loss": loss})
+
+    def say(self, message: dict[str, Any]) -> None:
+        """One line to the harness."""
+        self._replies.write(json.dumps(message) + "\n")
+        self._replies.flush()

@@ -1,0 +1,141 @@
+"""Which arms a comparison has, with which settings, and why one cannot run here.
+
+The paper's setting by default: rows of 8192 tokens, micro-batches of 4 rows for ELO pretraining and of 1 for the whole
+model. Every arm is fed the same number of rows a step (4), so that none pays for its optimizer more often than another.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field, replace
+
+from elo_engine.benchmarks.models import BenchModel
+from elo_engine.errors import UsageError
+from elo_engine.measure.planner import fits, predict_memory
+from elo_engine.measure.setting import ARMS, SHALLOW, ArmName, Setting
+
+LETTERS: dict[ArmName, str] = {
+    "transformers_full": "a",
+    "liger_full": "b",
+    "engine_full": "c",
+    "lora": "d",
+    "outer_unfrozen": "e",
+    "elo_pretrain": "f",
+    "elo_align": "g",
+    "transformers_shallow": "x",
+    "transformers_full_kept": "k",
+}
+LABELS: dict[ArmName, str] = {
+    "transformers_full": "full CP, transformers Trainer",
+    "liger_full": "full CP, Trainer with Liger",
+    "engine_full": "full CP, this engine, checkpointed",
+    "lora": "LoRA r16, Trainer with peft",
+    "outer_unfrozen": "first and last layer unfrozen, Trainer",
+    "elo_pretrain": "ELO pretraining, this engine",
+    "elo_align": "alignment, this engine",
+    "transformers_shallow": "the same two layers, Trainer",
+    "transformers_full_kept": "full CP, Trainer, memory kept",
+}
+BASELINES: tuple[ArmName, ...] = ("transformers_full", "transformers_full_kept", "liger_full", "engine_full")
+# What glibc is told for (k), as elo_engine/model/cpu_memory.py tells it for the engine.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An arm as it is run, or why it is not."""
+
+    setting: Setting
+    environment: dict[str, str] = field(default_factory=dict)
+    why_not: str = ""
+
+    @property
+    def name(self) -> ArmName:
+        """The arm."""
+        return self.setting.arm
+
+
+@dataclass(frozen=True)
+class Size:
+    """What all arms share."""
+
+    device: str
+    dtype: str
+    sequence_length: int
+    rows: int = 4  # a step
+    elo_micro_batch: int = 4
+    whole_micro_batch: int = 1
+    state: str = "8bit"
+    memory_bytes: int = 0  # of the device, for whether an arm needs recompute
+
+
+def missing(arm: ArmName, size: Size) -> str:
+    """Why an arm cannot run on this machine; empty where it can."""
+    if arm == "liger_full":
+        if size.device == "cpu":
+            return "Liger's kernels are Triton kernels: they need a GPU"
+        if importlib.util.find_spec("liger_kernel") is None:
+            return "liger-kernel is not installed (pip install liger-kernel)"
+    if arm == "transformers_full_kept" and size.device != "cpu":
+        return "about the C library's memory, so for a CPU"
+    if arm == "lora" and importlib.util.find_spec("peft") is None:
+        return "peft is not installed (pip install peft)"
+    trainer = arm.startswith(("transformers", "liger")) or arm in ("lora", "outer_unfrozen")
+    if trainer and importlib.util.find_spec("accelerate") is None:
+        return "the transformers Trainer needs accelerate (pip install accelerate)"
+    eight = trainer and size.state == "8bit"
+    if eight and not any(importlib.util.find_spec(name) for name in ("bitsandbytes", "torchao")):
+        return "8-bit AdamW for transformers needs bitsandbytes or torchao (pip install bitsandbytes)"
+    return ""
+
+
+def choose(model: BenchModel, layers: tuple[int, ...], size: Size, wanted: tuple[ArmName, ...]) -> list[Contestant]:
+    """The arms that were asked for, in the order of their letters.
+
+    transformers' whole models are checkpointed, as the paper's setting needs; alignment and ELO pretraining in this
+    engine are where their plan does not fit otherwise.
+
+    Raises:
+        UsageError: rows of a step that are no whole number of micro-batches.
+    """
+    for what, micro in (("--elo-micro-batch", size.elo_micro_batch), ("--micro-batch", size.whole_micro_batch)):
+        if size.rows % micro:
+            raise UsageError(f"{what} {micro}: the {size.rows} rows of a step (--rows) are no multiple of it")
+    found = []
+    for arm in sorted(wanted, key=lambda name: LETTERS[name]):
+        micro = size.elo_micro_batch if arm in SHALLOW else size.whole_micro_batch
+        setting = Setting(
+            arm=arm, spec=model.spec, layers=layers, sequence_length=size.sequence_length, micro_batch=micro,
+            micro_batches=size.rows // micro, dtype=size.dtype, state=size.state, device=size.device,  # type: ignore[arg-type]
+            recompute=arm not in SHALLOW and arm != "elo_align",
+        )  # fmt: skip
+        if arm in ("elo_align", "elo_pretrain") and not fits(setting, size.memory_bytes):
+            setting = replace(setting, recompute=True)
+        environment = KEEP_MEMORY if arm == "transformers_full_kept" else {}
+        found.append(Contestant(setting, environment, missing(arm, size)))
+    return found
+
+
+def parse_arms(text: str | None) -> tuple[ArmName, ...]:
+    """`a,f,g` or names -> arms; None: all.
+
+    Raises:
+        UsageError: no such arm.
+    """
+    if text is None:
+        return ARMS
+    by_letter = {letter: arm for arm, letter in LETTERS.items()}
+    chosen = []
+    for word in text.split(","):
+        arm = by_letter.get(word.strip(), word.strip())
+        if arm not in ARMS:
+            known = ", ".join(f"{letter} ({name})" for name, letter in LETTERS.items())
+            raise UsageError(f"--arms: {word!r} is no arm; there are {known}")
+        chosen.append(arm)
+    return tuple(dict.fromkeys(chosen))  # type: ignore[arg-type]
+
+
+def together_fit(contestants: list[Contestant], memory_bytes: int) -> bool:
+    """Whether all arms can be alive at the same time, taking turns step by step; 0.6 GB each for what is no tensor."""
+    needs = [predict_memory(one.setting).peak_bytes + 600_000_000 for one in contestants if not one.why_not]
+    return sum(needs) < 0.85 * memory_bytes

@@ -1,0 +1,167 @@
+"""What an arm really does, seen from outside it: which tokens pass through the model, which layers run and how often,
+which parameters get a gradient, which tensors change. The comparison is refused when this is not what the arm claims.
+
+Nothing here asks the arm: tokens and layer runs are counted by hooks (in this engine by wrapping the two functions that
+every token passes), changes by checksums over every bit of every tensor before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elo_engine.benchmarks.models import checksum
+from elo_engine.errors import FailedError
+from elo_engine.measure.setting import SHALLOW, Setting
+from elo_engine.model import names
+
+
+@dataclass
+class Evidence:
+    """Counted over the life of an arm; `steps` is the only claim in it."""
+
+    steps: int = 0
+    tokens: int = 0
+    longest_row: int = 0
+    shortest_row: int = 1 << 62
+    layer_runs: int = 0
+    gradients: dict[str, int] = field(default_factory=dict)  # parameters that ever got one -> elements
+    before: dict[str, int] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+
+    def saw_rows(self, lengths: list[int]) -> None:
+        """Documents of one micro-batch, as the attention sees them."""
+        self.tokens += sum(lengths)
+        self.longest_row = max(self.longest_row, *lengths)
+        self.shortest_row = min(self.shortest_row, *lengths)
+
+    def saw_gradient(self, name: str, elements: int) -> None:
+        """A parameter got a gradient."""
+        self.gradients[name] = elements
+
+    def photograph(self, tensors: dict[str, Tensor]) -> None:
+        """Before the first step."""
+        self.before = {name: checksum(tensor) for name, tensor in tensors.items()}
+
+    def compare(self, tensors: dict[str, Tensor]) -> None:
+        """After the last step."""
+        for name, tensor in tensors.items():
+            (self.unchanged if self.before[name] == checksum(tensor) else self.changed).append(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the record; checksums are left out."""
+        found = asdict(self)
+        del found["before"]
+        return found
+
+
+def watch_engine(model: Any, evidence: Evidence) -> None:
+    """Count in this engine: wraps the model's `hidden_states` and the decoder's `decoder_layer`."""
+    from elo_engine.model import decoder
+
+    hidden_states, layer = model.hidden_states, decoder.decoder_layer
+
+    def counted_states(batch: Any) -> Tensor:
+        starts = batch.packing.segment_starts
+        evidence.saw_rows([stop - start for start, stop in pairwise(starts)])
+        assert starts[-1] == len(batch.ids_N)
+        return hidden_states(batch)  # type: ignore[no-any-return]
+
+    def counted_layer(*args: Any) -> Tensor:
+        evidence.layer_runs += 1
+        return layer(*args)
+
+    model.hidden_states, decoder.decoder_layer = counted_states, counted_layer
+    for leaf in model.leaves:
+        watch_parameter("+".join(leaf.names), leaf.tensor, evidence)
+
+
+def watch_transformers(model: Any, evidence: Evidence) -> None:
+    """Count in a transformers model (or peft's wrapper of one) by forward hooks."""
+
+    def embedded(module: Any, args: Any, kwargs: Any = None) -> None:
+        ids = args[0] if args else kwargs["input"]
+        evidence.saw_rows([ids.shape[1]] * ids.shape[0])
+
+    def ran(module: Any, args: Any) -> None:
+        evidence.layer_runs += 1
+
+    model.get_input_embeddings().register_forward_pre_hook(embedded, with_kwargs=True)
+    for layer in decoder_layers(model):
+        layer.input_layernorm.register_forward_pre_hook(ran)  # inside what checkpointing runs again
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            watch_parameter(name, parameter, evidence)
+
+
+def decoder_layers(model: Any) -> Any:
+    """The decoder layers of a transformers model, under peft's wrapper too."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.model.layers
+
+
+def watch_parameter(name: str, parameter: Tensor, evidence: Evidence) -> None:
+    """Note when a gradient arrives."""
+    parameter.register_post_accumulate_grad_hook(lambda tensor: evidence.saw_gradient(name, tensor.numel()))
+
+
+def expected_parameters(setting: Setting) -> int:
+    """How many parameters the arm must train."""
+    spec = setting.spec
+    if setting.arm == "lora":
+        parts = [part for part in names.layer_parts(spec) if not part.key.startswith("norm") and "bias" not in part.key]
+        shapes = [shape for part in parts for shape in part.shapes]
+        return spec.layers * sum(setting.lora_rank * (out + into) for out, into in shapes)
+    if setting.arm in SHALLOW or setting.arm == "outer_unfrozen":
+        return len(setting.layers) * spec.layer_parameters
+    return spec.parameters
+
+
+def faults(setting: Setting, evidence: dict[str, Any]) -> Iterator[str]:
+    """Everything in which an arm differs from what it claims; nothing when it is what it says.
+
+    A vector that learns may stay as it is in bf16, where a step of the learning rate is less than half of 1's last
+    place; a matrix may not.
+    """
+    steps, T = evidence["steps"], setting.sequence_length
+    if evidence["tokens"] != steps * setting.tokens_per_step:
+        yield f"{evidence['tokens']} tokens passed in {steps} steps, not {steps * setting.tokens_per_step}"
+    if (evidence["shortest_row"], evidence["longest_row"]) != (T, T):
+        yield f"rows of {evidence['shortest_row']} to {evidence['longest_row']} tokens passed, not of {T}"
+    depth = len(setting.layers) if setting.arm in SHALLOW else setting.spec.layers
+    runs = steps * setting.micro_batches * depth * (2 if setting.recompute else 1)
+    if evidence["layer_runs"] != runs:
+        yield f"decoder layers ran {evidence['layer_runs']} times, not {runs}"
+    trained = sum(evidence["gradients"].values())
+    if trained != expected_parameters(setting):
+        yield f"{trained} parameters got a gradient, not {expected_parameters(setting)}"
+    learns = {name for joined in evidence["gradients"] for name in joined.split("+")}
+    for name in evidence["changed"]:
+        if name not in learns:
+            yield f"{name} is frozen and changed"
+    for name in evidence["unchanged"]:
+        vector = "norm" in name or name.endswith("bias")
+        if name in learns and not vector:
+            yield f"{name} learns and did not change"
+
+
+def require_engagement(setting: Setting, evidence: dict[str, Any]) -> None:
+    """Raises FailedError, naming the arm and all that is wrong with it."""
+    wrong = list(faults(setting, evidence))
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise FailedError(
+            f"arm {setting.arm} is not what it claims, so it is not compared: {'; '.join(wrong[:3])}{more}"
+        )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

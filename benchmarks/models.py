@@ -1,0 +1,133 @@
+"""The model of a benchmark: published shapes with random weights made on the device, or a real checkpoint. The same
+weights for every arm, whoever makes the model.
+
+Random weights are a function of a tensor's checkpoint name alone: normal with standard deviation 0.02, norms 1, biases
+0.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elo_engine.checkpoint import CheckpointReader, open_checkpoint
+from elo_engine.model import names
+from elo_engine.model.decoder import Decoder
+from elo_engine.model.presets import PRESETS, preset_config
+from elo_engine.model.shallow import shallow_names
+from elo_engine.model.spec import ModelSpec, read_spec
+
+SEED = 42
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """Shapes, and where the weights come from."""
+
+    name: str
+    config: dict[str, Any]
+    folder: Path | None = None  # None: random weights
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The shapes."""
+        return read_spec(self.config)
+
+
+def open_model(model: str) -> BenchModel:
+    """A name of PRESETS, a checkpoint folder, or a hub id.
+
+    Raises:
+        UsageError, RefusedError, FailedError: no such model, not supported, or damaged.
+    """
+    if model in PRESETS:
+        return BenchModel(model, preset_config(model))
+    from elo_engine.checkpoint import resolve_model
+
+    folder = resolve_model(model)
+    return BenchModel(folder.name, open_checkpoint(folder).config, folder)
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, name: str) -> Tensor:
+    """Random weights of a checkpoint tensor, in place."""
+    if name.endswith("bias"):
+        return tensor.zero_()
+    if tensor.ndim == 1:
+        return tensor.fill_(1.0)
+    generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()) + SEED)
+    return tensor.normal_(0.0, 0.02, generator=generator)
+
+
+def engine_model(
+    model: BenchModel, layers: tuple[int, ...], *, shallow: bool, recompute: bool, device: torch.device,
+    dtype: torch.dtype,
+) -> Decoder:  # fmt: skip
+    """This engine's shallow model of `layers`, or its whole model."""
+    spec = model.spec
+    wanted = shallow_names(spec, layers) if shallow else list(names.expected_shapes(spec))
+    if model.folder is None:
+        shapes = names.expected_shapes(spec)
+        tensors = {name: fill(torch.empty(shapes[name], device=device, dtype=dtype), name) for name in wanted}
+    else:
+        with CheckpointReader(open_checkpoint(model.folder)) as reader:
+            tensors = reader.read(wanted, device=str(device), dtype=dtype)
+    present = layers if shallow else tuple(range(spec.layers))
+    return Decoder(spec, tensors, present, train_outer=not shallow, recompute=recompute)
+
+
+def transformers_model(
+    model: BenchModel, layers: tuple[int, ...], *, shallow: bool, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """transformers' own model with the same weights; `shallow`: cut down to `layers`, everything else frozen."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention_of(device)}
+    if model.folder is not None:
+        made = AutoModelForCausalLM.from_pretrained(model.folder, **options).to(device)
+    else:
+        config = dict(model.config)
+        with torch.device(device):
+            made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config), **options)
+        for name, parameter in made.named_parameters():  # a tied head is listed once, as the embedding
+            fill(parameter, name)
+    made.config.use_cache = False
+    if shallow:
+        kept = torch.nn.ModuleList([made.model.layers[index] for index in layers])
+        for position, layer in enumerate(kept):
+            layer.self_attn.layer_idx = position
+        made.model.layers = kept
+        made.config.num_hidden_layers = len(layers)
+        made.requires_grad_(False)
+        made.model.layers.requires_grad_(True)
+    return made
+
+
+def attention_of(device: torch.device) -> str:
+    """The fused attention that a transformers user has: flash-attn where it is installed, else torch's SDPA."""
+    if device.type == "cuda":
+        import importlib.util
+
+        if importlib.util.find_spec("flash_attn") is not None:
+            return "flash_attention_2"
+    return "sdpa"
+
+
+def random_rows(V: int, rows: int, T: int) -> tuple[Tensor, Tensor]:
+    """ids and labels [rows, T] on the CPU: every row one document of uniformly drawn tokens, a label for each."""
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = torch.randint(V, (rows, T + 1), generator=generator)
+    return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+
+
+def checksum(tensor: Tensor) -> int:
+    """Sum of a tensor's bits as integers, all of them: what says whether anything in it has changed."""
+    flat = tensor.detach().reshape(-1)
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(flat.view(kinds[flat.element_size()]).sum(dtype=torch.int64))
+

@@ -1,0 +1,137 @@
+"""Arms as processes: started with a setting, told when to step, ended with their evidence. Whatever happens to one is a
+row of the result and not the end of the comparison.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from elo_engine.benchmarks.contestants import Contestant
+from elo_engine.errors import FailedError
+
+PATIENCE_S = 900  # no step of any arm takes that long; a process that is silent for longer hangs
+
+
+class ArmFailed(Exception):
+    """Out of memory, a crash, silence: the message is the row's `why`."""
+
+
+class ArmProcess:
+    """One arm alive. Usable as a context; leaving it ends the process however it stands."""
+
+    def __init__(self, contestant: Contestant, spec: dict[str, Any], scratch: Path) -> None:
+        self.contestant = contestant
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process, in `kill`
+        path = scratch / f"{contestant.name}-{time.monotonic_ns()}.json"
+        path.write_text(json.dumps(spec), encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "elo_engine.benchmarks.arm", str(path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            env=os.environ | contestant.environment,
+        )  # fmt: skip
+        self._buffer = b""
+        self._described: dict[str, Any] | None = None
+
+    def __enter__(self) -> ArmProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+    def described(self) -> dict[str, Any]:
+        """The first line: what it runs on. Waits until the model is made; the same when asked again."""
+        if self._described is None:
+            self._described = self._read()
+        return self._described
+
+    def step(self, command: str = "step") -> dict[str, Any]:
+        """Run one step and wait for its figures."""
+        self._write(command)
+        return self._read()
+
+    def finish(self) -> dict[str, Any]:
+        """End it; its evidence and peaks."""
+        self._write("finish")
+        last = self._read()
+        self.process.wait(timeout=PATIENCE_S)
+        return last
+
+    def kill(self) -> None:
+        """End it now."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # a command that nobody reads any more
+                    pipe.close()
+        self._errors.close()
+
+    def _write(self, command: str) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(command.encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise ArmFailed(self._last_words()) from None
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        fd, until = self.process.stdout.fileno(), time.monotonic() + PATIENCE_S
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([fd], [], [], max(0.0, until - time.monotonic()))
+            if not ready:
+                raise ArmFailed(f"no answer in {PATIENCE_S} s")
+            more = os.read(fd, 1 << 16)
+            if not more:
+                raise ArmFailed(self._last_words())
+            self._buffer += more
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise ArmFailed(answer["failed"])
+        return answer
+
+    def _last_words(self) -> str:
+        status = self.process.wait()
+        if status == -9:
+            return "killed by the system, most likely for want of memory"
+        self._errors.seek(0)
+        lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
+        return f"ended with status {status}: {lines[-1] if lines else 'without a word'}"[:400]
+
+
+def spec_of(contestant: Contestant, model: str, lr: float, cap_bytes: int | None = None) -> dict[str, Any]:
+    """What `arm.py` reads."""
+    setting = contestant.setting
+    keys = ("arm", "sequence_length", "micro_batch", "micro_batches", "dtype", "state", "recompute", "device")
+    spec: dict[str, Any] = {key: getattr(setting, key) for key in keys}
+    return spec | {"model": model, "layers": list(setting.layers), "lr": lr, "cap_bytes": cap_bytes}
+
+
+def ceilings_of(device: str, dtype: str) -> dict[str, float]:
+    """The run's own matmul and copy rates, from a process of its own that leaves no memory behind.
+
+    Raises:
+        FailedError: it could not be measured.
+    """
+    program = (
+        "import json, sys, torch\n"
+        "from elo_engine.measure.roofline import measure_ceilings\n"
+        "kinds = {'bf16': torch.bfloat16, 'fp32': torch.float32}\n"
+        "print(json.dumps(measure_ceilings(torch.device(sys.argv[1]), kinds[sys.argv[2]], 8).record()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, device, dtype], capture_output=True, text=True)
+    if done.returncode:
+        raise FailedError(f"the matmul ceiling could not be measured: {done.stderr.strip()[-500:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {name: found[name] for name in ("matmul_flop_per_s", "copy_bytes_per_s")}
