@@ -3,7 +3,7 @@
 #   make test     the tests; on a machine with a GPU the kernels' tests run on it too
 #   make lint     ruff and mypy
 #   make fuzz     the byte mover under AddressSanitizer and ThreadSanitizer, FUZZ_SECONDS=30 each; needs g++ or clang++
-#   make bench    the pipeline speedup on the demo's model; BENCH="--sequence-length 1024" passes options on
+#   make bench    the pipeline speedup of this machine, within ten minutes; BENCH="--model llama-3.2-1b" passes options on
 #   make setup    .venv with the `elo` command, for use by hand: .venv/bin/elo --help
 # PYTHON=python3.12 chooses the interpreter of a new .venv; CONSTRAINTS=/dev/null takes the newest versions allowed.
 
@@ -47,8 +47,8 @@ build/fuzz/stress_ring: csrc/fuzz/stress_ring.cpp $(MOVER) $(wildcard csrc/*.h)
 	@mkdir -p $(@D)
 	$(CXX) $(SANITIZED) -fsanitize=thread $< $(MOVER) -o $@
 
-bench: .venv/.stamp-test
-	$(BIN)/python benchmarks/speedup.py $(BENCH)
+bench: .venv/.stamp-bench
+	$(BIN)/elo bench speedup $(BENCH)
 
 clean:
 	rm -rf .venv build dist *.egg-info elo_engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
@@ -79,4 +79,8 @@ $(BIN)/python:
 # triton (extra gpu) is for the kernels' tests, which interpret and compile them without a GPU.
 .venv/.stamp-test: .venv/.torch $(SOURCES)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[demo,dev,gpu,test]'
+	@touch $@ .venv/.stamp
+
+.venv/.stamp-bench: .venv/.torch $(SOURCES)
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[bench]'
 	@touch $@ .venv/.stamp

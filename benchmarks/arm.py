@@ -1,7 +1,7 @@
 """One arm of the comparison, in a process of its own: `python -m elo_engine.benchmarks.arm SPEC.json`.
 
 SPEC: `model` (name or folder), `arm`, `layers`, `sequence_length`, `micro_batch`, `micro_batches`, `dtype`, `state`,
-`recompute`, `device`, `lr`, and `cap_bytes` (GPU: refuse memory beyond it). The first line printed describes the arm,
+`recompute`, `device`, `lr`, and `cap_bytes` (memory beyond it is refused). The first line printed describes the arm,
 then commands are served as `conductor` says, and the last line holds the evidence. An arm that runs out of memory
 prints `{"failed": "out of memory: ..."}`.
 """
@@ -90,6 +90,14 @@ def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.dev
     conductor.evidence.compare(tensors)
 
 
+def data_bytes() -> int:
+    """Private memory that this process may write, as the kernel counts it against RLIMIT_DATA."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def peaks(device: torch.device) -> dict[str, int | None]:
     """Bytes: GPU memory as torch's allocator had it, and the process's resident memory."""
     gpu = device.type == "cuda"
@@ -112,6 +120,9 @@ def main() -> None:
         if spec.get("cap_bytes"):
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, spec["cap_bytes"] / total), device)
+    elif spec.get("cap_bytes"):
+        limit = spec["cap_bytes"] + data_bytes()
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     model = open_model(spec["model"])
     setting = setting_of(spec, model)
     conductor = Conductor(device, seen.Evidence(), replies)

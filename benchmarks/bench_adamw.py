@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from contest import Contest, Missing, Run, pytest_benchmark
 from torch import Tensor
 
+from elo_engine.benchmarks.contest import Contest, Missing, Run, pytest_benchmark
 from elo_engine.model.ops.adamw import AdamwState, adamw_step
 
 LR, EPS, CLIP, BETAS = 1e-4, 1e-8, 1.0, (0.9, 0.95)

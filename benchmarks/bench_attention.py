@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import Contest, Run, engine_dtype, pytest_benchmark
 from torch import Tensor
 
+from elo_engine.benchmarks.contest import Contest, Run, engine_dtype, pytest_benchmark
 from elo_engine.model import cpu_native, ops
 from elo_engine.model.layers import Packing
 

@@ -11,9 +11,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import Contest, Missing, Run, compiled, engine_dtype, forward_backward, pytest_benchmark
 from torch import Tensor
 
+from elo_engine.benchmarks.contest import (
+    Contest,
+    Missing,
+    Run,
+    compiled,
+    engine_dtype,
+    forward_backward,
+    pytest_benchmark,
+)
 from elo_engine.model import cpu_native, ops
 
 

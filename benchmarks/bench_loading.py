@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loading_arms import BUILD, PAGE
-from loading_report import plot, results_markdown, summarise
-from synthetic import PRESETS, make_checkpoint
 
+from elo_engine.benchmarks.loading_arms import BUILD, PAGE
+from elo_engine.benchmarks.loading_report import plot, results_markdown, summarise
+from elo_engine.benchmarks.synthetic import PRESETS, make_checkpoint
 from elo_engine.checkpoint import open_checkpoint
 from elo_engine.checkpoint.reader import coalesce
 from elo_engine.console import progress_bar
@@ -300,8 +300,8 @@ def describe(plan: Plan, options: argparse.Namespace, device: str) -> dict[str, 
     }  # fmt: skip
 
 
-def main() -> None:
-    """Measure, print the tables, keep the record."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the tables, keep the record; `arguments`: in place of the command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder; made there with --preset")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="make this synthetic checkpoint if it is not there")
@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a measurement is given up")
     parser.add_argument("--seed", type=int, default=0, help="of the arms' order")
     parser.add_argument("--record", type=Path, help="folder to keep results.md, raw.json and loading.png in")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         device = str(choose_device(options.device)) + (":0" if options.device == "cuda" else "")
         arms = choose_arms(options.arms, device, options.safetensors_next)

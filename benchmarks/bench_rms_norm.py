@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import Contest, Missing, Run, compiled, engine_dtype, pytest_benchmark
 from torch import Tensor
 
+from elo_engine.benchmarks.contest import Contest, Missing, Run, compiled, engine_dtype, pytest_benchmark
 from elo_engine.model.ops import choice
 from elo_engine.model.ops.rms_norm import add_rms_norm
 

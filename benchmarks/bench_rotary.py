@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contest import Contest, Missing, Run, compiled, engine_dtype, pytest_benchmark
 from torch import Tensor
 
+from elo_engine.benchmarks.contest import Contest, Missing, Run, compiled, engine_dtype, pytest_benchmark
 from elo_engine.model.layers import Rope
 from elo_engine.model.ops import rotary as op
 

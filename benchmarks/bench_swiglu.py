@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from contest import Contest, Missing, Run, compiled, engine_dtype, pytest_benchmark
 from torch import Tensor
 
+from elo_engine.benchmarks.contest import Contest, Missing, Run, compiled, engine_dtype, pytest_benchmark
 from elo_engine.model.ops import swiglu as op
 
 Kind = Literal["silu", "gelu_tanh"]

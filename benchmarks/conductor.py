@@ -22,10 +22,12 @@ from elo_engine.measure.tensor_trace import traced_tensor_bytes
 class Conductor:
     """Between the harness and a training loop; `wait` blocks until the next command."""
 
-    def __init__(self, device: torch.device, evidence: Evidence, replies: IO[str]) -> None:
+    def __init__(
+        self, device: torch.device, evidence: Evidence, replies: IO[str], commands: IO[str] = sys.stdin
+    ) -> None:
         self.device, self.evidence = device, evidence
         self.finished = False
-        self._replies = replies
+        self._replies, self._commands = replies, commands
         self._stack = ExitStack()
         self._trace: Any = None
         self._answer: dict[str, Any] = {}
@@ -33,7 +35,7 @@ class Conductor:
 
     def wait(self) -> None:
         """Read the next command and start its clock."""
-        command = sys.stdin.readline().strip()
+        command = self._commands.readline().strip()
         if command in ("finish", ""):
             self.finished = True
             return

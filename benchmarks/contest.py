@@ -1,9 +1,9 @@
 """Micro-benchmarks as contests: several ways of computing one thing, taking turns in one process.
 
 A contest names its arms without building them, so that pytest-benchmark can run each alone (`pytest
-benchmarks/bench_X.py`) and `bench_ops.py` can let them take turns (a noisy machine is then equally unfair to all) and
-write a record. The floor is counted, not measured: operations over the matmul rate and bytes over the copy bandwidth
-of the same run, the larger one.
+benchmarks/bench_X.py`) and `elo bench kernels` can let them take turns (a noisy machine is then equally unfair to all)
+and write a record. The floor is counted, not measured: operations over the matmul rate and bytes over the copy
+bandwidth of the same run, the larger one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -168,6 +167,8 @@ def show(result: dict[str, Any]) -> str:
 
 def pytest_benchmark(contests: list[Contest]) -> Callable[..., None]:
     """The test function that runs each arm of each contest of this device under pytest-benchmark."""
+    import pytest
+
     wanted = [contest for contest in contests if contest.device == here().type]
     cases = [pytest.param(contest, arm, id=f"{contest.name}-{arm}") for contest in wanted for arm in contest.arms]
 

@@ -57,7 +57,7 @@ class Schedule:
     rounds: int
     seconds: float
     warmup: int = 2
-    steps: int = 5
+    steps: int = 3
 
 
 def run(

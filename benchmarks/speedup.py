@@ -7,6 +7,7 @@ per token of the same run: against the transformers Trainer (a), the same with L
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -24,11 +25,13 @@ from elo_engine.benchmarks.intervals import pipeline_speedup, stage_ratio
 from elo_engine.benchmarks.models import open_model
 from elo_engine.benchmarks.processes import ceilings_of
 from elo_engine.errors import FailedError, UsageError
-from elo_engine.measure.environment import available_memory, choose_device, choose_dtype, device_name
+from elo_engine.measure.environment import choose_device, choose_dtype, device_name
 from elo_engine.measure.flops import arm_flops
+from elo_engine.measure.machine import device_room
 from elo_engine.measure.meter import spread
 from elo_engine.measure.planner import predict_memory
 from elo_engine.measure.setting import SHALLOW, ArmName, Setting
+from elo_engine.model.spec import ModelSpec
 
 SPLIT = 0.9  # of the tokens, in ELO pretraining (paper section 4)
 LEARNING_RATE = 1e-4
@@ -50,7 +53,7 @@ class Options:
     arms: tuple[ArmName, ...] = ()
     minutes: float = 9.0
     rounds: int = 9
-    steps: int = 5
+    steps: int = 3
 
 
 def size_of(options: Options) -> Size:
@@ -68,7 +71,7 @@ def size_of(options: Options) -> Size:
         elo_micro_batch=options.elo_micro_batch,
         whole_micro_batch=options.micro_batch,
         state=options.state or ("8bit" if gpu else "fp32"),
-        memory_bytes=available_memory(device),
+        memory_bytes=device_room(device).bytes,
     )
 
 
@@ -100,10 +103,7 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
     checks = check_losses(contestants, run, size.dtype)
     result = {
         "schema": 1, "theme": "speedup",
-        "model": {
-            "name": model.name, "parameters": spec.parameters, "layers": spec.layers, "V": spec.V, "D": spec.D,
-            "F": spec.F, "H": spec.H, "K": spec.K, "E": spec.E, "tied": spec.tied,
-        },
+        "model": model_json(model.name, spec),
         "device": {"type": size.device, "name": device_name(size.device)},
         "dtype": size.dtype, "sequence_length": size.sequence_length,
         "micro_batch": {
@@ -125,6 +125,14 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
     return result, raw, settings
 
 
+def model_json(name: str, spec: ModelSpec) -> dict[str, Any]:
+    """A model's shapes in a result."""
+    return {
+        "name": name, "parameters": spec.parameters, "layers": spec.layers, "V": spec.V, "D": spec.D, "F": spec.F,
+        "H": spec.H, "K": spec.K, "E": spec.E, "tied": spec.tied,
+    }  # fmt: skip
+
+
 def check_losses(contestants: list[Contestant], run: measuring.Run, dtype: str) -> list[str]:
     """Arms on the same weights and rows start at the same loss: whole models among themselves, shallow ones among
     theirs (which differ from the whole and are never compared with it).
@@ -142,7 +150,8 @@ def check_losses(contestants: list[Contestant], run: measuring.Run, dtype: str) 
         if not firsts:
             continue
         low, high = min(firsts, key=firsts.__getitem__), max(firsts, key=firsts.__getitem__)
-        if not firsts[high] - firsts[low] <= SAME_LOSS[dtype] * firsts[low]:
+        finite = all(math.isfinite(loss) for loss in firsts.values())  # min and max pass over what is not a number
+        if not finite or firsts[high] - firsts[low] > SAME_LOSS[dtype] * firsts[low]:
             raise FailedError(
                 f"{what}: {low} starts at a loss of {firsts[low]:.5f} and {high} at {firsts[high]:.5f} on the same "
                 "weights and rows; they do not compute the same, so they are not compared"
@@ -196,13 +205,8 @@ def ratios(contestants: list[Contestant], run: measuring.Run) -> dict[str, Any]:
     """Stage ratio and pipeline speedup against each baseline that ran, with what the operations alone allow."""
     ran = {one.name: one.setting for one in contestants if any(one.name in turn for turn in run.rounds)}
     ran = {name: setting for name, setting in ran.items() if not run.taken[name].failed}
-    # A visit's steps share a process; where there are visits, its k-th steps make up a round of their own.
-    turns = run.rounds if run.together else [
-        {name: {"seconds": [taken["seconds"][k]]} for name, taken in turn.items() if k < len(taken["seconds"])}
-        for turn in run.rounds
-        for k in range(max((len(taken["seconds"]) for taken in turn.values()), default=0))
-    ]  # fmt: skip
-    rounds = [{name: taken["seconds"] for name, taken in turn.items()} for turn in turns]
+    # Whole rounds: the steps of a visit share its process and are not independent of each other.
+    rounds = [{name: taken["seconds"] for name, taken in turn.items()} for turn in run.rounds]
     tokens = {name: setting.tokens_per_step for name, setting in ran.items()}
     stage, pipeline = {}, {}
     for base in BASELINES:
@@ -226,12 +230,14 @@ def datasheet_peak(size: Size) -> float | None:
         return None
     from elo_engine.measure.cards import card_of_device
 
-    card = card_of_device(torch.cuda.get_device_name())
+    card = card_of_device(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
     return None if card is None else card.flop_per_s
 
 
-def run_command(options: Options, records: Path | None, command: list[str]) -> tuple[dict[str, Any], Path | None]:
-    """Measure, and keep the record where one is wanted."""
+def run_command(
+    options: Options, records: Path | None, command: list[str]
+) -> tuple[dict[str, Any], Path | None, bool]:
+    """Measure, and keep the record where one is wanted; and whether Ctrl-C ended it early."""
     from elo_engine.benchmarks.recording import card_name, write_record
     from elo_engine.measure.device_state import clocks
     from elo_engine.measure.environment import describe_environment
@@ -240,15 +246,16 @@ def run_command(options: Options, records: Path | None, command: list[str]) -> t
     before = clocks(device)
     result, raw, settings = measure(options, lambda line: console.err.print(line, markup=False))
     if records is None:
-        return result, None
+        return result, None, settings["interrupted"]
     environment = describe_environment() | {"clocks_before": before, "clocks_after": clocks(device)}
     path = write_record(
         records, card=card_name(device.type, environment), result=result, raw=raw, environment=environment,
-        settings=settings, command=command, name=f"speedup-{_slug(result['model']['name'])}",
+        settings=settings, command=command, name=f"speedup-{slug(result['model']['name'])}",
     )  # fmt: skip
-    return result, path
+    return result, path, settings["interrupted"]
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A model's name as part of a record's."""
     return "".join(c if c.isalnum() or c == "." else "-" for c in name.lower()).strip("-.")
 

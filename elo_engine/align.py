@@ -15,7 +15,7 @@ from elo_engine.config import RunConfig
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source
 from elo_engine.model.full import load_full
-from elo_engine.pretrain import require_memory
+from elo_engine.plan import require_memory
 from elo_engine.reattach import final_weights, write_model
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import log_model, run_stage
@@ -29,7 +29,7 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
     if target.exists():
         run.say(f"align: {target} is already there")
         return stage_summary(run.path, "align")
-    require_memory(config, source, "align")
+    memory = require_memory(config, source, "align")
     start = run.folder("reattached")
     index = open_checkpoint(start) if start.exists() else source.index
     run.say(
@@ -51,7 +51,7 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
     # after ELO pretraining the alignment goes on where that stopped reading; the paper's stages share no text either
     rows_read = config.steps("pretrain") * config.pretrain.tokens_per_step // config.data.sequence_length
     first_row = rows_read if start.exists() else 0
-    summary = run_stage(run, "align", model, index, mixture, heldout, first_row=first_row)
+    summary = run_stage(run, "align", model, index, mixture, heldout, memory=memory, first_row=first_row)
     extra = {"kind": "aligned", "run_id": run.run_id, "source": source.index.identity()}
     write_model(
         run,

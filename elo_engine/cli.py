@@ -4,9 +4,7 @@ refused, 130 interrupted after a clean snapshot.
 
 from __future__ import annotations
 
-import functools
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from elo_engine import __version__, console
-from elo_engine.errors import EloError, UsageError
+from elo_engine.cli_bench import benches
+from elo_engine.command import verb as _verb
+from elo_engine.errors import UsageError
 
 app = typer.Typer(
     help="Teach a multilingual LLM a new language by training its outer layers (ELO, arXiv 2601.03648).",
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 patches = typer.Typer(help="What changed between two checkpoints as a small file with hashes.", no_args_is_help=True)
 app.add_typer(patches, name="patch")
+app.add_typer(benches, name="bench")
 
 Config = Annotated[Path, typer.Argument(help="configuration file (YAML)")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="overrides such as pretrain.optimizer.lr=3e-4")]
@@ -35,45 +36,6 @@ Patch = Annotated[Path, typer.Argument(help="patch file made by elo patch diff o
 FolderOut = Annotated[Path, typer.Option("--out", help="new folder")]
 PatchOut = Annotated[Path, typer.Option("--out", help="new patch file")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-
-
-LESS_MEMORY = "a smaller micro_batch, recompute: layer or a shorter data.sequence_length need less"
-
-
-def _as_interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _verb(body: Callable[..., None]) -> Callable[..., None]:
-    """Turn typed errors into one message and the right exit status."""
-
-    @functools.wraps(body)
-    def run(*args: Any, **kwargs: Any) -> None:
-        # SIGTERM outside the training loop (loading, evaluation, writing) unwinds like Ctrl-C: nothing is left behind
-        before = signal.signal(signal.SIGTERM, _as_interrupt)
-        try:
-            body(*args, **kwargs)
-        except EloError as error:
-            console.err.print(f"error: {error}", markup=False)
-            raise typer.Exit(error.exit_status) from None
-        except KeyboardInterrupt:
-            console.err.print("interrupted", markup=False)
-            raise typer.Exit(130) from None
-        except (MemoryError, RuntimeError) as error:
-            text = str(error).lower()
-            if not isinstance(error, MemoryError) and "out of memory" not in text and "allocate memory" not in text:
-                raise
-            console.err.print(f"error: out of memory: {str(error).split(chr(10))[0]}; {LESS_MEMORY}", markup=False)
-            raise typer.Exit(1) from None
-        except OSError as error:
-            console.err.print(
-                f"error: {error.strerror or error}: {error.filename or 'input or output failed'}", markup=False
-            )
-            raise typer.Exit(1) from None
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    return run
 
 
 def _resume(value: str) -> bool:
@@ -89,7 +51,8 @@ def _stage(
     from elo_engine.corpora import describe_corpora, make_mixture, require_shards
     from elo_engine.detach import open_source
     from elo_engine.pipeline import start
-    from elo_engine.pretrain import describe_plan, plan
+    from elo_engine.plan import plan
+    from elo_engine.plan_text import describe_plan
     from elo_engine.run_dir import RunDir
 
     if config_path.is_dir():  # a run folder stands for its own configuration, continued
@@ -182,6 +145,31 @@ def inspect(
 
 @app.command()
 @_verb
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="published shapes by name in place of the checkpoint: llama-3.1-8b and others")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="the card: rtx-4090, 24GB, or auto for the one here")] = None,
+    host: Annotated[str | None, typer.Option(help="memory of the host, such as 64GB")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="expect by a matmul timed here, a second or two")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Memory by component, FLOPs, time and disk of each stage; refuses what cannot fit and names the levers."""
+    from elo_engine.plan import plan_command, require_fit
+    from elo_engine.plan_text import show_plan
+
+    found = plan_command(config, overrides, shapes, gpu, host, measure)
+    if as_json:
+        console.out.print(json.dumps(found, indent=2), markup=False)
+    else:
+        show_plan(found)
+    require_fit(found)
+
+
+@app.command()
+@_verb
 def data(
     inputs: Annotated[list[Path], typer.Argument(help="text, jsonl (field `text`) or parquet files")],
     tokenizer: Annotated[str, typer.Option(help="model folder or hub id whose tokenizer is used")],
@@ -230,6 +218,31 @@ def evaluate(
             f"{result['bits_per_byte']:.4f} bits/byte over {result['tokens_loss']:,} tokens",
             markup=False,
         )
+
+
+@app.command()
+@_verb
+def profile(
+    config: Annotated[str | None, typer.Argument(help="configuration file or run folder; none with --shapes")] = None,
+    overrides: Overrides = None,
+    stage: Annotated[str, typer.Option(help="pretrain or align")] = "pretrain",
+    shapes: Annotated[
+        str | None, typer.Option(help="random weights of published shapes in place of a configuration: llama-3.1-8b")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="new folder (default: beside the run, or in runs/)")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=2, help="tokens a row")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="rows at once")] = None,
+    warmup: Annotated[int, typer.Option(min=1, help="steps before the one that is profiled")] = 2,
+) -> None:
+    """Where the time and the memory of one steady optimizer step go: trace, table, pictures."""
+    from elo_engine.profile import profile_command
+
+    lines = profile_command(
+        [*([config] if config else []), *(overrides or [])], stage=stage, shapes=shapes, out=out,
+        sequence_length=sequence_length, micro_batch=micro_batch, warmup=warmup,
+    )  # fmt: skip
+    for line in lines:
+        console.out.print(line, markup=False)
 
 
 @patches.command("diff")

@@ -235,7 +235,8 @@ def _explain(error: ValidationError, where: str) -> UsageError:
     return UsageError(f"{where}: " + "; ".join(lines))
 
 
-def _apply_override(tree: dict[str, Any], text: str) -> None:
+def apply_override(tree: dict[str, Any], text: str) -> None:
+    """Set one value of a parsed tree, `a.b=c`. Raises UsageError where it cannot be read."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -279,7 +280,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: expected a mapping of keys at the top, found {type(tree).__name__}")
     for override in overrides or []:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return make_config(tree, str(path))
 
 

@@ -14,7 +14,9 @@ from elo_engine.align import align
 from elo_engine.corpora import describe_corpora, open_heldout, require_shards
 from elo_engine.detach import Source
 from elo_engine.evaluate import evaluate_folder
-from elo_engine.pretrain import describe_plan, plan, pretrain
+from elo_engine.plan import plan
+from elo_engine.plan_text import describe_plan
+from elo_engine.pretrain import pretrain
 from elo_engine.reattach import reattach
 from elo_engine.run_dir import RunDir
 from elo_engine.summary import stage_summary

@@ -41,6 +41,12 @@ def stage_rows(stages: dict[str, Any]) -> list[list[str]]:
             f"{times['p90']:.2f})"
         )
         memory = f"{human_bytes(summary['peak_bytes'])} {summary['peak_what']}"
+        if summary.get("memory"):
+            taken = summary["memory"]
+            memory += (
+                f"; the stage {human_bytes(taken['measured_bytes'])} for {human_bytes(taken['predicted_bytes'])} "
+                f"predicted ({taken['measured_over_predicted']:.2f}x)"
+            )
         rows.append([name, f"{summary['tokens_total']:,}", format_seconds(summary["seconds"]), speed, memory])
     return rows
 

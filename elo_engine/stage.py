@@ -19,6 +19,7 @@ from elo_engine.corpora import Heldout
 from elo_engine.data import Mixture
 from elo_engine.errors import Interrupted
 from elo_engine.evaluate import evaluate_all
+from elo_engine.measure.expected import StageMemory
 from elo_engine.measure.meter import human_bytes, peak_memory
 from elo_engine.model import cpu, ops
 from elo_engine.model.decoder import Decoder
@@ -95,10 +96,11 @@ def run_stage(
     mixture: Mixture,
     heldout: Heldout | None,
     *,
+    memory: StageMemory,
     first_row: int = 0,
 ) -> dict[str, Any]:
     """Train a stage to its end, from the newest snapshot if there is one; returns its summary and leaves a final
-    snapshot.
+    snapshot. What was predicted of its memory is recorded against what it took.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a snapshot of the last completed step was saved first.
@@ -172,7 +174,14 @@ def run_stage(
         )  # fmt: skip
         snapshot = save(progress) if progress.step else None
     run.metric(
-        {"event": "stage ran", "stage": name, "step": progress.step, "peak_bytes": peak.bytes, "peak_what": peak.what}
+        {
+            "event": "stage ran",
+            "stage": name,
+            "step": progress.step,
+            "peak_bytes": peak.bytes,
+            "peak_what": peak.what,
+            "memory": memory.against(peak.bytes),
+        }
     )
     if stop():  # also when it came during the last step: the next stage must not start
         where = snapshot.name if snapshot else "the start"
@@ -182,10 +191,16 @@ def run_stage(
         )
     summary = stage_summary(run.path, name)
     if summary:
-        times = summary["step_s"]
+        times, taken = summary["step_s"], summary["memory"]
+        held = (
+            f", {human_bytes(taken['measured_bytes'])} of it this stage's for "
+            f"{human_bytes(taken['predicted_bytes'])} predicted"
+            if taken
+            else ""  # the largest part of this stage was run by a version that did not record it
+        )
         run.say(
             f"{name}: {summary['steps']} steps, {summary['tokens_per_s']:.0f} tokens/s (median step "
             f"{times['median']:.3f} s, p10 {times['p10']:.3f}, p90 {times['p90']:.3f}), {summary['peak_what']} "
-            f"{human_bytes(summary['peak_bytes'])}"
+            f"{human_bytes(summary['peak_bytes'])}{held}"
         )
     return summary

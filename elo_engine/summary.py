@@ -35,7 +35,8 @@ def read_steps(run: Path) -> list[dict[str, Any]]:
 
 
 def stage_summary(run: Path, stage: str) -> dict[str, Any]:
-    """Tokens, losses, seconds in steps, speed with spread, peak memory; empty when the stage has no step on record.
+    """Tokens, losses, seconds in steps, speed with spread, peak memory against what was predicted; empty when the stage
+    has no step on record.
 
     Speed leaves out the first step of each process, which also pays for set-up; `seconds` is the sum over the steps
     that counted, so it leaves out steps that were lost and done again.
@@ -63,4 +64,5 @@ def stage_summary(run: Path, stage: str) -> dict[str, Any]:
         "tokens_per_s": last["tokens_total"] / last["step"] / times.median,
         "peak_bytes": largest["peak_bytes"],
         "peak_what": largest["peak_what"],
+        "memory": largest.get("memory"),  # predicted against measured; runs of earlier versions have none
     }

@@ -12,17 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from elo_engine.benchmarks import bench_loading, loading_arms, loading_report, synthetic
 from elo_engine.checkpoint import open_checkpoint
 from elo_engine.errors import FailedError, RefusedError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # its files import each other by name, as when they are started by path
-
-import bench_loading  # noqa: E402
-import loading_arms  # noqa: E402
-import loading_report  # noqa: E402
-import synthetic  # noqa: E402
-
 IN_PROCESS = [
     arm for arm in loading_arms.BUILD if not arm.startswith(("ceiling", "safetensors_next"))
 ]  # the other safetensors needs a process that imports it first

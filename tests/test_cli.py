@@ -175,7 +175,8 @@ def test_version_and_usage(elo: Elo) -> None:
     assert elo("run")[0] == 2
     status, shown = elo("--help")
     assert status == 0
-    for verb in ("inspect", "data", "pretrain", "reattach", "align", "run", "eval", "patch", "doctor", "demo"):
+    verbs = "inspect plan data pretrain reattach align run eval patch doctor demo bench profile".split()
+    for verb in verbs:
         assert verb in shown
 
 

@@ -99,6 +99,10 @@ def import_offences(module: str, source: str) -> list[str]:
             offences.append(f"{module} imports {name} when it is itself imported; do it inside the function")
         if top != "elo_engine" or name == "elo_engine.__version__":
             continue
+        if name.startswith("elo_engine.benchmarks"):
+            if module != "elo_engine.bench" or not lazy:
+                offences.append(f"{module} imports {name}: only elo_engine.bench does, inside its functions")
+            continue
         if name.startswith("elo_engine.kernels"):
             if not module.startswith("elo_engine.model.ops."):
                 offences.append(f"{module} imports {name}: only elo_engine.model.ops sees the kernels")
@@ -232,6 +236,8 @@ def test_the_kernels_import_torch_and_triton_alone() -> None:
         ("elo_engine.checkpoint.index", "from ..train import loop"),
         ("elo_engine.measure.meter", "from elo_engine.model import ops"),
         ("elo_engine.model.reference", "from elo_engine.kernels import swiglu"),
+        ("elo_engine.cli", "def f():\n    from elo_engine.benchmarks import speedup"),
+        ("elo_engine.bench", "from elo_engine.benchmarks import speedup"),
         ("elo_engine.model.layers", "import elo_engine.train.loop"),
         ("elo_engine.train.loop", "from elo_engine import pretrain"),
         ("elo_engine.pretrain", "from elo_engine.cli import app"),

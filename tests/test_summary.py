@@ -39,6 +39,17 @@ def test_steps_done_again_count_once_and_set_up_is_left_out_of_the_speed(tmp_pat
     assert [record["stage"] for record in read_steps(tmp_path)] == ["pretrain"] + ["align"] * 4
 
 
+def test_the_memory_kept_is_that_of_the_largest_part(tmp_path: Path) -> None:
+    parts = [
+        {"event": "stage ran", "stage": "align", "step": 1, "peak_bytes": peak, "peak_what": "peak", **more}
+        for peak, more in ((60, {}), (70, {"memory": {"predicted_bytes": 65}}), (50, {"memory": {}}))
+    ]
+    write(tmp_path, [step(1, 1.0), *parts])
+    assert stage_summary(tmp_path, "align")["memory"] == {"predicted_bytes": 65}
+    write(tmp_path, [step(1, 1.0), parts[0]])
+    assert stage_summary(tmp_path, "align")["memory"] is None, "of a run that an earlier version began"
+
+
 def test_a_torn_line_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, [step(1, 1.0)], torn='{"stage": "align", "st')
     assert stage_summary(tmp_path, "align")["steps"] == 1

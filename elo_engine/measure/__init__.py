@@ -1,1 +1,3 @@
-"""What a run costs: counted (`flops`), measured (`meter`), and on what (`environment`)."""
+"""What a run costs: counted (`flops`), predicted (`planner`, `expected`), traced (`tensor_trace`), measured (`meter`),
+taken apart (`profiler`, `breakdown`, `roofline`), and on what (`environment`, `machine`, `cards`, `device_state`).
+"""

@@ -77,31 +77,6 @@ def device_name(kind: Literal["cpu", "cuda"] | str) -> str:
     return torch.cuda.get_device_name() if kind == "cuda" else f"{_cpu_name()}, {os.cpu_count()} cores"
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that this process could still take: free GPU memory, or the system's available memory within the limit of
-    the control group.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
-    return free if limit is None else min(free, max(0, limit - (used or 0)))
-
-
-def _cgroup_bytes(name: str) -> int | None:
-    try:
-        text = (Path("/sys/fs/cgroup") / name).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
 def describe_environment() -> dict[str, Any]:
     """Versions, processor, memory, GPU: what a reader of a record needs to judge its figures."""
     versions: dict[str, str | None] = {}

@@ -1,14 +1,29 @@
-"""Floating-point operations that the method must do, counted from the shapes.
+"""Floating-point operations counted from the shapes: what a method must compute, and what an arm executes.
 
 Counted: the GEMMs of the layers, causal attention (forward 2, backward 2.5 times its two products), the head. Not
 counted: norms, activations, the embedding lookup, the optimizer, the gradient of a frozen head, dX below the first
 trained layer. One multiply-add is two operations. Attention takes every row as one document of T tokens.
+
+`arm_flops` counts each arm twice. `model` is the work of the method, the numerator of MFU: the same whether a layer's
+forward pass runs once or twice. `executed` is what the software runs, found with torch's own counter on transformers
+5.23, peft 0.21 and this engine (tests/test_flops.py), with these differences from the textbook's "checkpointing is one
+more forward pass":
+* torch's non-reentrant checkpoint stops a recomputation once the last saved tensor is there again. A layer of
+  transformers ends in `down_proj`, which saves its input before it multiplies, so that product is not run again. With
+  adapters the layer ends in the B of `down_proj`'s adapter, and it is that small product which is not.
+* This engine's layer ends in an autograd.Function of its own, whose saved tensors count only when its forward pass has
+  returned: its last product is run again.
+* Below the first trained layer autograd forms dX of the query, key and value projections, because the norm before them
+  has a weight that learns; the engine forms none. Adapters alone need none.
+* With checkpointing switched on, transformers makes the embedding's output require a gradient, whatever learns: the
+  backward pass then goes through every layer down to the embedding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from elo_engine.measure.setting import ENGINE, SHALLOW, Setting
 from elo_engine.model.spec import ModelSpec
 
 
@@ -25,17 +40,42 @@ class TokenFlops:
         return self.linear + self.attention + self.head
 
 
+@dataclass(frozen=True)
+class ArmFlops:
+    """Operations per token of one arm: what its method must compute, and what the arm executes."""
+
+    model: TokenFlops
+    executed: TokenFlops
+
+
+@dataclass(frozen=True)
+class IdealSpeedups:
+    """Pipeline speedups over full continual pretraining in transformers, if every operation took the same time."""
+
+    over_plain: float  # full continual pretraining that recomputes nothing
+    over_checkpointed: float  # with gradient checkpointing, as one card needs
+
+
 def _layer_matrices(spec: ModelSpec) -> int:
     return spec.D * spec.E * (2 * spec.H + 2 * spec.K) + 3 * spec.D * spec.F
 
 
-def _attention_forward(spec: ModelSpec, T: int) -> float:
-    """Per token and layer: two products over the (T + 1) / 2 tokens that a causal query sees on average."""
-    seen = (T + 1) / 2
+def _below_first(spec: ModelSpec) -> float:
+    """dX of the first trained layer's query, key and value projections."""
+    return 2.0 * spec.D * spec.E * (spec.H + 2 * spec.K)
+
+
+def tokens_seen(spec: ModelSpec, T: int) -> float:
+    """Tokens that a causal query sees on average in a document of T, itself included."""
     if spec.window is not None and spec.window < T:
         w = spec.window
-        seen = (w * (w + 1) / 2 + (T - w) * w) / T
-    return 2 * 2 * spec.H * spec.E * seen
+        return (w * (w + 1) / 2 + (T - w) * w) / T
+    return (T + 1) / 2
+
+
+def _attention_forward(spec: ModelSpec, T: int) -> float:
+    """Per token and layer: two products over the tokens that a query sees on average."""
+    return 2 * 2 * spec.H * spec.E * tokens_seen(spec, T)
 
 
 def full_step(spec: ModelSpec, T: int, *, recompute: bool = False) -> TokenFlops:
@@ -55,9 +95,8 @@ def shallow_step(spec: ModelSpec, layers: int, T: int) -> TokenFlops:
     """ELO pretraining of `layers` detached layers: the frozen head needs logits and dX alone, and nothing is needed
     below the first layer's query, key and value projection.
     """
-    below_first = 2.0 * spec.D * spec.E * (spec.H + 2 * spec.K)
     return TokenFlops(
-        linear=6.0 * layers * _layer_matrices(spec) - below_first,
+        linear=6.0 * layers * _layer_matrices(spec) - _below_first(spec),
         attention=layers * _attention_forward(spec, T) * 3.5,
         head=4.0 * spec.D * spec.V,
     )
@@ -67,3 +106,85 @@ def ideal_speedup(spec: ModelSpec, layers: int, T: int, pretrain_share: float) -
     """Pipeline speedup over full continual pretraining if every operation took the same time."""
     ratio = shallow_step(spec, layers, T).total / full_step(spec, T).total
     return 1.0 / (pretrain_share * ratio + (1.0 - pretrain_share))
+
+
+def arm_flops(setting: Setting) -> ArmFlops:
+    """Both counts of an arm, per token of its sequence length."""
+    spec, T = setting.spec, setting.sequence_length
+    if setting.arm == "lora":
+        return _lora(setting)
+    if setting.arm == "outer_unfrozen":
+        return _outer_unfrozen(setting)
+    if setting.arm in SHALLOW:
+        model, present = shallow_step(spec, len(setting.layers), T), len(setting.layers)
+        formed = 0.0 if setting.arm in ENGINE else _below_first(spec)
+    else:
+        model, present, formed = full_step(spec, T), spec.layers, 0.0
+    again = _run_again(setting, present)
+    return ArmFlops(
+        model, TokenFlops(model.linear + formed + again.linear, model.attention + again.attention, model.head)
+    )
+
+
+def _run_again(setting: Setting, layers: int) -> TokenFlops:
+    """The recomputed forward passes of `layers` layers; see the top of this file for what is left out of them."""
+    if not setting.recompute:
+        return TokenFlops(0.0, 0.0, 0.0)
+    spec = setting.spec
+    skipped = 0.0 if setting.arm in ENGINE else 2.0 * spec.D * spec.F
+    return TokenFlops(
+        layers * (2.0 * _layer_matrices(spec) - skipped),
+        layers * _attention_forward(spec, setting.sequence_length),
+        0.0,
+    )
+
+
+def _outer_unfrozen(setting: Setting) -> ArmFlops:
+    """Forward through the whole model; backward down to the lowest layer that learns, through frozen ones with dX
+    alone. The head is frozen.
+    """
+    spec = setting.spec
+    matrices, forward = _layer_matrices(spec), _attention_forward(spec, setting.sequence_length)
+    head = 4.0 * spec.D * spec.V
+
+    def step(reached: int) -> TokenFlops:  # layers that a gradient passes
+        linear = 2.0 * matrices * (spec.layers + reached + len(setting.layers))
+        return TokenFlops(linear, forward * (spec.layers + 2.5 * reached), head)
+
+    needed = step(spec.layers - min(setting.layers))
+    done, again = step(spec.layers) if setting.recompute else needed, _run_again(setting, spec.layers)
+    return ArmFlops(
+        replace(needed, linear=needed.linear - _below_first(spec)),
+        TokenFlops(done.linear + again.linear, done.attention + again.attention, head),
+    )
+
+
+def _lora(setting: Setting) -> ArmFlops:
+    """Adapters of rank r on all seven projections; everything else is frozen, so it needs dX alone."""
+    spec, r = setting.spec, setting.lora_rank
+    q, kv = spec.H * spec.E, spec.K * spec.E
+    ends = (spec.D + q) + 2 * (spec.D + kv) + (q + spec.D) + 3 * (spec.D + spec.F)  # inputs and outputs of all seven
+    matrices, adapters = float(_layer_matrices(spec)), float(r * ends)
+    unneeded = _below_first(spec) + 2.0 * 3 * r * spec.D  # dX of the first layer's projections and of their A
+    linear = spec.layers * (4.0 * matrices + 6.0 * adapters)
+    attention = spec.layers * _attention_forward(spec, setting.sequence_length)
+    head = 4.0 * spec.D * spec.V
+    model = TokenFlops(linear - unneeded, 3.5 * attention, head)
+    if not setting.recompute:
+        return ArmFlops(model, model)
+    again = spec.layers * (2.0 * (matrices + adapters) - 2.0 * r * spec.D)
+    return ArmFlops(model, TokenFlops(linear + again, 4.5 * attention, head))
+
+
+def ideal_speedups(pretrain: Setting, align: Setting, pretrain_share: float) -> IdealSpeedups:
+    """What the operations that are executed allow: T(full) / (share T(pretrain) + (1 - share) T(align)).
+
+    pretrain_share: of the tokens, those of ELO pretraining (the paper: 0.9).
+    """
+    ours = pretrain_share * arm_flops(pretrain).executed.total
+    ours += (1.0 - pretrain_share) * arm_flops(align).executed.total
+    plain, checkpointed = (
+        arm_flops(replace(align, arm="transformers_full", recompute=recompute)).executed.total / ours
+        for recompute in (False, True)
+    )
+    return IdealSpeedups(plain, checkpointed)

@@ -2,7 +2,8 @@
 
 `llama-3.1-8b-mini` is no published model: it has the 8B's 32 layers and its ratios of MLP, head and key/value heads to
 the width, at a sixteenth of the width. A row of 512 tokens is to it what one of 8192 is to the 8B: attention grows with
-T D and the matrices with D^2, so the shares of head, layers and attention, and with them the ideal speedup, are the same.
+T D and the matrices with D^2, so the shares of head, layers and attention, and with them the ideal speedup, are the
+same.
 """
 
 from __future__ import annotations

@@ -68,13 +68,13 @@ class MasterAdamW:
         return list(grads)
 
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Checkpoint name -> accumulated fp32 gradient of the step so far (None: no gradient has arrived)."""
+        """Checkpoint name -> accumulated gradient of the step so far, in the type it has (None: none has arrived)."""
         for leaf, grad in zip(self._leaves, self._gradients(), strict=True):
             if grad is None:
                 for name in leaf.names:
                     yield name, None
             else:
-                yield from leaf.split(grad.float())
+                yield from leaf.split(grad)
 
     def step(self, lr: float) -> StepResult:
         """Clip by the global norm and update; on a GPU the host does not wait. Returns the norm before clipping and

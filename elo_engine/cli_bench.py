@@ -1,0 +1,143 @@
+"""`elo bench ...`: one function per benchmark, nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elo_engine.command import verb
+
+benches = typer.Typer(
+    help="Measure speed and memory on this machine, against what you would otherwise run.", no_args_is_help=True
+)
+
+Model = Annotated[str, typer.Option(help="shapes by name (random weights), a checkpoint folder or a hub id")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Dtype = Annotated[str, typer.Option(help="auto, bf16 or fp32")]
+State = Annotated[str | None, typer.Option(help="optimizer state, 8bit or fp32; default: 8bit on a GPU")]
+Arms = Annotated[str | None, typer.Option(help="letters or names, as a,f,g; default: all that run here")]
+Minutes = Annotated[float, typer.Option(min=0.1, help="begin nothing that would end later")]
+Record = Annotated[bool, typer.Option(help="keep a record")]
+Records = Annotated[Path | None, typer.Option(help="folder of records; default: benchmarks/records of the source tree")]
+AsPytest = Annotated[bool, typer.Option("--pytest", help="each arm alone, under pytest-benchmark; no record")]
+
+
+@benches.command()
+@verb
+def speedup(
+    model: Model = "llama-3.1-8b",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    sequence_length: Annotated[int | None, typer.Option(min=2, help="default: 8192 on a GPU, 512 on a CPU")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="rows of a step, the same for every arm")] = 4,
+    elo_micro_batch: Annotated[int, typer.Option(min=1, help="rows at once in ELO pretraining")] = 4,
+    micro_batch: Annotated[int, typer.Option(min=1, help="rows at once in the other arms")] = 1,
+    state: State = None,
+    arms: Arms = None,
+    minutes: Minutes = 9.0,
+    rounds: Annotated[int, typer.Option(min=1, help="at most")] = 9,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps of a visit, where arms do not fit together")] = 3,
+    record: Record = True,
+    records: Records = None,
+) -> None:
+    """The pipeline speedup of the paper on this machine: ELO against full continual pretraining, LoRA and others."""
+    from elo_engine.bench import speedup as body
+
+    body(
+        record, records, arms, model=model, device=device, dtype=dtype, sequence_length=sequence_length, rows=rows,
+        elo_micro_batch=elo_micro_batch, micro_batch=micro_batch, state=state, minutes=minutes, rounds=rounds,
+        steps=steps,
+    )  # fmt: skip
+
+
+@benches.command()
+@verb
+def memory(
+    model: Model = "llama-3.1-8b",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    sequence_lengths: Annotated[str | None, typer.Option(help="as 2048,8192; default: by the device")] = None,
+    micro_batches: Annotated[str, typer.Option(help="rows at once, as 1,2,4")] = "1,2,4",
+    caps: Annotated[str, typer.Option(help="GiB, as 8,24")] = "8,12,16,24,80",
+    state: State = None,
+    arms: Arms = None,
+    minutes: Minutes = 9.0,
+    predict_only: Annotated[bool, typer.Option("--predict-only", help="run nothing; needs no such device")] = False,
+    record: Record = True,
+    records: Records = None,
+) -> None:
+    """Peak memory of every arm, predicted and measured, and what fits under a cap."""
+    from elo_engine.bench import memory as body
+
+    body(
+        record, records, arms, sequence_lengths, micro_batches, caps, model=model, device=device, dtype=dtype,
+        state=state, minutes=minutes, predict_only=predict_only,
+    )  # fmt: skip
+
+
+@benches.command()
+@verb
+def loss(
+    config: Annotated[Path | None, typer.Argument(help="configuration file; default: the demo's")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="overrides such as align.tokens=1e6")] = None,
+    full_tokens: Annotated[int, typer.Option(min=0, help="of full CP; 0: as many as take as long")] = 0,
+    every: Annotated[int, typer.Option(min=1, help="steps from one evaluation to the next")] = 2,
+    runs: Annotated[Path | None, typer.Option(help="keep both run folders here")] = None,
+    record: Record = True,
+    records: Records = None,
+) -> None:
+    """Held-out loss of the whole model against seconds of training: this method and full continual pretraining."""
+    from elo_engine.bench import loss as body
+
+    body(record, records, config, overrides or [], runs, full_tokens=full_tokens, every=every)
+
+
+@benches.command()
+@verb
+def kernels(
+    ops: Annotated[list[str] | None, typer.Argument(help="linear_cross_entropy, rms_norm, ...; default: all")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    record: Record = True,
+    records: Records = None,
+    as_pytest: AsPytest = False,
+) -> None:
+    """Every op of a step against what it replaces, beside this run's ceilings; the same on a CPU and on a GPU."""
+    from elo_engine.bench import kernels as body
+
+    body(ops or [], rounds, record, records, as_pytest)
+
+
+@benches.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@verb
+def loading(context: typer.Context, as_pytest: AsPytest = False) -> None:
+    """File to memory of the detached layers against other loaders, cold and warm: --model FOLDER [--preset llama-2b]
+    [--device cuda] [--rounds 5] [--record FOLDER] and others; `elo bench loading --model x --help` lists them.
+    """
+    from elo_engine.bench import loading as body
+
+    body(context.args, as_pytest)
+
+
+@benches.command()
+@verb
+def report(
+    records: Records = None,
+    check: Annotated[bool, typer.Option("--check", help="change nothing; fail where they differ")] = False,
+) -> None:
+    """docs/benchmarks.md, its plots and the README's table, made from the records alone."""
+    from elo_engine.bench import report as body
+
+    body(records, check)
+
+
+@benches.command()
+@verb
+def compare(
+    a: Annotated[Path, typer.Argument(help="a record")], b: Annotated[Path, typer.Argument(help="another")]
+) -> None:
+    """Two records of one theme: which differences are shown, and which are not."""
+    from elo_engine.bench import compare as body
+
+    body(a, b)

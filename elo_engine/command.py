@@ -1,0 +1,51 @@
+"""What every command of the command line shares: typed errors become one message and an exit status."""
+
+from __future__ import annotations
+
+import functools
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from elo_engine import console
+from elo_engine.errors import EloError
+
+LESS_MEMORY = "a smaller micro_batch, recompute: layer or a shorter data.sequence_length need less"
+
+
+def _as_interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def verb(body: Callable[..., None]) -> Callable[..., None]:
+    """Turn typed errors into one message and the right exit status."""
+
+    @functools.wraps(body)
+    def run(*args: Any, **kwargs: Any) -> None:
+        # SIGTERM outside the training loop (loading, evaluation, writing) unwinds like Ctrl-C: nothing is left behind
+        before = signal.signal(signal.SIGTERM, _as_interrupt)
+        try:
+            body(*args, **kwargs)
+        except EloError as error:
+            console.err.print(f"error: {error}", markup=False)
+            raise typer.Exit(error.exit_status) from None
+        except KeyboardInterrupt:
+            console.err.print("interrupted", markup=False)
+            raise typer.Exit(130) from None
+        except (MemoryError, RuntimeError) as error:
+            text = str(error).lower()
+            if not isinstance(error, MemoryError) and "out of memory" not in text and "allocate memory" not in text:
+                raise
+            console.err.print(f"error: out of memory: {str(error).split(chr(10))[0]}; {LESS_MEMORY}", markup=False)
+            raise typer.Exit(1) from None
+        except OSError as error:
+            console.err.print(
+                f"error: {error.strerror or error}: {error.filename or 'input or output failed'}", markup=False
+            )
+            raise typer.Exit(1) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return run

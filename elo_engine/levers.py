@@ -1,0 +1,167 @@
+"""What makes a stage that does not fit smaller: each lever is an override of the configuration, and what it saves is
+found by planning again with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+from elo_engine.config import RunConfig, StageConfig, make_config
+from elo_engine.errors import UsageError
+from elo_engine.measure.expected import device_bytes, stage_memory
+from elo_engine.measure.meter import human_bytes
+from elo_engine.measure.setting import Setting
+from elo_engine.model.spec import ModelSpec, choose_layers
+
+StageName = Literal["pretrain", "align"]
+SHOWN = 3
+
+
+def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: str, auto_dtype: str) -> Setting:
+    """A stage as the counts and the memory planner take it; `auto_dtype` is what `dtype: auto` means there."""
+    section: StageConfig = getattr(config, stage)
+    T = config.data.sequence_length
+    return Setting(
+        arm="elo_pretrain" if stage == "pretrain" else "elo_align",
+        spec=spec,
+        layers=choose_layers(config.detach.layers, spec.layers),
+        sequence_length=T,
+        micro_batch=section.micro_batch,
+        micro_batches=-(-section.tokens_per_step // (T * section.micro_batch)),
+        dtype="bf16" if (auto_dtype if config.dtype == "auto" else config.dtype) == "bf16" else "fp32",
+        state=section.optimizer.state,
+        recompute=section.recompute == "layer",
+        device="cuda" if device == "cuda" else "cpu",
+    )
+
+
+@dataclass(frozen=True)
+class Lever:
+    """An override and the bytes that it takes off what the stage needs, alone."""
+
+    override: str
+    saves_bytes: int
+
+    def describe(self) -> str:
+        """`pretrain.micro_batch=1 saves 3.2 GiB`."""
+        return f"{self.override} saves {human_bytes(self.saves_bytes)}"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """For a stage that does not fit.
+
+    Attributes:
+        levers: those that save anything, the biggest first.
+        together: the smallest combination that fits, of those that leave text, context and layers as they are if there
+            is one; () where none does.
+        together_bytes: what the stage takes with it, or the least that any combination takes.
+    """
+
+    levers: tuple[Lever, ...]
+    together: tuple[str, ...]
+    together_bytes: int
+
+    def describe(self) -> str:
+        """In one sentence or two."""
+        if not self.levers:
+            return "No setting of this stage makes it smaller"
+        biggest = "; ".join(lever.describe() for lever in self.levers[:SHOWN])
+        if self.together:
+            return (
+                f"The biggest levers: {biggest}. With {' '.join(self.together)} it fits, at "
+                f"{human_bytes(self.together_bytes)}"
+            )
+        return f"The biggest levers: {biggest}. No combination fits; the least is {human_bytes(self.together_bytes)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For `elo plan --json`."""
+        levers = [{"override": lever.override, "saves_bytes": lever.saves_bytes} for lever in self.levers]
+        return {"levers": levers, "fits_with": list(self.together), "bytes_with": self.together_bytes}
+
+
+# Cost time or precision, but neither text, nor context, nor layers: a combination of these alone is named first.
+_SAME_LESSON = (".micro_batch", ".recompute", ".optimizer.state", "dtype")
+
+_ONE_MICRO_BATCH = "one micro-batch"  # stands for a number of tokens, known once the other overrides are
+
+
+def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tuple[str, Any]]:
+    """Keys and values that could make the stage smaller."""
+    found: list[tuple[str, Any]] = []
+    if setting.micro_batch > 1:
+        found.append((f"{stage}.micro_batch", 1))
+    if not setting.recompute:
+        found.append((f"{stage}.recompute", "layer"))
+    if setting.state == "fp32":
+        found.append((f"{stage}.optimizer.state", "8bit"))
+    if setting.sequence_length % 2 == 0 and setting.sequence_length >= 4:
+        found.append(("data.sequence_length", setting.sequence_length // 2))
+    if setting.dtype == "fp32":
+        found.append(("dtype", "bf16"))
+    if setting.micro_batches > 1:  # one bf16 gradient is used as it is, the sum of several is fp32
+        found.append((f"{stage}.tokens_per_step", _ONE_MICRO_BATCH))
+    if stage == "pretrain" and len(setting.layers) > 1:
+        fewer = ["last"] if len(setting.layers) == 2 else ["first", "last"]
+        if config.detach.layers != fewer:
+            found.append(("detach.layers", fewer))
+    return found
+
+
+@dataclass(frozen=True)
+class _Changed:
+    config: RunConfig
+    texts: tuple[str, ...]
+
+
+def _with(config: RunConfig, overrides: tuple[tuple[str, Any], ...]) -> _Changed | None:
+    """The configuration with these changed, and how they are written; None where together they are none."""
+    tree, texts = config.model_dump(mode="json"), []
+    for key, value in sorted(overrides, key=lambda item: item[1] == _ONE_MICRO_BATCH):
+        *sections, last = key.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        if value == _ONE_MICRO_BATCH:
+            value = node["micro_batch"] * tree["data"]["sequence_length"]
+        node[last] = value
+        texts.append(f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}")
+    try:
+        return _Changed(make_config(tree), tuple(texts))
+    except UsageError:
+        return None
+
+
+def advise(
+    config: RunConfig, stage: StageName, spec: ModelSpec, device: str, auto_dtype: str, cap_bytes: int
+) -> Advice:
+    """What would make the stage fit into `cap_bytes`."""
+
+    def plan_with(*overrides: tuple[str, Any]) -> tuple[int, tuple[str, ...]] | None:
+        changed = _with(config, overrides)
+        if changed is None:
+            return None
+        setting = stage_setting(changed.config, stage, spec, device, auto_dtype)
+        return device_bytes(setting, stage_memory(setting)), changed.texts
+
+    setting = stage_setting(config, stage, spec, device, auto_dtype)
+    now = device_bytes(setting, stage_memory(setting))
+    alone = [(override, plan_with(override)) for override in _overrides(config, stage, setting)]
+    useful = [(override, found) for override, found in alone if found is not None and found[0] < now]
+    useful.sort(key=lambda item: item[1][0])
+    levers = tuple(Lever(texts[0], now - total) for _, (total, texts) in useful)
+    every = [override for override, _ in useful]
+    gentle = [override for override in every if override[0].endswith(_SAME_LESSON)]
+    least = now
+    for those in (gentle, every):
+        for count in range(1, len(those) + 1):
+            tried = [found for group in combinations(those, count) if (found := plan_with(*group)) is not None]
+            if not tried:
+                continue
+            total, texts = min(tried)
+            least = min(least, total)
+            if total <= cap_bytes:
+                return Advice(levers, texts, total)
+    return Advice(levers, (), least)

@@ -1,0 +1,166 @@
+"""What a stage should take besides memory on its device: seconds, disk, host memory; and what it took against that.
+
+Seconds are operations over a rate. A card's published peak times `PEAK_SHARE`, or a matmul rate measured on this
+machine times `MATMUL_SHARE`: both shares are assumptions, not measurements of this engine, and the time of the
+optimizer, evaluation, reading and snapshots is not in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from elo_engine.measure.cards import Card
+from elo_engine.measure.flops import arm_flops
+from elo_engine.measure.machine import resident_bytes
+from elo_engine.measure.planner import MemoryPlan, predict_memory
+from elo_engine.measure.setting import SHALLOW, Setting
+
+# Training 7 to 8 billion parameters is published at some 0.27 of the peak on an H100 (MegaTrain, 272 TFLOP/s) and at
+# about half of it on an RTX 4090 (torchtune, 1650 tokens/s): 0.4 lies between. Matmuls alone reach 0.8 of the peak
+# (H200, 790 of 989 TFLOP/s), so half of a measured matmul rate is the same assumption.
+PEAK_SHARE, MATMUL_SHARE = 0.4, 0.5
+
+READING_BYTES = 64 << 20  # the ring that checkpoints are read through, and a slot for each of its threads
+# What a training process on a CPU holds besides its tensors: code that torch loads with the first optimizer step, and
+# gaps that freed blocks leave in the heap. Resident memory was 102, 155, 192 and 342 MiB above the predicted tensors in
+# four stages of a model with D 512 and 8 layers (fp32, one thread, glibc), whose activations and loss workspace were
+# some 90, 167, 289 and 700 MiB; these two numbers lie above all four.
+LIBRARIES_BYTES, GAPS_SHARE = 128 << 20, 0.35
+
+GROUP = 256  # moments of 8 bits that share an fp32 scale
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Operations per second that a plan counts on: a measured or published rate, and the share of it assumed."""
+
+    flop_per_s: float
+    share: float
+    what: str
+    only_bf16: bool = False
+
+    def seconds(self, flops: float) -> float:
+        """Of so many operations."""
+        return flops / (self.flop_per_s * self.share)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `plan.json`."""
+        return {"flop_per_s": self.flop_per_s, "assumed_share": self.share, "what": self.what}
+
+
+def card_rate(card: Card) -> Rate:
+    """Of a card's published dense bf16 peak."""
+    return Rate(
+        card.flop_per_s,
+        PEAK_SHARE,
+        f"{card.name}'s published bf16 peak of {card.flop_per_s / 1e12:.4g} TFLOP/s",
+        only_bf16=True,
+    )
+
+
+def measured_rate(device: torch.device, dtype: torch.dtype) -> Rate:
+    """Of large matmuls on this machine, now; takes a second or two."""
+    from elo_engine.measure.roofline import measure_ceilings
+
+    rate = measure_ceilings(device, dtype, rounds=3).matmul_flop_per_s
+    kind = str(dtype).removeprefix("torch.")
+    return Rate(rate, MATMUL_SHARE, f"large {kind} matmuls measured here at {rate / 1e9:,.0f} GFLOP/s")
+
+
+def stage_memory(setting: Setting) -> MemoryPlan:
+    """`predict_memory` of a step of at most three micro-batches, which take as much as any more: the first makes the
+    gradients, the second widens them, and all others add to those.
+    """
+    return predict_memory(setting)
+
+
+def trainable_parameters(setting: Setting) -> int:
+    """What an arm of this engine trains: the detached layers, or everything."""
+    spec = setting.spec
+    return len(setting.layers) * spec.layer_parameters if setting.arm in SHALLOW else spec.parameters
+
+
+def snapshot_bytes(setting: Setting) -> int:
+    """Weights and moments that a snapshot of a stage holds: fp32 masters and moments, or the weights as they are, two
+    codes and two scales for 256 of each.
+    """
+    each = 12.0 if setting.state == "fp32" else setting.width + 2 + 2 * 4 / GROUP
+    return int(trainable_parameters(setting) * each)
+
+
+def stage_seconds(setting: Setting, steps: int, rate: Rate) -> float:
+    """Of all steps of a stage, forward and backward alone."""
+    return rate.seconds(arm_flops(setting).executed.total * setting.tokens_per_step * steps)
+
+
+def snapshot_host_bytes(setting: Setting) -> int:
+    """Host memory that saving a snapshot takes beside the training state.
+
+    From a GPU all of it is copied. On a CPU tensors are written from where they are, but those stacked in one tensor
+    (query, key and value; gate and up) are cloned, all but the first of each, file by file: the moments' file has two
+    of each in fp32, and whole codes with 8-bit state.
+    """
+    if setting.device == "cuda":
+        return snapshot_bytes(setting)
+    spec = setting.spec
+    layers = len(setting.layers) if setting.arm in SHALLOW else spec.layers
+    cloned = layers * (2 * spec.D * spec.K * spec.E + spec.D * spec.F)
+    return cloned * (8 if setting.state == "fp32" else setting.width)
+
+
+def host_bytes(setting: Setting, memory: MemoryPlan) -> int:
+    """Host memory of a stage at its highest moment, on top of a process that has torch loaded.
+
+    On a CPU that is the step itself, or a snapshot taken after it: weights, gradients and optimizer state are there
+    then, activations are not.
+    """
+    if setting.device == "cuda":
+        return READING_BYTES + snapshot_host_bytes(setting)
+    parts = memory.components
+    gradients = 4 * trainable_parameters(setting)  # in bf16 with one micro-batch half of that
+    state = parts["weights"] + parts["optimizer"] + gradients
+    gaps = int(GAPS_SHARE * (parts["activations"] + parts["loss workspace"]))
+    return READING_BYTES + LIBRARIES_BYTES + max(memory.peak_bytes + gaps, state + snapshot_host_bytes(setting))
+
+
+def device_bytes(setting: Setting, memory: MemoryPlan) -> int:
+    """What must be free on the device for a stage: on a GPU its tensors, on a CPU all that the process will hold."""
+    return memory.peak_bytes if setting.device == "cuda" else host_bytes(setting, memory)
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """What was predicted for a stage, and what the process held before it loaded the model."""
+
+    predicted: MemoryPlan
+    before_bytes: int
+    device: str
+
+    @classmethod
+    def now(cls, predicted: MemoryPlan, device: torch.device) -> StageMemory:
+        """Before the model is loaded."""
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+        return cls(predicted, held, device.type)
+
+    def against(self, peak_bytes: int) -> dict[str, Any]:
+        """The prediction by component, the peak of the stage above what was held before, and their ratio."""
+        measured = max(0, peak_bytes - self.before_bytes)
+        compared = (
+            "peak allocated GPU memory, less what was allocated before the model was loaded"
+            if self.device == "cuda"
+            else "peak resident memory, less that of the process before the model was loaded; the prediction counts "
+            "tensors alone, so what libraries load and snapshots clone is on the measured side only"
+        )
+        predicted = self.predicted.peak_bytes
+        return {
+            "predicted_bytes": predicted,
+            "predicted_components": self.predicted.components,
+            "predicted_moment": self.predicted.moment,
+            "before_bytes": self.before_bytes,
+            "measured_bytes": measured,
+            "measured_over_predicted": measured / predicted,
+            "compared": compared,
+        }

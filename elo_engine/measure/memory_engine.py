@@ -1,0 +1,309 @@
+"""What one optimizer step of this engine allocates and frees, in the order of `train/loop.py`, for every path of
+`model/ops`: the CPU's (`cpu_*.py` with the C++ extension) and the GPU's (Triton, flash attention).
+
+Suffixes as in the shape legend; all sizes here are bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elo_engine.measure import memory_engine_head as head
+from elo_engine.measure.ledger import Held, Ledger
+from elo_engine.measure.memory_attention import flash_backward_bytes
+from elo_engine.measure.memory_gradients import GRAD, Gradients
+from elo_engine.measure.memory_shapes import coded_bytes, projections
+from elo_engine.measure.setting import SHALLOW, Setting
+
+ACT = "activations"
+_RNG_BYTES = 5056  # a CPU generator's state, which `checkpoint` keeps for every layer
+_ADAMW_TILE, _TILES_PER_SUM = 2048, 8  # kernels/adamw_plan.py: a map entry (two int32) a tile, an fp32 sum for eight
+
+
+@dataclass
+class SavedLayer:
+    """What a layer's forward pass leaves for its backward pass; without `rest` the layer is run again."""
+
+    hidden: Held  # what entered
+    rest: dict[str, Held] | None
+    rng: Held | None = None
+
+
+class EngineStep:
+    """One step, as entries of a ledger."""
+
+    def __init__(self, setting: Setting, ledger: Ledger) -> None:
+        spec = setting.spec
+        self.setting, self.spec, self.ledger = setting, spec, ledger
+        self.cuda, self.w, N = setting.device == "cuda", setting.width, setting.N
+        self.shallow = setting.arm in SHALLOW
+        self.indices = setting.layers if self.shallow else tuple(range(spec.layers))
+        self.N, self.ND, self.NF = N, N * spec.D * self.w, N * spec.F * self.w
+        self.NHE, self.NKE = N * spec.H * spec.E * self.w, N * spec.K * spec.E * self.w
+        self.NC = self.NHE + 2 * self.NKE
+        self.wide_ND = 4 * N * spec.D  # in fp32
+        self.rope_NR = 4 * N * (spec.E // 2)
+        self.parts = projections(spec)
+        self.gradients = Gradients(ledger, widens=self.w == 2, copies=not self.cuda)
+
+    # -- what is there before the step
+
+    def leaves(self) -> list[int]:
+        """Elements of every tensor that learns, packed as in memory."""
+        p, D = self.parts, self.spec.D
+        layer = [D, p["q"].size + p["k"].size + p["v"].size, p["o"].size, D, 2 * p["gate"].size, p["down"].size]
+        biases = [p["q"].biases + 2 * p["k"].biases, p["o"].biases, 2 * p["gate"].biases, p["down"].biases]
+        layer += [size for size in biases if size]
+        outer = [] if self.shallow else [self.spec.V * D, D] + ([] if self.spec.tied else [self.spec.V * D])
+        return layer * len(self.indices) + outer
+
+    def standing(self) -> None:
+        """Weights, masters and moments."""
+        spec, ledger, leaves = self.spec, self.ledger, self.leaves()
+        outer = spec.V * spec.D * (1 if spec.tied else 2) + spec.D
+        ledger.add("weights", self.w * (outer + len(self.indices) * spec.layer_parameters))
+        if self.setting.state == "8bit":
+            ledger.add("optimizer", sum(coded_bytes(size) for size in leaves))
+        else:  # fp32 moments, and fp32 masters of bf16 weights
+            ledger.add("optimizer", sum(leaves) * (8 if self.w == 4 else 12))
+        if self.cuda:
+            tiles = sum(-(-size // _ADAMW_TILE) for size in leaves)
+            ledger.add("optimizer", 8 * tiles + 4 * -(-tiles // _TILES_PER_SUM))
+        ledger.add(ACT, 2 * 4 * self.setting.sequence_length * (spec.E // 2))  # rotary tables
+
+    def gradient(self, layer: int, name: str, size: int) -> None:
+        """The gradient of a leaf of `size` elements, in the weights' type."""
+        self.gradients.arrive(f"{layer} {name}", self.w * size)
+
+    # -- the norm
+
+    def norm(self) -> tuple[Held, Held]:
+        """-> normed [N, D], one fp32 number a row."""
+        ledger = self.ledger
+        if self.cuda:
+            return ledger.add(ACT, self.ND), ledger.add(ACT, 4 * self.N)
+        wide = ledger.add(ACT, self.wide_ND if self.w == 2 else 0)
+        ledger.spike(ACT, self.wide_ND)  # the products under the row sums
+        rstd, normed = ledger.add(ACT, 4 * self.N), ledger.add(ACT, self.wide_ND)
+        if self.w == 2:
+            narrow = ledger.add(ACT, self.ND)
+            ledger.drop(normed)
+            normed = narrow
+        ledger.drop(wide)
+        return normed, rstd
+
+    def norm_backward(self) -> Held:
+        """-> gradient of the input; the gradient of the output is its caller's."""
+        ledger = self.ledger
+        if self.cuda:
+            return ledger.add(ACT, self.ND)
+        unit, wide = ledger.add(ACT, self.wide_ND), ledger.add(ACT, self.wide_ND if self.w == 2 else 0)
+        ledger.spike(ACT, self.wide_ND)  # products under gamma's gradient
+        d_unit = ledger.add(ACT, self.wide_ND)
+        ledger.spike(ACT, self.wide_ND)  # products under the row sums; in bf16 the residual's gradient in fp32
+        if self.w == 2:
+            narrow = ledger.add(ACT, self.ND)
+            ledger.drop(d_unit)
+            d_unit = narrow
+        ledger.drop(unit, wide)
+        return d_unit
+
+    # -- a layer
+
+    def forward_layer(self, hidden: Held, *, again: bool = False) -> tuple[dict[str, Held], Held | None]:
+        """-> what is saved, and the output; `again`: the recomputation, which stops before the last add."""
+        ledger, kept = self.ledger, dict[str, Held]()
+        normed, kept["rstd1"] = self.norm()
+        kept["qkv"] = ledger.add(ACT, self.NC)
+        ledger.drop(normed)
+        self.turn()
+        kept["mixed"], kept["lse"] = ledger.add(ACT, self.NHE), ledger.add(ACT, 4 * self.spec.H * self.N)
+        update = ledger.add(ACT, self.ND)
+        kept["sum"] = ledger.add(ACT, self.ND)
+        normed, kept["rstd2"] = self.norm()
+        kept["gate_up"] = ledger.add(ACT, 2 * self.NF)
+        ledger.drop(normed)
+        product = ledger.add(ACT, self.NF)
+        down = ledger.add(ACT, self.ND)
+        ledger.drop(product)
+        out = None if again else ledger.add(ACT, self.ND)
+        ledger.drop(down, update)
+        return kept, out
+
+    def turn(self) -> None:
+        """Rotary in place; on the CPU half of the turned heads once more, and the tables in the heads' type."""
+        if self.cuda:
+            return
+        with self.ledger.during(ACT, 2 * self.rope_NR // 2 if self.w == 2 else 0):
+            self.ledger.spike(ACT, (self.NHE + self.NKE) // 2)
+
+    def backward_layer(self, index: int, saved: SavedLayer, d_out: Held, *, below: bool) -> Held | None:
+        """-> gradient of what entered; None where nothing below learns."""
+        ledger, p = self.ledger, self.parts
+        kept = saved.rest
+        if kept is None:
+            ledger.moment = f"recomputation of layer {index}"
+            kept, _ = self.forward_layer(saved.hidden, again=True)
+        ledger.moment = f"backward of layer {index}"
+        if saved.rng is not None:
+            ledger.drop(saved.rng)
+        # down projection and SwiGLU
+        d_product, d_packed = ledger.add(ACT, self.NF), ledger.add(ACT, 2 * self.NF)
+        active = ledger.add(ACT, 0 if self.cuda else self.NF)  # the kernel writes it over d_product
+        if not self.cuda:
+            ledger.spike(ACT, self.NF)
+        self.gradient(index, "down", p["down"].size + p["down"].biases)
+        ledger.drop(d_product, active, kept.pop("gate_up"))
+        self.gradients.settle()
+        # the second norm with gate and up
+        residual = self.norm_linear_backward(index, "gate_up", 2 * (p["gate"].size + p["gate"].biases))
+        ledger.drop(d_packed, d_out, kept.pop("sum"), kept.pop("rstd2"))
+        self.gradients.settle()
+        # output projection and attention
+        d_mixed = ledger.add(ACT, self.NHE)
+        self.gradient(index, "output", p["o"].size + p["o"].biases)
+        self.gradients.settle()
+        if not below:
+            ledger.drop(residual)
+        d_qkv = self.attention_backward(kept, d_mixed)
+        with ledger.during(ACT, 0 if self.cuda else self.rope_NR):  # the negated sine
+            self.turn()
+        # the first norm with the packed projection
+        packed = sum(p[name].size + p[name].biases for name in "qkv")
+        d_hidden = self.norm_linear_backward(index, "qkv", packed) if below else self.below_nothing(index, packed)
+        ledger.drop(d_qkv, saved.hidden, kept.pop("rstd1"), d_hidden)  # added into the residual's gradient
+        self.gradients.settle()
+        assert not kept
+        return residual if below else None
+
+    def norm_linear_backward(self, index: int, name: str, size: int) -> Held:
+        """Backward of norm and projection as one node, `size` elements: -> gradient of the hidden state."""
+        ledger = self.ledger
+        normed, rstd = self.norm()
+        self.gradient(index, name, size)
+        ledger.drop(normed, rstd)
+        d_normed = ledger.add(ACT, self.ND)
+        d_hidden = self.norm_backward()
+        self.gradient(index, f"norm of {name}", self.spec.D)
+        ledger.drop(d_normed)
+        return d_hidden
+
+    def below_nothing(self, index: int, size: int) -> Held:
+        """The same where nothing below learns: M = d_out^T x_hat, from which both gradients come."""
+        ledger = self.ledger
+        unit, rstd = self.norm()
+        wide = 4 if self.cuda else self.w
+        scaled = ledger.add(GRAD, wide * size)
+        ledger.drop(unit, rstd)
+        # gamma's gradient: weight and M in fp32 where they are not, and their products
+        copies = 4 * size * ((self.w == 2) + (wide == 2))
+        with ledger.during(ACT, copies):
+            ledger.spike(ACT, 4 * size)
+        if wide == self.w:
+            ledger.drop(scaled)
+            self.gradient(index, "qkv", size)
+        else:
+            self.gradient(index, "qkv", size)
+            ledger.drop(scaled)
+        self.gradient(index, "norm of qkv", self.spec.D)
+        return ledger.add(ACT, 0)
+
+    def attention_backward(self, kept: dict[str, Held], d_mixed: Held) -> Held:
+        """-> gradient of the packed projection."""
+        ledger, spec = self.ledger, self.spec
+        parts = [ledger.add(ACT, self.NHE), ledger.add(ACT, self.NKE), ledger.add(ACT, self.NKE)]
+        ledger.spike(ACT, flash_backward_bytes(self.setting) if self.cuda else 4 * spec.H * self.N)  # CPU: row sums
+        ledger.drop(d_mixed, *(kept.pop(name) for name in ("qkv", "mixed", "lse")))
+        d_qkv = ledger.add(ACT, self.NC)
+        ledger.drop(*parts)
+        return d_qkv
+
+    # -- a micro-batch and the step
+
+    def micro_batch(self) -> None:
+        """Forward and backward."""
+        ledger = self.ledger
+        batch = ledger.add(ACT, 3 * 8 * self.N)  # ids, labels, positions
+        # tables by token: those of the micro-batch before live in its graph until the loss is replaced
+        rope = [ledger.add(ACT, 0 if self.cuda else 2 * self.rope_NR) for _ in range(2)]
+        hidden = ledger.add(ACT, self.ND)
+        saved: list[SavedLayer] = []
+        for index in self.indices:
+            ledger.moment = f"forward of layer {index}"
+            kept, out = self.forward_layer(hidden)
+            assert out is not None
+            if self.setting.recompute:
+                ledger.drop(*kept.values())
+                saved.append(SavedLayer(hidden, None, ledger.add(ACT, 0 if self.cuda else _RNG_BYTES)))
+            else:
+                saved.append(SavedLayer(hidden, kept))
+            hidden = out
+        ledger.moment = "final norm"
+        normed, rstd = self.norm()
+        ledger.moment = "loss"
+        d_hidden, d_head = head.forward(self.setting, ledger, learns=not self.shallow)
+        ledger.drop(normed, rope[0])
+        ledger.moment = "backward of the loss"
+        d_normed = ledger.add(ACT, self.ND)  # scaled by one over the tokens of the step
+        if not self.cuda and self.w == 2:  # torch multiplies two types on the CPU by way of fp32 copies
+            ledger.spike(ACT, 2 * self.wide_ND)
+        tied = None
+        if d_head is not None:
+            tied = self.head_gradient(d_head)
+        ledger.drop(d_hidden)
+        ledger.moment = "backward of the final norm"
+        d_out: Held | None = self.norm_backward()
+        if not self.shallow:
+            self.gradient(-1, "norm", self.spec.D)
+        ledger.drop(d_normed, hidden, rstd)
+        self.gradients.settle()
+        for at in reversed(range(len(saved))):
+            assert d_out is not None
+            d_out = self.backward_layer(self.indices[at], saved[at], d_out, below=at > 0 or not self.shallow)
+        if d_out is not None:
+            self.embedding_gradient(d_out, tied)
+        ledger.drop(batch, rope[1])
+
+    def head_gradient(self, d_head: Held) -> Held | None:
+        """The fp32 sum becomes a gradient in the weights' type; a tied one waits for the embedding's."""
+        ledger, size = self.ledger, self.spec.V * self.spec.D
+        waits = None
+        if self.w == 4:
+            ledger.drop(d_head)
+        if self.spec.tied:
+            waits = ledger.add(GRAD, self.w * size)
+        else:
+            self.gradient(-1, "head", size)
+        if self.w == 2:
+            ledger.drop(d_head)
+        self.gradients.settle()
+        return waits
+
+    def embedding_gradient(self, d_out: Held, tied: Held | None) -> None:
+        """Dense, of the whole vocabulary."""
+        ledger, size = self.ledger, self.spec.V * self.spec.D
+        ledger.moment = "backward of the embedding"
+        if tied is not None:
+            ledger.spike(GRAD, self.w * size)
+            ledger.drop(tied)
+        self.gradient(-1, "embedding", size)
+        ledger.drop(d_out)
+        self.gradients.settle()
+
+    def update(self) -> None:
+        """AdamW writes in place. On the CPU torch's takes fp32 copies of bf16 gradients, and the norm before the 8-bit
+        one makes such copies one by one.
+        """
+        ledger, setting = self.ledger, self.setting
+        ledger.moment = "optimizer step"
+        if not self.cuda and self.w == 2 and setting.micro_batches == 1:
+            ledger.spike(GRAD, 4 * (sum if setting.state == "fp32" else max)(self.leaves()))
+
+
+def run_step(setting: Setting, ledger: Ledger) -> None:
+    """Enter one steady optimizer step of arm (c), (f) or (g)."""
+    step = EngineStep(setting, ledger)
+    step.standing()
+    for _ in range(setting.micro_batches):
+        step.micro_batch()
+    step.update()

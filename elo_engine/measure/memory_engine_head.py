@@ -1,0 +1,79 @@
+"""What the head's loss and its gradients allocate, all of them made in the forward pass: `cpu_head.py` on the CPU,
+`kernels/linear_cross_entropy.py` on a GPU. Sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from elo_engine.measure.environment import has_bf16
+from elo_engine.measure.ledger import Held, Ledger
+from elo_engine.measure.setting import Setting
+
+LOSS = "loss workspace"
+# cpu_head.HeadTiles
+_ROWS, _COLS, _MOST_COLS, _CHUNK_BYTES = 2048, 512, 4096, 128 << 20
+_SWEEP_WIDTH = 32  # cpu_native.fits_frozen_head: widths of whole register tiles
+# kernels.linear_cross_entropy.LinearCrossEntropyLaunch
+_GPU_CHUNK_BYTES, _ROW_STEP, _MOST_ROWS, _ALIGN = 1 << 30, 256, 8192, 16
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def gpu_chunk(N: int, V: int, width: int) -> int:
+    """Rows of logits that are alive at a time, as `LinearCrossEntropyLaunch.chunk` has them."""
+    fitting = _GPU_CHUNK_BYTES // (_round_up(V, _ALIGN) * width) // _ROW_STEP * _ROW_STEP
+    most = max(_ROW_STEP, min(_MOST_ROWS, fitting))
+    chunks = max(1, -(-N // most))
+    return min(N, most, _round_up(-(-N // chunks), _ROW_STEP))
+
+
+def forward(setting: Setting, ledger: Ledger, *, learns: bool) -> tuple[Held, Held | None]:
+    """-> gradients of the hidden states and, where it learns, of the head in fp32, which live until the backward."""
+    spec, N, w = setting.spec, setting.N, setting.width
+    d_head = ledger.add(LOSS, 4 * spec.V * spec.D) if learns else None
+    losses, d_hidden = ledger.add(LOSS, 4 * N), ledger.add(LOSS, N * spec.D * w)
+    if setting.device == "cuda":
+        ledger.spike(LOSS, gpu_chunk(N, spec.V, w) * _round_up(spec.V, _ALIGN) * w)
+    else:
+        _cpu_rows(setting, ledger, learns=learns)
+    ledger.drop(losses)
+    return d_hidden, d_head
+
+
+def _cpu_rows(setting: Setting, ledger: Ledger, *, learns: bool) -> None:
+    """Chunks of rows; of two chunks that follow each other, one is dropped when the next one has been set up."""
+    spec, N, w = setting.spec, setting.N, setting.width
+    most = max(1, min(_ROWS, _CHUNK_BYTES // (4 * spec.V))) if learns else _ROWS
+    chunks = -(-N // most)
+    rows = -(-N // chunks)
+    wide_RD = 4 * rows * spec.D
+    tiles = -(-spec.V // _COLS)
+    checks = ledger.add(LOSS, 8 * N)  # the rows that have a label
+    # A frozen head in fp32 is one C++ sweep, in bf16 or of a ragged width torch's products on tiles of the vocabulary.
+    cols = _COLS if learns else min(_MOST_COLS, max(_COLS, _ROWS * _COLS // rows))
+    wide = min(cols, spec.V)
+    tile = 0
+    if w == 2:  # the processor's bf16 products take a copy of the tile; fp32 products copies of the head's rows, two
+        units = has_bf16(torch.device("cpu"))  # tiles of them, because one lives until the next is made
+        tile = 2 * rows * (wide + spec.D) if units else 4 * spec.D * min(2 * cols, spec.V)
+    buffer = ledger.add(LOSS, 4 * rows * spec.V if learns else 0)
+    before: list[Held] = []
+    for _ in range(min(chunks, 2)):
+        now = [ledger.add(LOSS, wide_RD)]  # the targets' rows of the head
+        if w == 2:
+            now.append(ledger.add(LOSS, wide_RD))
+        ledger.spike(LOSS, wide_RD)
+        now.append(ledger.add(LOSS, wide_RD + 8 * rows))  # the sum, and maximum and sum of every row
+        ledger.drop(*before)
+        before = now
+        if learns:
+            before.append(ledger.add(LOSS, 2 * 4 * tiles * rows))
+            ledger.spike(LOSS, 4 * tiles * rows)
+        elif w == 2 or spec.D % _SWEEP_WIDTH:
+            before.append(ledger.add(LOSS, 4 * rows * cols))
+        ledger.spike(LOSS, tile)
+        before.append(ledger.add(LOSS, 3 * 4 * rows))
+    ledger.drop(checks, buffer, *before)

@@ -1,0 +1,48 @@
+"""Sizes that the ledgers of both kinds of arms share, in elements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elo_engine.model.spec import ModelSpec
+
+SCALE_GROUP = 256  # parameters that share an 8-bit state's scale, in this engine and in bitsandbytes
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight of a layer, with the bias beside it: `out` rows of `into` columns."""
+
+    out: int
+    into: int
+    bias: bool = False
+
+    @property
+    def size(self) -> int:
+        """Elements of the weight."""
+        return self.out * self.into
+
+    @property
+    def biases(self) -> int:
+        """Elements of the bias."""
+        return self.out if self.bias else 0
+
+
+def projections(spec: ModelSpec) -> dict[str, Matrix]:
+    """The seven projections of a decoder layer under transformers' names."""
+    D, F, q, kv = spec.D, spec.F, spec.H * spec.E, spec.K * spec.E
+    attention, mlp = spec.attention_bias, spec.mlp_bias
+    return {
+        "q": Matrix(q, D, attention),
+        "k": Matrix(kv, D, attention),
+        "v": Matrix(kv, D, attention),
+        "o": Matrix(D, q, attention),
+        "gate": Matrix(F, D, mlp),
+        "up": Matrix(F, D, mlp),
+        "down": Matrix(D, F, mlp),
+    }
+
+
+def coded_bytes(size: int) -> int:
+    """Two moments of 8 bits with their fp32 scales, of a tensor of `size` elements."""
+    return 2 * size + 2 * 4 * -(-size // SCALE_GROUP)

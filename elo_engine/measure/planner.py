@@ -1,0 +1,73 @@
+"""Peak memory of one optimizer step, predicted from shapes alone, by component.
+
+The step is gone through as the code goes through it, op by op, with a ledger of what each allocates and frees:
+`memory_engine` for this engine's arms, `memory_transformers` for the others. `tests/test_planner.py` holds the result
+against every byte that torch's CPU allocator hands out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from elo_engine.measure.ledger import COMPONENTS, Ledger
+from elo_engine.measure.setting import ENGINE, Setting
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is live at the highest moment of a step.
+
+    Attributes:
+        components: bytes of "weights", "gradients", "optimizer", "activations", "loss workspace" and "slack".
+        moment: when that is, such as "backward of layer 3" or "optimizer step".
+    """
+
+    components: dict[str, int]
+    moment: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """Sum of the components."""
+        return sum(self.components.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written into `plan.json` and the records."""
+        return asdict(self) | {"peak_bytes": self.peak_bytes}
+
+
+def predict_memory(setting: Setting) -> MemoryPlan:
+    """Peak of one steady step (moments and masters there, no gradient yet when it begins)."""
+    from elo_engine.measure import memory_engine, memory_transformers
+    from elo_engine.measure.memory_slack import slack_bytes
+
+    # a third micro-batch finds what the second found
+    setting = replace(setting, micro_batches=min(3, setting.micro_batches))
+    ledger = Ledger()
+    (memory_engine if setting.arm in ENGINE else memory_transformers).run_step(setting, ledger)
+    components = {name: ledger.at_peak[name] for name in COMPONENTS}
+    components["slack"] += slack_bytes(setting, ledger)
+    return MemoryPlan(components, ledger.peak_moment)
+
+
+def fits(setting: Setting, cap_bytes: int) -> bool:
+    """Whether the predicted peak is within `cap_bytes`."""
+    return predict_memory(setting).peak_bytes <= cap_bytes
+
+
+def largest_micro_batch(setting: Setting, cap_bytes: int) -> int:
+    """The most rows at once that fit; 0 where not even one does. `setting.micro_batch` is not looked at."""
+
+    def fit(rows: int) -> bool:
+        return fits(replace(setting, micro_batch=rows), cap_bytes)
+
+    if not fit(1):
+        return 0
+    most = 1
+    while fit(2 * most):  # ends: a row's activations are never free
+        most *= 2
+    low, high = most, 2 * most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return low

@@ -1,0 +1,297 @@
+"""`elo plan`: what a run will take, before it takes it, and a refusal with ways out where it cannot fit.
+
+Everything is counted from the model's shapes: peak memory by component (`measure.planner`), operations
+(`measure.flops`), seconds, disk and host memory (`measure.expected`). `plan.json` of a run, `--dry-run` and `elo plan`
+are the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from elo_engine.checkpoint import CheckpointIndex, open_checkpoint, resolve_model
+from elo_engine.checkpoint.syscalls import free_bytes
+from elo_engine.config import RunConfig, load_config
+from elo_engine.detach import Source
+from elo_engine.errors import RefusedError, UsageError
+from elo_engine.levers import StageName, advise, stage_setting
+from elo_engine.measure import expected
+from elo_engine.measure.cards import CONTEXT_BYTES, Card, card_of_device, find_card, parse_memory
+from elo_engine.measure.environment import choose_device, choose_dtype
+from elo_engine.measure.flops import arm_flops, ideal_speedup, ideal_speedups
+from elo_engine.measure.machine import Room, device_room, give_back_freed_memory, host_room, resident_bytes
+from elo_engine.measure.meter import human_bytes
+from elo_engine.measure.setting import Setting
+from elo_engine.model.presets import preset_spec
+from elo_engine.model.spec import ModelSpec, read_spec
+from elo_engine.run_dir import pinned
+
+STAGES: tuple[StageName, ...] = get_args(StageName)
+_ELSEWHERE = "run it on a larger machine: the run folder can be moved"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model of a plan: its shapes, the bytes of its checkpoint, and how many of them a hub still has."""
+
+    spec: ModelSpec
+    checkpoint_bytes: int
+    fetch_bytes: int = 0
+
+    @classmethod
+    def of(cls, index: CheckpointIndex, spec: ModelSpec) -> Subject:
+        """A checkpoint whose headers are read."""
+        size = sum(shard.size for shard in index.shards.values())
+        return cls(spec, size, 0 if index.remote is None else max(0, size - index.remote.present_bytes))
+
+    @classmethod
+    def preset(cls, name: str) -> Subject:
+        """Published shapes without a checkpoint; published weights are bf16."""
+        spec = preset_spec(name)
+        return cls(spec, 2 * spec.parameters)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan is for; None: not known, so nothing is refused for it.
+
+    Attributes:
+        device: cuda or cpu. dtype: what `dtype: auto` means there.
+        room: memory of the device. host: memory of the host. disk: where the output will be.
+        rate: operations per second to count on.
+    """
+
+    device: str
+    dtype: str
+    room: Room | None = None
+    host: Room | None = None
+    disk: Room | None = None
+    rate: expected.Rate | None = None
+
+    @classmethod
+    def here(cls, device: torch.device, output: str) -> Target:
+        """This machine as it is now."""
+        dtype, _ = choose_dtype("auto", device)
+        card = None
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            card = card_of_device(properties.name, properties.total_memory)
+        return cls(
+            device.type,
+            "bf16" if dtype == torch.bfloat16 else "fp32",
+            device_room(device),
+            host_room(),
+            Room(free_bytes(Path(output)) + _stored(Path(output)), f"free at {output}, with what is stored there"),
+            None if card is None else expected.card_rate(card),
+        )
+
+    @classmethod
+    def card(cls, card: Card) -> Target:
+        """A card by name, in a machine of which nothing else is known."""
+        return cls("cuda", "bf16", _on_card(card.memory_bytes, card.name), rate=expected.card_rate(card))
+
+
+def _stored(folder: Path) -> int:
+    """Bytes of the files below a folder: what a run has made already is not needed a second time."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def _on_card(memory_bytes: int, what: str) -> Room:
+    return Room(max(0, memory_bytes - CONTEXT_BYTES), f"on {what}, less {human_bytes(CONTEXT_BYTES)} for CUDA itself")
+
+
+def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, Any]:
+    """The plan as JSON; `refusals` names what cannot fit and what to do, one entry each, and is empty where all can."""
+    spec = subject.spec
+    settings = {stage: stage_setting(config, stage, spec, target.device, target.dtype) for stage in STAGES}
+    pretrain, align = settings["pretrain"], settings["align"]
+    if target.rate is not None and target.rate.only_bf16 and pretrain.dtype != "bf16":
+        target = replace(target, rate=None)
+    stages = {stage: _stage(config, stage, settings[stage], target) for stage in STAGES}
+    share = config.pretrain.tokens / (config.pretrain.tokens + config.align.tokens)
+    plan: dict[str, Any] = {
+        "model": {"family": spec.family, "layers": spec.layers, "parameters": spec.parameters, "tied": spec.tied},
+        "device": target.device,
+        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[pretrain.dtype],
+        "detached_layers": list(pretrain.layers),
+        "pretrain": stages["pretrain"],
+        "align": stages["align"],
+        "disk": _disk(config, subject, settings),
+        "room": {
+            name: None if room is None else asdict(room)
+            for name, room in (("device", target.room), ("host", target.host), ("disk", target.disk))
+        },
+        "rate": None if target.rate is None else target.rate.to_json(),
+        "flops_ratio": arm_flops(pretrain).model.total / arm_flops(align).model.total,
+        "ideal_pipeline_speedup": ideal_speedup(spec, len(pretrain.layers), pretrain.sequence_length, share),
+        "ideal_executed_speedup": asdict(ideal_speedups(pretrain, align, share)),
+        "warnings": _warnings(config, spec),
+    }
+    plan["refusals"] = _refusals(config, plan, target)
+    return plan
+
+
+def _stage(config: RunConfig, stage: StageName, setting: Setting, target: Target) -> dict[str, Any]:
+    memory, flops, steps = expected.stage_memory(setting), arm_flops(setting), config.steps(stage)
+    need = expected.device_bytes(setting, memory)
+    made: dict[str, Any] = {
+        "steps": steps,
+        "tokens": getattr(config, stage).tokens,
+        "trainable_parameters": expected.trainable_parameters(setting),
+        "flops_per_token": flops.model.total,
+        "flops_per_token_executed": flops.executed.total,
+        "memory": memory.to_json(),
+        "device_bytes": need,
+        "fits": None if target.room is None else need <= target.room.bytes,
+        "advice": None,
+        "host_bytes": expected.host_bytes(setting, memory),
+        "snapshot_bytes": expected.snapshot_bytes(setting),
+        "seconds": None if target.rate is None else expected.stage_seconds(setting, steps, target.rate),
+    }
+    if made["fits"] is False:
+        assert target.room is not None
+        advice = advise(config, stage, setting.spec, target.device, target.dtype, target.room.bytes)
+        made["advice"] = {**advice.to_json(), "text": advice.describe()}
+    return made
+
+
+def _disk(config: RunConfig, subject: Subject, settings: dict[StageName, Setting]) -> dict[str, int]:
+    """Bytes below the output folder, and in the hub's cache; nothing of a stage is removed when the next begins.
+    Reattached and aligned models count in full, although a filesystem that shares extents takes less. While a snapshot
+    is published, those to keep are still there.
+    """
+    once = {stage: expected.snapshot_bytes(setting) for stage, setting in settings.items()}
+    saves = {stage: 1 + (config.steps(stage) - 1) // config.snapshot.every for stage in STAGES}
+    kept = {stage: min(config.snapshot.keep, saves[stage]) * once[stage] for stage in STAGES}
+    beside = {stage: once[stage] if saves[stage] > config.snapshot.keep else 0 for stage in STAGES}
+    copy = subject.checkpoint_bytes
+    last = kept["pretrain"] + copy + kept["align"] + max(beside["align"], copy)
+    return {
+        "fetched_model": subject.fetch_bytes,
+        "pretrain_snapshots": kept["pretrain"],
+        "reattached": copy,
+        "align_snapshots": kept["align"],
+        "model": copy,
+        "total_bytes": subject.fetch_bytes + max(kept["pretrain"] + beside["pretrain"], last),
+    }
+
+
+def _warnings(config: RunConfig, spec: ModelSpec) -> list[str]:
+    found, T = [], config.data.sequence_length
+    if 0 < spec.max_positions < T:
+        found.append(
+            f"data.sequence_length {T} is more than the {spec.max_positions} positions this model was trained for"
+        )
+    if config.kernels == "reference":
+        found.append("kernels: reference keeps more activations than the memory predicted here, which is for auto")
+    return found
+
+
+def _refusals(config: RunConfig, plan: dict[str, Any], target: Target) -> list[str]:
+    found = [text for stage in STAGES if (text := stage_refusal(plan, stage))]
+    need = plan["disk"]["total_bytes"]
+    if target.disk is not None and need > target.disk.bytes:
+        spared = (config.snapshot.keep - 1) * sum(plan[stage]["snapshot_bytes"] for stage in STAGES)
+        levers = f"snapshot.keep=1 saves up to {human_bytes(spared)}; " if spared else ""
+        found.append(
+            f"the run takes up to {human_bytes(need)} of disk and there are {human_bytes(target.disk.bytes)} "
+            f"({target.disk.what}). {levers}or choose an output on another disk"
+        )
+    return found
+
+
+def stage_refusal(plan: dict[str, Any], stage: StageName) -> str | None:
+    """Why a stage fits neither its device nor its host, and what to do; None where it does or nothing is known."""
+    part, room, host = plan[stage], plan["room"]["device"], plan["room"]["host"]
+    if part["fits"] is False:
+        memory, need = part["memory"], part["device_bytes"]
+        rest = need - memory["peak_bytes"]
+        beside = f", and {human_bytes(rest)} besides for the process, reading and snapshots" if rest else ""
+        return (
+            f"{stage} does not fit: its tensors take {human_bytes(memory['peak_bytes'])} ({memory['moment']}){beside}; "
+            f"there are {human_bytes(room['bytes'])} ({room['what']}). {part['advice']['text']}; or {_ELSEWHERE}"
+        )
+    if host is not None and part["host_bytes"] > host["bytes"]:
+        return (
+            f"{stage} does not fit: with reading and saving snapshots it takes {human_bytes(part['host_bytes'])} of "
+            f"host memory and there are {human_bytes(host['bytes'])} ({host['what']}). {stage}.optimizer.state=8bit "
+            f"makes snapshots smaller; or {_ELSEWHERE}"
+        )
+    return None
+
+
+def plan(config: RunConfig, source: Source) -> dict[str, Any]:
+    """The plan of a run on this machine as it is now, from the headers of its model."""
+    give_back_freed_memory(source.device)
+    return make_plan(config, Subject.of(source.index, source.spec), Target.here(source.device, config.output))
+
+
+def require_memory(config: RunConfig, source: Source, stage: StageName) -> expected.StageMemory:
+    """The prediction for a stage that is about to load its model, to be held against the measurement.
+
+    Raises:
+        RefusedError: its predicted peak is more than the device has free now, with numbers and levers.
+    """
+    refusal = stage_refusal(plan(config, source), stage)
+    if refusal is not None:
+        raise RefusedError(refusal)
+    dtype = "bf16" if source.dtype == torch.bfloat16 else "fp32"
+    setting = stage_setting(config, stage, source.spec, source.device.type, dtype)
+    return expected.StageMemory.now(expected.stage_memory(setting), source.device)
+
+
+def plan_command(
+    path: Path, overrides: list[str] | None, shapes: str | None, gpu: str | None, host: str | None, measure: bool
+) -> dict[str, Any]:
+    """`elo plan`: for this machine, or for a card and a host that are named.
+
+    Raises:
+        UsageError: no such configuration, shapes, card or amount, or a rate to be measured on a card that is not here.
+        RefusedError: `auto` or `device: cuda` where there is no GPU. And what opening a model raises.
+    """
+    config = load_config(path / "config.resolved.yaml" if path.is_dir() else path, overrides)
+    if path.is_dir():
+        config = config.model_copy(update={"output": str(path)})
+    target = _target(config, gpu, host, measure)
+    if shapes is not None:
+        return make_plan(config, Subject.preset(shapes), target)
+    config = pinned(config)
+    index = open_checkpoint(resolve_model(config.model, config.revision))
+    return make_plan(config, Subject.of(index, read_spec(index.config)), target)
+
+
+def _target(config: RunConfig, gpu: str | None, host: str | None, measure: bool) -> Target:
+    if gpu in (None, "auto"):
+        wanted = "cuda" if gpu == "auto" else config.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise RefusedError(
+                f"there is no GPU here to plan for ({'--gpu auto' if gpu else 'device: cuda'}); name one, such as "
+                "--gpu rtx-4090, or its memory, such as --gpu 24GB"
+            )
+        device = choose_device(wanted)
+        target = Target.here(device, config.output)
+        if measure:
+            dtype, _ = choose_dtype(config.dtype, device)
+            target = replace(target, rate=expected.measured_rate(device, dtype))
+    elif measure:
+        raise UsageError(f"--measure times this machine, and --gpu {gpu} is another; leave one of the two out")
+    else:
+        assert gpu is not None
+        card = None if gpu[:1].isdigit() else find_card(gpu)
+        target = Target("cuda", "bf16", _on_card(parse_memory(gpu), gpu)) if card is None else Target.card(card)
+    if host is not None:
+        process = resident_bytes()
+        what = f"--host {host}, less {human_bytes(process)} for the interpreter and its libraries"
+        room = Room(max(0, parse_memory(host) - process), what)
+        target = replace(target, host=room, room=target.room if target.device == "cuda" else room)
+    return target
+
+
+def require_fit(plan: dict[str, Any]) -> None:
+    """Raises RefusedError when anything of the plan cannot fit, naming all of it."""
+    if plan["refusals"]:
+        raise RefusedError("\n".join(plan["refusals"]))

@@ -1,0 +1,103 @@
+"""A plan as a person reads it: a few lines in the log of a run, tables for `elo plan`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elo_engine import console
+from elo_engine.console import format_seconds
+from elo_engine.measure.meter import human_bytes
+
+_STAGES = ("pretrain", "align")
+
+
+def describe_plan(plan: dict[str, Any]) -> list[str]:
+    """The plan in a few lines. What does not fit is a warning here: its stage is refused when it begins, perhaps in
+    another place.
+    """
+    lines = [_model(plan)]
+    for stage in _STAGES:
+        part = plan[stage]
+        lines.append(
+            f"{stage}: {part['steps']} steps, {part['tokens']:,} tokens, "
+            f"{part['trainable_parameters'] / 1e6:.1f}M trainable, peak memory {_peak(part)}, "
+            f"{part['flops_per_token'] / 1e9:.2f} GFLOP/token"
+        )
+    lines.append(f"disk: up to {human_bytes(plan['disk']['total_bytes'])}")
+    return [*lines, *_closing(plan), *(f"warning: {text}" for text in plan["refusals"])]
+
+
+def _model(plan: dict[str, Any]) -> str:
+    model = plan["model"]
+    return (
+        f"model: {model['family']}, {model['layers']} layers, {model['parameters'] / 1e6:.1f}M parameters, "
+        f"{'tied' if model['tied'] else 'untied'} head; {plan['device']}, {plan['dtype']}, layers "
+        f"{plan['detached_layers']} detached"
+    )
+
+
+def _peak(part: dict[str, Any]) -> str:
+    return f"{human_bytes(part['memory']['peak_bytes'])} ({part['memory']['moment']})"
+
+
+def _closing(plan: dict[str, Any]) -> list[str]:
+    executed = plan["ideal_executed_speedup"]
+    speedup = (
+        f"ideal pipeline speedup from the operations alone: {plan['ideal_pipeline_speedup']:.2f}x; as executed, with "
+        f"this run's recomputation: {executed['over_plain']:.2f}x over plain full training, "
+        f"{executed['over_checkpointed']:.2f}x over checkpointed"
+    )
+    return [speedup, *(f"warning: {text}" for text in plan["warnings"])]
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    """Tables on standard output; refusals are the caller's to raise."""
+    from rich.table import Table
+
+    console.out.print(_model(plan), markup=False)
+    parts = [plan[stage] for stage in _STAGES]
+    room = plan["room"]["device"]
+    memory = Table("peak memory", *_STAGES, title="memory of the device, bytes live at the highest moment")
+    for name in parts[0]["memory"]["components"]:
+        memory.add_row(name, *(human_bytes(part["memory"]["components"][name]) for part in parts))
+    memory.add_section()
+    memory.add_row("peak", *(human_bytes(part["memory"]["peak_bytes"]) for part in parts))
+    memory.add_row("at", *(part["memory"]["moment"] for part in parts))
+    if plan["device"] == "cpu":
+        rest = (human_bytes(part["device_bytes"] - part["memory"]["peak_bytes"]) for part in parts)
+        memory.add_row("process, reading, snapshots", *rest)
+    if room is not None:
+        fits = ("fits" if part["fits"] else "too large" for part in parts)
+        memory.add_row(f"room: {human_bytes(room['bytes'])}", *fits)
+        memory.caption = room["what"]
+    console.out.print(memory)
+    work = Table("work", *_STAGES)
+    for title, cells in _work(parts):
+        work.add_row(title, *cells)
+    console.out.print(work)
+    disk = Table("disk", "bytes")
+    for name, size in plan["disk"].items():
+        disk.add_row(name.removesuffix("_bytes").replace("_", " "), human_bytes(size))
+    console.out.print(disk)
+    rate = plan["rate"]
+    said = (
+        "time: not expected, for no rate is known; name a card with --gpu, or --measure one here"
+        if rate is None
+        else f"time: forward and backward alone, at {rate['assumed_share']:g} of {rate['what']}; that share is an "
+        "assumption, not a measurement"
+    )
+    for line in (said, *_closing(plan)):
+        console.out.print(line, markup=False)
+
+
+def _work(parts: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    return [
+        ("tokens", [f"{part['tokens']:,}" for part in parts]),
+        ("steps", [f"{part['steps']:,}" for part in parts]),
+        ("trainable parameters", [f"{part['trainable_parameters'] / 1e6:.1f}M" for part in parts]),
+        ("GFLOP a token, of the method", [f"{part['flops_per_token'] / 1e9:.2f}" for part in parts]),
+        ("GFLOP a token, executed", [f"{part['flops_per_token_executed'] / 1e9:.2f}" for part in parts]),
+        ("time", ["?" if part["seconds"] is None else format_seconds(part["seconds"]) for part in parts]),
+        ("a snapshot", [human_bytes(part["snapshot_bytes"]) for part in parts]),
+        ("host memory", [human_bytes(part["host_bytes"]) for part in parts]),
+    ]

@@ -1,0 +1,112 @@
+"""`elo bench` through the command line: a comparison kept as a record, memory predicted and measured, contests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Elo = Callable[..., tuple[int, str]]
+
+
+def test_speedup_of_a_checkpoint_keeps_a_record(elo: Elo, tied: Path, tmp_path: Path) -> None:
+    """Arms in processes of their own, the engagement check, the ratios and the record, on a tiny real checkpoint."""
+    status, said = elo(
+        "bench", "speedup", "--model", str(tied), "--device", "cpu", "--sequence-length", "16", "--arms", "c,f,g",
+        "--rounds", "3", "--minutes", "2", "--records", str(tmp_path),
+    )  # fmt: skip
+    assert status == 0, said
+    (record,) = tmp_path.iterdir()
+    result = json.loads((record / "result.json").read_text())
+    assert {name: arm["status"] for name, arm in result["arms"].items()} == {
+        "engine_full": "ran", "elo_pretrain": "ran", "elo_align": "ran"
+    }  # fmt: skip
+    found = result["pipeline_speedup"]["engine_full"]
+    assert found["low"] <= found["median"] <= found["high"] and found["ideal"] > 1
+    for arm in result["arms"].values():
+        memory = arm["memory"]
+        assert memory["tensor_peak_bytes"] <= memory["predicted_bytes"]
+    assert len(json.loads((record / "raw.json").read_text())["rounds"]) == 3
+    assert "pipeline over" in said
+
+
+def test_memory_is_predicted_without_a_device(elo: Elo, tmp_path: Path) -> None:
+    status, said = elo(
+        "bench", "memory", "--model", "llama-3.1-8b", "--device", "cuda", "--predict-only", "--caps", "8,24",
+        "--sequence-lengths", "8192", "--micro-batches", "1", "--records", str(tmp_path),
+    )  # fmt: skip
+    assert status == 0, said
+    (record,) = tmp_path.iterdir()
+    result = json.loads((record / "result.json").read_text())
+    largest = {(cap["cap_bytes"] >> 30, cap["arm"]): cap["largest"]["8192"] for cap in result["caps"]}
+    assert largest[8, "elo_pretrain"] >= 1 and largest[24, "engine_full"] == 0
+    assert largest[24, "elo_pretrain"] > largest[8, "elo_pretrain"]
+    assert {point["status"] for point in result["points"]} == {"not run"}
+
+
+def test_memory_measured_lies_within_the_prediction(elo: Elo, tmp_path: Path) -> None:
+    status, said = elo(
+        "bench", "memory", "--model", "llama-3.1-8b-mini", "--device", "cpu", "--arms", "f", "--sequence-lengths", "64",
+        "--micro-batches", "2", "--records", str(tmp_path),
+    )  # fmt: skip
+    assert status == 0, said
+    (record,) = tmp_path.iterdir()
+    (point,) = json.loads((record / "result.json").read_text())["points"]
+    assert point["status"] == "ran"
+    assert point["measured_bytes"] <= point["predicted_bytes"] <= 1.08 * point["measured_bytes"]
+
+
+def test_loss_against_seconds_is_of_the_whole_model_alone(
+    elo: Elo, run_tree: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    """Both lines begin at the same base model at second 0, and nothing is scored while the layers are apart."""
+    records, runs = tmp_path / "records", tmp_path / "both"
+    status, said = elo(
+        "bench", "loss", str(write_config(run_tree)), "--every", "1", "--records", str(records), "--runs", str(runs)
+    )
+    assert status == 0, said
+    (record,) = records.iterdir()
+    pipeline, full = (line["points"] for line in json.loads((record / "result.json").read_text())["series"])
+    languages = set(run_tree["evaluate"]["shards"])
+    starts = [{p["language"]: p["loss_nats"] for p in line if p["stage"] == "base"} for line in (pipeline, full)]
+    assert starts[0] == starts[1] and set(starts[0]) == languages
+    pretrained = json.loads((runs / "elo" / "results.json").read_text())["stages"]["pretrain"]
+    between = [p for p in pipeline if 0 < p["tokens"] < pretrained["tokens_total"]]
+    assert not between, "the whole model does not exist while its layers are apart"
+    assert {p["stage"] for p in pipeline} >= {"base", "reattached", "aligned"}
+    seconds = [p["seconds"] for p in full]
+    assert seconds == sorted(seconds) and seconds[-1] > 0
+
+
+def test_kernels_keeps_every_turn(elo: Elo, tmp_path: Path) -> None:
+    status, said = elo("bench", "kernels", "rotary", "--rounds", "2", "--records", str(tmp_path))
+    assert status == 0, said
+    (record,) = tmp_path.iterdir()
+    result = json.loads((record / "result.json").read_text())
+    assert result["contests"] and all(len(c["arms"]["engine"]["raw_ms"]) == 2 for c in result["contests"])
+
+
+def test_the_loader_runs_under_pytest_benchmark(elo: Elo) -> None:
+    status, said = elo("bench", "loading", "--pytest")
+    assert status == 0, said
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("speedup", "--model", "no-such-model"), "no-such-model"),
+        (("speedup", "--model", "smollm2-135m", "--arms", "q"), "'q' is no arm"),
+        (("memory", "--model", "smollm2-135m", "--caps", "eight"), "--caps 'eight'"),
+        (("memory", "--model", "smollm2-135m", "--micro-batches", "0"), "above 0"),
+        (("kernels", "softmax"), "no such op: softmax"),
+        (("compare", "nowhere", "here"), "nowhere"),
+    ],
+)
+def test_bad_usage_exits_2_and_leaves_nothing(elo: Elo, tmp_path: Path, command: tuple[str, ...], said: str) -> None:
+    records = () if command[0] == "compare" else ("--records", str(tmp_path / "records"))
+    status, text = elo("bench", *command, *records)
+    assert status == 2 and said in text, text
+    assert not (tmp_path / "records").exists()
