@@ -46,8 +46,8 @@ class Options:
     device: str = "auto"
     dtype: str = "auto"
     sequence_length: int | None = None
-    rows: int = 4
-    elo_micro_batch: int = 4
+    rows: int | None = None
+    elo_micro_batch: int | None = None
     micro_batch: int = 1
     state: str | None = None
     arms: tuple[ArmName, ...] = ()
@@ -57,18 +57,19 @@ class Options:
 
 
 def size_of(options: Options) -> Size:
-    """The size that the options mean on this machine: the paper's rows of 8192 tokens and 8-bit state on a GPU; rows
-    of 512 and fp32 state on a CPU, where nothing else ends within minutes.
+    """The size that the options mean on this machine: the paper's 4 rows of 8192 tokens and 8-bit state on a GPU; 2
+    rows of 512 and fp32 state on a CPU, where five rounds of anything larger do not end within ten minutes.
     """
     device = choose_device(options.device)  # type: ignore[arg-type]
     dtype, _ = choose_dtype(options.dtype, device)  # type: ignore[arg-type]
     gpu = device.type == "cuda"
+    rows = options.rows or (4 if gpu else 2)
     return Size(
         device=device.type,
         dtype="bf16" if dtype == torch.bfloat16 else "fp32",
         sequence_length=options.sequence_length or (8192 if gpu else 512),
-        rows=options.rows,
-        elo_micro_batch=options.elo_micro_batch,
+        rows=rows,
+        elo_micro_batch=options.elo_micro_batch or min(4, rows),
         whole_micro_batch=options.micro_batch,
         state=options.state or ("8bit" if gpu else "fp32"),
         memory_bytes=device_room(device).bytes,

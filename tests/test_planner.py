@@ -169,7 +169,7 @@ def test_levers_lower_the_peak() -> None:
 
     assert peak("engine_full") < peak("engine_full", recompute=False) - 5
     assert peak("engine_full") < peak("engine_full", state="fp32") - 50
-    assert peak("liger_full") < peak("transformers_full")
+    assert peak("liger_full") < peak("transformers_full") == peak("transformers_full_kept")
     assert peak("elo_pretrain") < 0.25 * peak("lora")
     assert peak("elo_pretrain", micro_batches=2) > peak("elo_pretrain")
 

@@ -13,7 +13,7 @@ from elo_engine.measure.memory_attention import sdpa_backward_bytes, sdpa_forwar
 from elo_engine.measure.memory_gradients import GRAD
 from elo_engine.measure.memory_shapes import coded_bytes
 from elo_engine.measure.memory_transformers_parts import ACT, Kind, TransformersParts
-from elo_engine.measure.setting import SHALLOW, Setting
+from elo_engine.measure.setting import SHALLOW, WHOLE_PEERS, Setting
 
 _RNG_BYTES = 5056  # a CPU generator's state, which `checkpoint` keeps for every layer
 _LEAST_CODED = 4096  # bitsandbytes keeps the moments of smaller tensors in fp32
@@ -27,7 +27,7 @@ class TransformersStep(TransformersParts):
         spec = self.spec
         shallow = setting.arm in SHALLOW
         self.indices = setting.layers if shallow else tuple(range(spec.layers))
-        self.outer = setting.arm in ("transformers_full", "liger_full")  # embedding, final norm and head learn
+        self.outer = setting.arm in WHOLE_PEERS  # embedding, final norm and head learn
         learning = set(setting.layers) if setting.arm == "outer_unfrozen" else set(self.indices)
         # With checkpointing transformers makes the embedding's output require a gradient even where it is frozen.
         flows = self.outer or setting.recompute

@@ -26,6 +26,8 @@ ArmName = Literal[
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
 
 SHALLOW: frozenset[ArmName] = frozenset({"elo_pretrain", "transformers_shallow"})  # without the middle layers
+# everything learns, in transformers
+WHOLE_PEERS: frozenset[ArmName] = frozenset({"transformers_full", "transformers_full_kept", "liger_full"})
 ENGINE: frozenset[ArmName] = frozenset({"engine_full", "elo_pretrain", "elo_align"})
 
 
