@@ -24,7 +24,7 @@ demo: .venv/.stamp
 	$(BIN)/elo demo
 
 test: .venv/.stamp-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/.stamp-test
 	$(BIN)/ruff check .

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 
 from elo_engine.benchmarks import evidence as seen
-from elo_engine.benchmarks.conductor import Conductor
+from elo_engine.benchmarks.conductor import Conductor, status_bytes
 from elo_engine.benchmarks.models import BenchModel, engine_model, open_model, random_rows
 from elo_engine.config import OptimizerConfig, ScheduleConfig, StageConfig
 from elo_engine.measure.environment import choose_device
 from elo_engine.measure.setting import ENGINE, SHALLOW, Setting
 
-ROWS = 64  # drawn once; the text repeats after that
 FOREVER = 1_000_000_000
 
 
@@ -54,13 +53,13 @@ def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.dev
         optimizer=OptimizerConfig(lr=lr, state=setting.state), schedule=ScheduleConfig(warmup=0.0, decay="constant"),
     )  # fmt: skip
     optimizer = MasterAdamW(decoder, section.optimizer)
-    ids_RT, labels_RT = random_rows(setting.spec.V, ROWS, setting.sequence_length)
+    ids_RT, labels_RT = random_rows(setting)
 
     class Rows:
         """Stands where the loop expects a mixture: the drawn rows, round and round."""
 
         def rows(self, first: int, count: int) -> RowBatch:
-            at = np.arange(first, first + count) % ROWS
+            at = np.arange(first, first + count) % len(ids_RT)
             T = setting.sequence_length
             return RowBatch(
                 ids_BT=ids_RT.numpy()[at],
@@ -78,7 +77,7 @@ def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.dev
 
     def on_step(progress: Progress, metrics: dict[str, Any]) -> None:
         conductor.stepped()
-        conductor.answer(metrics["loss_nats"])
+        conductor.answer(metrics["loss_nats"], metrics["gradient_norm"])
         conductor.wait()
 
     if not conductor.finished:
@@ -90,22 +89,14 @@ def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.dev
     conductor.evidence.compare(tensors)
 
 
-def data_bytes() -> int:
-    """Private memory that this process may write, as the kernel counts it against RLIMIT_DATA."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("VmData:"):
-            return int(line.split()[1]) * 1024
-    return 0
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def peaks(device: torch.device) -> dict[str, int | None]:
-    """Bytes: GPU memory as torch's allocator had it, and the process's resident memory."""
-    gpu = device.type == "cuda"
-    return {
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if gpu else None,
-        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was short; an illegal access does not."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def main() -> None:
@@ -121,7 +112,7 @@ def main() -> None:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, spec["cap_bytes"] / total), device)
     elif spec.get("cap_bytes"):
-        limit = spec["cap_bytes"] + data_bytes()
+        limit = spec["cap_bytes"] + (status_bytes("VmData") or 0)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     model = open_model(spec["model"])
     setting = setting_of(spec, model)
@@ -133,13 +124,12 @@ def main() -> None:
             from elo_engine.benchmarks.trainer_arms import run_trainer
 
             run_trainer(setting, model, spec["lr"], device, conductor)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in text:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        conductor.say({"failed": f"out of memory: {text.splitlines()[0]}"[:300]} | peaks(device))
+        conductor.say({"failed": f"out of memory: {str(error).splitlines()[0]}"[:300], "out_of_memory": True})
         return
-    conductor.say({"evidence": conductor.evidence.to_json()} | peaks(device))
+    conductor.say({"evidence": conductor.evidence.to_json(), "clocks": conductor.clocks} | conductor.peaks)
 
 
 if __name__ == "__main__":

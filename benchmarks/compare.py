@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from elo_engine.benchmarks.intervals import (
+    FEWEST_FOR_USUAL,
+    USUAL,
     Interval,
     bootstrap_two,
+    percent,
     pipeline_by_round,
     rounds_of,
     seconds_per_token,
@@ -52,7 +55,7 @@ def compare(a: Path, b: Path) -> list[str]:
     both = [name for name in ours if name in theirs]
     if not both:
         raise UsageError(f"{a.name} and {b.name} have no arm in common: {', '.join(ours)} and {', '.join(theirs)}")
-    lines.append("B over A, time; each interval is of 95 % by itself:")
+    lines.append(f"B over A, time; each interval is of {100 * USUAL:g} % by itself where it states no other:")
     lines += [f"  {name}: {verdict(ours[name], theirs[name], 'B is slower', 'B is faster')}" for name in both]
     lines += [f"  {name}: only in A" for name in ours if name not in theirs]
     lines += [f"  {name}: only in B" for name in theirs if name not in ours]
@@ -62,15 +65,21 @@ def compare(a: Path, b: Path) -> list[str]:
 
 
 def verdict(first: Sequence[float], second: Sequence[float], more: str, less: str) -> str:
-    """`1.052 (1.031 to 1.077): B is slower`, or that no difference is shown: the interval of the log-ratio spans 0."""
+    """`1.052 (1.031 to 1.077): B is slower`, or that no difference is shown: the interval of the log-ratio spans 0.
+
+    A difference is claimed from FEWEST_FOR_USUAL rounds of each alone: with fewer, same code "differs" far too often.
+    """
     found = ratio(first, second)
     text = f"{math.exp(found.median):.3f}"
     if found.low is None or found.high is None:
         few = f"{len(first)} and {len(second)}"
-        return f"{text}, no interval from {few} rounds: no difference shown"
-    text += f" ({math.exp(found.low):.3f} to {math.exp(found.high):.3f})"
+        return f"{text}, no interval from {few} rounds: too few rounds to show a difference"
+    other = f", {percent(found.confidence)}" if found.confidence != USUAL else ""
+    text += f" ({math.exp(found.low):.3f} to {math.exp(found.high):.3f}{other})"
     if found.spans(0.0):
         return f"{text}: no difference shown"
+    if min(len(first), len(second)) < FEWEST_FOR_USUAL:
+        return f"{text}: too few rounds to show a difference"
     return f"{text}: {more if found.median > 0 else less}"
 
 

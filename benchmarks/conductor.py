@@ -6,17 +6,37 @@ is timed from its command to the end of the optimizer's work on the device, data
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from elo_engine.benchmarks.evidence import Evidence, synchronize
-from elo_engine.measure.device_state import energy_joules
+from elo_engine.measure.device_state import clocks, energy_joules
 from elo_engine.measure.tensor_trace import traced_tensor_bytes
+
+
+def peaks(device: torch.device) -> dict[str, int | None]:
+    """Bytes: GPU memory as torch's allocator had it, and the process's resident memory at its highest."""
+    gpu = device.type == "cuda"
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if gpu else None,
+        "host_peak_bytes": status_bytes("VmHWM"),
+    }
+
+
+def status_bytes(field: str) -> int | None:
+    """A line of /proc/self/status in bytes. (getrusage would give the peak of the process that started this one.)"""
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 class Conductor:
@@ -32,14 +52,19 @@ class Conductor:
         self._trace: Any = None
         self._answer: dict[str, Any] = {}
         self._first = True
+        self.peaks: dict[str, int | None] = {}
+        self.clocks: dict[str, Any] = {}
 
     def wait(self) -> None:
         """Read the next command and start its clock."""
         command = self._commands.readline().strip()
         if command in ("finish", ""):
             self.finished = True
+            self.peaks = peaks(self.device)  # before anything looks at the weights
             return
         if self._first and self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)  # from here on it is training, not loading
         self._first = False
         self._trace = None
@@ -55,6 +80,7 @@ class Conductor:
         energy = energy_joules(self.device)
         self.evidence.steps += 1
         self._stack.close()
+        self.clocks = clocks(self.device) if self.device.type == "cuda" else {}
         self._answer = {
             "seconds": seconds,
             "energy_j": None if energy is None or self._energy is None else energy - self._energy,
@@ -62,9 +88,9 @@ class Conductor:
         if self._trace is not None:
             self._answer |= {"tensor_peak_bytes": self._trace.peak_bytes}
 
-    def answer(self, loss: float) -> None:
-        """The step's loss is known: answer the command."""
-        self.say(self._answer | {"loss": loss})
+    def answer(self, loss: float, gradient_norm: float) -> None:
+        """The step's loss and the norm of its gradient before clipping are known: answer the command."""
+        self.say(self._answer | {"loss": loss, "gradient_norm": gradient_norm})
 
     def say(self, message: dict[str, Any]) -> None:
         """One line to the harness."""

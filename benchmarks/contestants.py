@@ -37,6 +37,7 @@ LABELS: dict[ArmName, str] = {
     "transformers_full_kept": "full CP, Trainer, memory kept",
 }
 BASELINES: tuple[ArmName, ...] = ("transformers_full", "transformers_full_kept", "liger_full", "engine_full")
+SIDE: frozenset[ArmName] = frozenset({"lora", "outer_unfrozen", "transformers_shallow"})  # in no ratio
 # What glibc is told for (k), as elo_engine/model/cpu_memory.py tells it for the engine.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 

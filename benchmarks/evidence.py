@@ -2,13 +2,13 @@
 which parameters get a gradient, which tensors change. The comparison is refused when this is not what the arm claims.
 
 Nothing here asks the arm: tokens and layer runs are counted by hooks (in this engine by wrapping the two functions that
-every token passes), changes by checksums over every bit of every tensor before and after.
+every token passes), labels where the loss gets them, changes by checksums of every tensor before and after.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -27,11 +27,13 @@ class Evidence:
 
     steps: int = 0
     tokens: int = 0
+    labelled: int = 0  # tokens that carry a loss
     longest_row: int = 0
     shortest_row: int = 1 << 62
     layer_runs: int = 0
     gradients: dict[str, int] = field(default_factory=dict)  # parameters that ever got one -> elements
     before: dict[str, int] = field(default_factory=dict)
+    _labelled: list[Tensor] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
 
@@ -40,6 +42,10 @@ class Evidence:
         self.tokens += sum(lengths)
         self.longest_row = max(self.longest_row, *lengths)
         self.shortest_row = min(self.shortest_row, *lengths)
+
+    def saw_labels(self, labels: Tensor) -> None:
+        """Labels of one micro-batch; counted on their device, without a wait."""
+        self._labelled.append((labels >= 0).sum())
 
     def saw_gradient(self, name: str, elements: int) -> None:
         """A parameter got a gradient."""
@@ -56,9 +62,8 @@ class Evidence:
 
     def to_json(self) -> dict[str, Any]:
         """For the record; checksums are left out."""
-        found = asdict(self)
-        del found["before"]
-        return found
+        found = {name: value for name, value in vars(self).items() if name not in ("before", "_labelled")}
+        return found | {"labelled": self.labelled + sum(int(count) for count in self._labelled)}
 
 
 def watch_engine(model: Any, evidence: Evidence) -> None:
@@ -71,6 +76,7 @@ def watch_engine(model: Any, evidence: Evidence) -> None:
         starts = batch.packing.segment_starts
         evidence.saw_rows([stop - start for start, stop in pairwise(starts)])
         assert starts[-1] == len(batch.ids_N)
+        evidence.saw_labels(batch.labels_N)
         return hidden_states(batch)  # type: ignore[no-any-return]
 
     def counted_layer(*args: Any) -> Tensor:
@@ -92,6 +98,10 @@ def watch_transformers(model: Any, evidence: Evidence) -> None:
     def ran(module: Any, args: Any) -> None:
         evidence.layer_runs += 1
 
+    def asked(module: Any, args: Any, kwargs: Any) -> None:
+        evidence.saw_labels(kwargs["shift_labels"])
+
+    model.register_forward_pre_hook(asked, with_kwargs=True)
     model.get_input_embeddings().register_forward_pre_hook(embedded, with_kwargs=True)
     for layer in decoder_layers(model):
         layer.input_layernorm.register_forward_pre_hook(ran)  # inside what checkpointing runs again
@@ -132,6 +142,8 @@ def faults(setting: Setting, evidence: dict[str, Any]) -> Iterator[str]:
     steps, T = evidence["steps"], setting.sequence_length
     if evidence["tokens"] != steps * setting.tokens_per_step:
         yield f"{evidence['tokens']} tokens passed in {steps} steps, not {steps * setting.tokens_per_step}"
+    if evidence["labelled"] != steps * setting.tokens_per_step:
+        yield f"{evidence['labelled']} tokens carried a loss, not {steps * setting.tokens_per_step}"
     if (evidence["shortest_row"], evidence["longest_row"]) != (T, T):
         yield f"rows of {evidence['shortest_row']} to {evidence['longest_row']} tokens passed, not of {T}"
     depth = len(setting.layers) if setting.arm in SHALLOW else setting.spec.layers

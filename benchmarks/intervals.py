@@ -4,8 +4,9 @@ A round is one turn of every arm; a machine whose speed drifts drifts for all ar
 round by round and their median is reported. What is resampled is the round: its steps share a state of the machine and
 are not independent of each other.
 
-A percentile interval of a median cannot go beyond the smallest and the largest round: with n rounds it covers at most
-1 - 2 / 2^n of the truth, 75 % with 3 rounds, 94 % with 5, whatever confidence was asked for.
+A percentile interval of a median cannot go beyond the smallest and the largest round: with n rounds it covers the truth
+with a probability of at most 1 - 2 / 2^n, 75 % with 3 rounds, 93.75 % with 5, whatever confidence was asked for. The
+confidence that an Interval states is therefore no more than that.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ R = TypeVar("R")
 Round = Mapping[str, Sequence[float]]  # arm -> seconds of its steps in that round
 
 FEWEST = 3  # rounds; of fewer, resampling says nothing
+USUAL = 0.95  # confidence
+FEWEST_FOR_USUAL = 6  # rounds; of fewer, an interval of a median cannot have it: 1 - 2 / 2^5 < 0.95 < 1 - 2 / 2^6
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,13 @@ class Interval:
     Attributes:
         median: the statistic of the rounds as they were measured, for all of this project's ratios a median.
         low, high: ends of the percentile interval; None with fewer than FEWEST rounds.
-        confidence: asked for, 0.95 by default.
+        confidence: what was asked for, or less where the rounds are too few for it; of no interval, what was asked for.
     """
 
     median: float
     low: float | None
     high: float | None
-    confidence: float = 0.95
+    confidence: float = USUAL
 
     def to_json(self) -> dict[str, float | None]:
         """As result.json keeps it."""
@@ -55,7 +58,7 @@ def bootstrap(
     statistic: Callable[[Sequence[R]], float],
     *,
     draws: int = 2000,
-    confidence: float = 0.95,
+    confidence: float = USUAL,
     seed: int = 0,
 ) -> Interval:
     """Percentile interval of a statistic, whole rounds drawn with replacement.
@@ -71,7 +74,7 @@ def bootstrap_two(
     statistic: Callable[[Sequence[R], Sequence[R]], float],
     *,
     draws: int = 2000,
-    confidence: float = 0.95,
+    confidence: float = USUAL,
     seed: int = 0,
 ) -> Interval:
     """The same for two runs that had nothing to do with each other: each one's rounds are drawn by themselves."""
@@ -95,7 +98,18 @@ def _interval(
     order = random.Random(seed)
     found = sorted(statistic([order.choices(rounds, k=len(rounds)) for rounds in series]) for _ in range(draws))
     tail = (1 - confidence) / 2
-    return Interval(middle, _quantile(found, tail), _quantile(found, 1 - tail), confidence)
+    honest = min(confidence, highest_confidence(min(len(rounds) for rounds in series)))
+    return Interval(middle, _quantile(found, tail), _quantile(found, 1 - tail), honest)
+
+
+def percent(confidence: float) -> str:
+    """`95 %`, `93.75 %`."""
+    return f"{100 * confidence:.4g} %"
+
+
+def highest_confidence(rounds: int) -> float:
+    """The most that an interval of a median can have: that the true median is between the smallest and the largest."""
+    return float(1 - 2 / 2**rounds)
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

@@ -1,9 +1,12 @@
 """`elo bench memory`: peak memory of every arm over a grid of sequence length x micro-batch, predicted and measured,
 and the frontier: the most rows that fit under a cap.
 
-Measured is, on a CPU, every byte of torch's allocator in a steady step; on a GPU `max_memory_allocated` of a process
-that may take no more than the largest cap, and then the frontier itself: the most rows that are predicted to fit are
-run under each cap. A cap on a large card shows what fits, not how fast a small one is, so no speed is reported.
+Measured is, on a CPU, every byte of torch's allocator in a steady step; on a GPU `max_memory_allocated` of a process of
+its own, without a cap wherever the prediction is within what the card has free. On a GPU the frontier itself is
+measured too, and first: the most rows that are predicted to fit are run under each cap, in up to half of the minutes.
+Caps are sizes of cards, of which CUDA takes `CONTEXT_BYTES` before the first tensor: tensors, predicted or measured,
+get the rest of a cap, and results name the whole of it. On a CPU tensors get all of it. A cap on a large card shows
+what fits, not how fast a small one is, so no speed is reported.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from elo_engine import console
 from elo_engine.benchmarks.contestants import Contestant, missing
 from elo_engine.benchmarks.models import open_model
 from elo_engine.benchmarks.processes import ArmFailed, ArmProcess, spec_of
 from elo_engine.benchmarks.speedup import Options as SpeedOptions
 from elo_engine.benchmarks.speedup import model_json, size_of, slug
+from elo_engine.errors import Interrupted
+from elo_engine.measure.cards import CONTEXT_BYTES
 from elo_engine.measure.environment import choose_device, device_name
 from elo_engine.measure.machine import device_room
 from elo_engine.measure.planner import fits, largest_micro_batch, predict_memory
@@ -46,7 +49,7 @@ class Options:
     caps: tuple[int, ...] = tuple(gb * 2**30 for gb in (8, 12, 16, 24, 80))
     arms: tuple[ArmName, ...] = MEASURED
     state: str | None = None
-    minutes: float = 9.0
+    minutes: float = 9.5
     predict_only: bool = False
 
 
@@ -73,12 +76,18 @@ def lengths_of(options: Options, device: str) -> tuple[int, ...]:
     return options.sequence_lengths or ((2048, 4096, 8192) if device == "cuda" else (128, 256, 512))
 
 
+def tensor_bytes(cap_bytes: int, device: str) -> int:
+    """What tensors get of a cap: on a GPU all but what CUDA itself takes."""
+    return max(0, cap_bytes - CONTEXT_BYTES) if device == "cuda" else cap_bytes
+
+
 def with_recompute(setting: Setting, cap_bytes: int) -> tuple[Setting, int]:
     """The most rows under a cap. This engine's arms recompute where nothing fits without."""
-    rows = largest_micro_batch(setting, cap_bytes)
+    room = tensor_bytes(cap_bytes, setting.device)
+    rows = largest_micro_batch(setting, room)
     if rows == 0 and setting.arm in ENGINE and not setting.recompute:
         setting = replace(setting, recompute=True)
-        rows = largest_micro_batch(setting, cap_bytes)
+        rows = largest_micro_batch(setting, room)
     return setting, rows
 
 
@@ -103,13 +112,14 @@ def point(setting: Setting) -> dict[str, Any]:
 
 
 def measure_point(setting: Setting, model: str, cap_bytes: int | None, scratch: Path) -> dict[str, Any]:
-    """Two steps in a fresh process, the second of them measured."""
+    """Two steps in a fresh process, the second of them measured; whatever becomes of it is the point's status."""
     found = point(setting)
     why = missing(setting.arm, size_of(SpeedOptions(model, setting.device, setting.dtype, state=setting.state)))
     if why:
         return found
     contestant = Contestant(setting)
-    spec = spec_of(contestant, model, 1e-4, cap_bytes)
+    allowed = None if cap_bytes is None else tensor_bytes(cap_bytes, setting.device)
+    spec = spec_of(contestant, model, 1e-4, allowed)
     try:
         with ArmProcess(contestant, spec, scratch) as process:
             process.described()
@@ -117,9 +127,9 @@ def measure_point(setting: Setting, model: str, cap_bytes: int | None, scratch: 
             traced = process.step("trace")
             last = process.finish()
     except ArmFailed as error:
-        if "memory" not in str(error):
-            raise
-        return found | {"status": "out of memory"}
+        if error.out_of_memory:
+            return found | {"status": "out of memory"}
+        return found | {"status": "failed", "why": str(error)}
     if setting.device == "cuda":
         measured, what = last["peak_allocated_bytes"], "max_memory_allocated"
     else:
@@ -135,66 +145,94 @@ def grid(settings: list[Setting], lengths: tuple[int, ...], options: Options) ->
             yield replace(setting, sequence_length=T, micro_batch=B)
 
 
-def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    """A `memory` result. What does not fit this machine, or the minutes, is predicted and marked as not run."""
+def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any], bool]:
+    """A `memory` result, and whether Ctrl-C ended it early. What does not fit this machine, or the minutes, is
+    predicted and marked as not run.
+
+    Raises:
+        Interrupted: Ctrl-C before the first point was measured.
+    """
     began = time.monotonic()
     model, settings = open_model(options.model), settings_of(options)
     kind = settings[0].device
     lengths = lengths_of(options, kind)
     room = 0 if options.predict_only else device_room(choose_device(options.device)).bytes
-    points = []
-    wanted = list(grid(settings, lengths, options))
-    with tempfile.TemporaryDirectory() as folder, console.progress_bar("memory", len(wanted)) as update:
-        for number, setting in enumerate(wanted):
-            late = time.monotonic() - began > 60 * options.minutes
-            allowance = ALLOWANCE if kind == "cpu" else 0
-            if options.predict_only or late or not fits(setting, room - allowance):
-                points.append(point(setting))
-            else:
-                cap = max(options.caps) if kind == "cuda" else None
-                points.append(measure_point(setting, options.model, cap, Path(folder)))
-            update(number + 1, f"{setting.arm} {setting.micro_batch} x {setting.sequence_length}")
-        if kind == "cuda" and not options.predict_only:
-            points += list(_under_caps(settings, lengths, options, began, Path(folder), say))
-    return {
+    # of a process beside its tensors; on a GPU the room is free beside the context of this process, not the arm's
+    allowance = ALLOWANCE if kind == "cpu" else CONTEXT_BYTES
+    points: list[dict[str, Any]] = []
+    under_caps: list[dict[str, Any]] = []
+    wanted, interrupted = list(grid(settings, lengths, options)), False
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if kind == "cuda" and not options.predict_only:
+                half = began + 60 * options.minutes / 2
+                for found in _under_caps(settings, max(lengths), options, room, half, Path(folder)):
+                    say(_describe(found))
+                    under_caps.append(found)
+            with console.progress_bar("memory", len(wanted)) as update:
+                for setting in wanted:
+                    late = time.monotonic() - began > 60 * options.minutes
+                    if options.predict_only or late or not fits(setting, room - allowance):
+                        points.append(point(setting))
+                    else:
+                        points.append(measure_point(setting, options.model, None, Path(folder)))
+                    if points[-1]["status"] == "failed":
+                        say(_describe(points[-1]))
+                    update(len(points), f"{setting.arm} {setting.micro_batch} x {setting.sequence_length}")
+        except KeyboardInterrupt:
+            if all(found["status"] == "not run" for found in (*under_caps, *points)):
+                raise Interrupted("interrupted before the first point was measured; nothing is kept") from None
+            interrupted = True
+    points += [point(setting) for setting in wanted[len(points) :]]
+    result = {
         "schema": 1, "theme": "memory", "dtype": settings[0].dtype,
         "device": {"type": kind, "name": "not run" if options.predict_only else device_name(kind)},
-        "model": model_json(model.name, model.spec), "points": points,
+        "model": model_json(model.name, model.spec), "points": points + under_caps,
         "caps": frontier(settings, lengths, options.caps),
     }  # fmt: skip
+    return result, interrupted
 
 
 def _under_caps(
-    settings: list[Setting], lengths: tuple[int, ...], options: Options, began: float, scratch: Path,
-    say: Callable[[str], None],
+    settings: list[Setting], T: int, options: Options, room: int, until: float, scratch: Path
 ) -> Iterator[dict[str, Any]]:
-    """The frontier's own points, each under its cap: what is said to fit must run."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    for cap in sorted(options.caps):
-        for setting in settings:
-            chosen, rows = with_recompute(replace(setting, sequence_length=max(lengths)), cap)
-            if rows == 0 or cap > total or time.monotonic() - began > 60 * options.minutes:
-                continue
-            found = measure_point(replace(chosen, micro_batch=rows), options.model, cap, scratch)
-            say(f"{setting.arm}, {rows} x {max(lengths)} under {cap / 2**30:.0f} GiB: {found['status']}")
-            yield found | {"cap_bytes": cap}
+    """The frontier's own points, each under its cap: what is said to fit must run. Small caps first, and ELO
+    pretraining first under each, until `until` (time.monotonic); caps above `room`, the bytes free on the card, cannot
+    be tried on it.
+    """
+    first = sorted(settings, key=lambda setting: setting.arm != "elo_pretrain")  # the others in their order
+    for cap in sorted(cap for cap in options.caps if cap <= room):
+        for setting in first:
+            if time.monotonic() > until:
+                return
+            chosen, rows = with_recompute(replace(setting, sequence_length=T), cap)
+            if rows > 0:
+                found = measure_point(replace(chosen, micro_batch=rows), options.model, cap, scratch)
+                if found["status"] != "not run":  # an arm that this machine lacks
+                    yield found | {"cap_bytes": cap}
+
+
+def _describe(found: dict[str, Any]) -> str:
+    cap = f" under {found['cap_bytes'] / 2**30:.0f} GiB" if "cap_bytes" in found else ""
+    why = f": {found['why']}" if "why" in found else ""
+    return f"{found['arm']}, {found['micro_batch']} x {found['sequence_length']}{cap}: {found['status']}{why}"
 
 
 def run_command(
     options: Options, records: Path | None, command: list[str]
-) -> tuple[dict[str, Any], Path | None]:
-    """Measure, and keep the record where one is wanted."""
+) -> tuple[dict[str, Any], Path | None, bool]:
+    """Measure, and keep the record where one is wanted; and whether Ctrl-C ended it early."""
     from elo_engine.benchmarks.recording import card_name, write_record
     from elo_engine.measure.environment import describe_environment
 
-    result = measure(options, lambda line: console.err.print(line, markup=False))
+    result, interrupted = measure(options, lambda line: console.err.print(line, markup=False))
     if records is None:
-        return result, None
+        return result, None, interrupted
     environment = describe_environment()
     card = "predicted" if options.predict_only else card_name(result["device"]["type"], environment)
-    settings = {"minutes": options.minutes, "predict_only": options.predict_only}
+    settings = {"minutes": options.minutes, "predict_only": options.predict_only, "interrupted": interrupted}
     path = write_record(
         records, card=card, result=result, raw={"points": result["points"]}, environment=environment,
         settings=settings, command=command, name=f"memory-{slug(result['model']['name'])}",
     )  # fmt: skip
-    return result, path
+    return result, path, interrupted

@@ -1,8 +1,9 @@
 """The model of a benchmark: published shapes with random weights made on the device, or a real checkpoint. The same
 weights for every arm, whoever makes the model.
 
-Random weights are a function of a tensor's checkpoint name alone: normal with standard deviation 0.02, norms 1, biases
-0.
+Random weights are a function of a tensor's checkpoint name and shape alone: normal with a variance of 1 over the width
+they are multiplied with, norms 1, biases 0. Every layer and every position then has its part in the loss and in its
+gradient, by which arms are held against each other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from elo_engine.checkpoint import CheckpointReader, open_checkpoint
+from elo_engine.measure.setting import Setting
 from elo_engine.model import names
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.presets import PRESETS, preset_config
@@ -23,6 +25,8 @@ from elo_engine.model.shallow import shallow_names
 from elo_engine.model.spec import ModelSpec, read_spec
 
 SEED = 42
+STEPS_OF_TEXT = 16  # drawn once; the text repeats after that
+_PIECE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def fill(tensor: Tensor, name: str) -> Tensor:
     if tensor.ndim == 1:
         return tensor.fill_(1.0)
     generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()) + SEED)
-    return tensor.normal_(0.0, 0.02, generator=generator)
+    return tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
 
 
 def engine_model(
@@ -92,20 +96,31 @@ def transformers_model(
         made = AutoModelForCausalLM.from_pretrained(model.folder, **options).to(device)
     else:
         config = dict(model.config)
+        present = layers if shallow else tuple(range(model.spec.layers))
+        config["num_hidden_layers"] = len(present)
         with torch.device(device):
             made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config), **options)
         for name, parameter in made.named_parameters():  # a tied head is listed once, as the embedding
-            fill(parameter, name)
+            fill(parameter, _original(name, present))
     made.config.use_cache = False
-    if shallow:
+    if shallow and model.folder is not None:
         kept = torch.nn.ModuleList([made.model.layers[index] for index in layers])
         for position, layer in enumerate(kept):
             layer.self_attn.layer_idx = position
         made.model.layers = kept
         made.config.num_hidden_layers = len(layers)
+    if shallow:
         made.requires_grad_(False)
         made.model.layers.requires_grad_(True)
     return made
+
+
+def _original(name: str, present: tuple[int, ...]) -> str:
+    """A parameter's name in the whole model, of which only these layers are there."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"]:
+        parts[2] = str(present[int(parts[2])])
+    return ".".join(parts)
 
 
 def attention_of(device: torch.device) -> str:
@@ -118,16 +133,27 @@ def attention_of(device: torch.device) -> str:
     return "sdpa"
 
 
-def random_rows(V: int, rows: int, T: int) -> tuple[Tensor, Tensor]:
-    """ids and labels [rows, T] on the CPU: every row one document of uniformly drawn tokens, a label for each."""
+def random_rows(setting: Setting) -> tuple[Tensor, Tensor]:
+    """ids and labels [rows, T] on the CPU for STEPS_OF_TEXT steps: every row one document of uniformly drawn tokens, a
+    label for each.
+    """
     generator = torch.Generator().manual_seed(SEED)
-    drawn = torch.randint(V, (rows, T + 1), generator=generator)
+    rows = STEPS_OF_TEXT * setting.micro_batch * setting.micro_batches
+    drawn = torch.randint(setting.spec.V, (rows, setting.sequence_length + 1), generator=generator)
     return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
 
 
 def checksum(tensor: Tensor) -> int:
-    """Sum of a tensor's bits as integers, all of them: what says whether anything in it has changed."""
-    flat = tensor.detach().reshape(-1)
+    """A number made of every bit of a tensor and its place, so that changes do not cancel: piece by piece, since a
+    copy of an 8B model's head in int64 would be 4 GiB.
+    """
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(flat.view(kinds[flat.element_size()]).sum(dtype=torch.int64))
+    flat = tensor.detach().reshape(-1)
+    bits = flat.view(kinds[flat.element_size()])
+    weights = torch.randint(1 << 40, (_PIECE,), generator=torch.Generator().manual_seed(SEED)).mul_(2).add_(1)
+    weights = weights.to(tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for piece in bits.split(_PIECE):
+        total = total * 1_000_003 + (piece.to(torch.int64) * weights[: len(piece)]).sum()  # modulo 2^64
+    return int(total)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -24,6 +25,10 @@ PATIENCE_S = 900  # no step of any arm takes that long; a process that is silent
 class ArmFailed(Exception):
     """Out of memory, a crash, silence: the message is the row's `why`."""
 
+    def __init__(self, why: str, out_of_memory: bool = False) -> None:
+        super().__init__(why)
+        self.out_of_memory = out_of_memory
+
 
 class ArmProcess:
     """One arm alive. Usable as a context; leaving it ends the process however it stands."""
@@ -36,7 +41,8 @@ class ArmProcess:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "elo_engine.benchmarks.arm", str(path)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env=os.environ | contestant.environment,
+            env=os.environ | _one_gpu() | contestant.environment,
+            start_new_session=True,  # Ctrl-C is the harness's to handle: an arm still has its evidence to give
         )  # fmt: skip
         self._buffer = b""
         self._described: dict[str, Any] | None = None
@@ -62,7 +68,10 @@ class ArmProcess:
         """End it; its evidence and peaks."""
         self._write("finish")
         last = self._read()
-        self.process.wait(timeout=PATIENCE_S)
+        while "evidence" not in last:  # the answer to a step that was under way
+            last = self._read()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # then it is killed
+            self.process.wait(timeout=60)
         return last
 
     def kill(self) -> None:
@@ -82,7 +91,7 @@ class ArmProcess:
             self.process.stdin.write(command.encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise ArmFailed(self._last_words()) from None
+            raise ArmFailed(self._last_words(), self.process.returncode == -9) from None
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -93,12 +102,15 @@ class ArmProcess:
                 raise ArmFailed(f"no answer in {PATIENCE_S} s")
             more = os.read(fd, 1 << 16)
             if not more:
-                raise ArmFailed(self._last_words())
+                raise ArmFailed(self._last_words(), self.process.returncode == -9)
             self._buffer += more
         line, _, self._buffer = self._buffer.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise ArmFailed(f"said something that is no answer: {line[:200]!r}") from None
         if "failed" in answer:
-            raise ArmFailed(answer["failed"])
+            raise ArmFailed(answer["failed"], answer.get("out_of_memory", False))
         return answer
 
     def _last_words(self) -> str:
@@ -107,7 +119,14 @@ class ArmProcess:
             return "killed by the system, most likely for want of memory"
         self._errors.seek(0)
         lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return f"ended with status {status}: {lines[-1] if lines else 'without a word'}"[:400]
+        named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+        said = (named or lines or ["without a word"])[-1]
+        return f"ended with status {status}: {said}"[:400]
+
+
+def _one_gpu() -> dict[str, str]:
+    """The first visible GPU alone: on several the Trainer would split every micro-batch among them."""
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 def spec_of(contestant: Contestant, model: str, lr: float, cap_bytes: int | None = None) -> dict[str, Any]:
@@ -118,7 +137,7 @@ def spec_of(contestant: Contestant, model: str, lr: float, cap_bytes: int | None
     return spec | {"model": model, "layers": list(setting.layers), "lr": lr, "cap_bytes": cap_bytes}
 
 
-def ceilings_of(device: str, dtype: str) -> dict[str, float]:
+def ceilings_of(device: str, dtype: str) -> dict[str, Any]:
     """The run's own matmul and copy rates, from a process of its own that leaves no memory behind.
 
     Raises:
@@ -134,4 +153,6 @@ def ceilings_of(device: str, dtype: str) -> dict[str, float]:
     if done.returncode:
         raise FailedError(f"the matmul ceiling could not be measured: {done.stderr.strip()[-500:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    return {name: found[name] for name in ("matmul_flop_per_s", "copy_bytes_per_s")}
+    kept = ("matmul_flop_per_s", "copy_bytes_per_s", "matmul_dtype")
+    kinds = {"float32": "fp32", "bfloat16": "bf16"}
+    return {name: kinds.get(found[name], found[name]) for name in kept}

@@ -10,11 +10,13 @@ import difflib
 import os
 import statistics
 from pathlib import Path
+from typing import Any
 
 from elo_engine.benchmarks import plots
-from elo_engine.benchmarks.intervals import pipeline_speedup, rounds_of, stage_ratio
+from elo_engine.benchmarks.contestants import BASELINES
+from elo_engine.benchmarks.intervals import FEWEST, USUAL, percent, pipeline_speedup, rounds_of, stage_ratio
 from elo_engine.benchmarks.recording import ROOT, Record, read_records
-from elo_engine.benchmarks.tables import BASELINES, conditions, number, subject, tables, times
+from elo_engine.benchmarks.tables import by_letter, conditions, number, subject, tables, times
 from elo_engine.errors import FailedError
 from elo_engine.report import markdown_table
 
@@ -102,44 +104,90 @@ def faults(record: Record) -> list[str]:
 
 
 def readme_block(live: list[Record], readme: Path) -> str:
-    """The README's table: the newest record of every model on every device, with its conditions; empty without one."""
-    newest: dict[tuple[str, str], Record] = {}
+    """The README's table, a column for the newest record of each model, device, sequence length and dtype, with its
+    conditions; empty without one. What a record has to be for it: `readme_faults`.
+    """
+    newest: dict[tuple[str, ...], Record] = {}
     for record in live:  # newest first
-        if record.theme == "speedup" and record.result and record.result["pipeline_speedup"]:
-            newest.setdefault((record.result["model"]["name"], record.result["device"]["name"]), record)
+        if record.theme == "speedup" and not readme_faults(record):
+            newest.setdefault(_setting(record), record)
     if not newest:
         return ""
     chosen = sorted(newest.values(), key=_importance)
-    over = [name for name in BASELINES if any(name in (r.result or {})["pipeline_speedup"] for r in chosen)]
-    labels = {
-        name: f"({arm['letter']}) {arm['label']}" for r in chosen for name, arm in (r.result or {})["arms"].items()
-    }
-    header = ["", "tokens/s: ELO pretraining / alignment", *(f"pipeline over {labels[name]}" for name in over),
-              "ideal", ""]  # fmt: skip
-    rows, notes = [], []
-    for record in chosen:
-        assert record.result and record.config
-        result = record.result
-        speeds = [result["arms"][name]["tokens_per_s"]["median"] for name in ("elo_pretrain", "elo_align")]
-        cells = [times(result["pipeline_speedup"][name]) if name in result["pipeline_speedup"] else "" for name in over]
-        cells[0] = f"**{cells[0]}**" if cells[0] else ""
-        ideal = next(result["pipeline_speedup"][name]["ideal"] for name in over if name in result["pipeline_speedup"])
-        link = f"[record]({_link(record.path, readme.parent)}/README.md)"
-        where = f"{result['model']['name']}, {result['device']['name']}"
-        rows.append([where, " / ".join(number(speed) for speed in speeds), *cells, f"{ideal:.2f}x", link])
-        notes.append(f"* {conditions(result, record.config, record.environment or {})}")
-    words = (
-        "Medians with bootstrap intervals over whole rounds of arms taking turns; the ideal is that of the operations "
-        "over the first baseline. Conditions:"
+    results = [record.result or {} for record in chosen]
+    labels = dict(
+        (name, f"({arm['letter']}) {arm['label']}") for r in reversed(results) for name, arm in by_letter(r["arms"])
     )
-    return "\n\n".join([markdown_table(header, rows), words, "\n".join(notes)])
+    rows = []
+    for base in BASELINES:
+        if any(base in result["pipeline_speedup"] for result in results):
+            rows.append([f"**pipeline** over {labels[base]}", *(_pipeline_cell(result, base) for result in results)])
+    for name in sorted(labels, key=labels.__getitem__):
+        rows.append([f"tokens/s, {labels[name]}", *(_tokens_cell(result["arms"].get(name)) for result in results)])
+    rows.append(["", *(f"[record]({_link(record.path, readme.parent)}/README.md)" for record in chosen)])
+    notes = [f"* {conditions(record.result or {}, record.config or {}, record.environment or {})}" for record in chosen]
+    splits = " or ".join(f"{100 * split:g} %" for split in sorted({result["split"] for result in results}, reverse=True))
+    words = (
+        f"Pipeline: {splits} of the tokens in ELO pretraining, the rest in alignment, against all of them in the baseline. "
+        f"Medians of the rounds, arms taking turns within each; {percent(USUAL)} bootstrap intervals over whole rounds "
+        "where no other confidence is stated. Ideal: what the executed operations alone would give. r, the stage "
+        "ratio: seconds a token of ELO pretraining over the baseline's. Conditions:"
+    )
+    return "\n\n".join([markdown_table(["", *map(_heading, results)], rows), words, "\n".join(notes)])
 
 
-def _importance(record: Record) -> tuple[bool, int, str]:
+def readme_faults(record: Record) -> list[str]:
+    """Why a speed record stays out of the README; [] where it feeds it. The page lists it all the same.
+
+    An arm that a machine cannot run ("not here") is no fault; a baseline that was not asked for is, as a table with the
+    baselines of one's choice says what one likes.
+    """
+    result, config = record.result or {}, record.config or {}
+    settings, git = config.get("settings") or {}, config.get("git") or {}
+    arms = result["arms"]
+    here = [name for name in BASELINES if arms.get(name, {}).get("status") != "not here"]
+    missing = [name for name in here or BASELINES if name not in result["pipeline_speedup"]]
+    said = [f"it has no pipeline speedup over {', '.join(missing)}"] if missing else []
+    if settings.get("interrupted") is not False:
+        said.append("it was interrupted")
+    if settings.get("default_size") is not True:
+        said.append("it is not of the default size")
+    if result["rounds"] < FEWEST:
+        said.append(f"it has {result['rounds']} rounds of at least {FEWEST}")
+    if git.get("dirty"):
+        said.append("the source tree had changes that are in no commit")
+    return said
+
+
+def _setting(record: Record) -> tuple[str, ...]:
+    result = record.result or {}
+    return result["model"]["name"], result["device"]["name"], str(result["sequence_length"]), result["dtype"]
+
+
+def _heading(result: dict[str, Any]) -> str:
+    size = f"rows of {result['sequence_length']}, {result['dtype']}"
+    return f"{result['model']['name']}, {size}, {result['device']['name']}"
+
+
+def _pipeline_cell(result: dict[str, Any], base: str) -> str:
+    found = result["pipeline_speedup"].get(base)
+    if not found:
+        return _tokens_cell(result["arms"].get(base))
+    speedup, _, interval = times(found).partition(" ")
+    return f"**{speedup}** {interval}; ideal {found['ideal']:.2f}x; r {result['stage_ratio'][base]['median']:.4f}"
+
+
+def _tokens_cell(arm: dict[str, Any] | None) -> str:
+    """What an arm does a second, or how it ended."""
+    if arm is None:
+        return "not measured"
+    return number(arm["tokens_per_s"]["median"]) if arm["status"] == "ran" else str(arm["status"])
+
+
+def _importance(record: Record) -> tuple[bool, int, tuple[str, ...]]:
     """Cards before processors, large models before small ones."""
     assert record.result
-    model = record.result["model"]
-    return record.result["device"]["type"] != "cuda", -model["parameters"], model["name"]
+    return record.result["device"]["type"] != "cuda", -record.result["model"]["parameters"], _setting(record)
 
 
 def _page(found: list[Record], live: list[Record], docs: Path) -> str:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elo_engine.benchmarks.contestants import Contestant
+from elo_engine.benchmarks.contestants import SIDE, Contestant
 from elo_engine.benchmarks.evidence import require_engagement
 from elo_engine.benchmarks.processes import ArmFailed, ArmProcess, spec_of
+from elo_engine.errors import FailedError
 from elo_engine.measure.setting import ArmName
 
 Say = Callable[[str], None]
@@ -26,11 +27,14 @@ class Taken:
     """All that was measured of one arm."""
 
     described: dict[str, Any] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)  # of every step of the first process, warm-up included
+    # of every step of the first process, warm-up included
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)  # of the gradient, before clipping
     last: dict[str, Any] = field(default_factory=dict)  # peaks; evidence
     tensor_peak_bytes: int | None = None
     energy_j: list[float] = field(default_factory=list)  # of the timed steps
     failed: str = ""
+    turn_s: float = 0.0  # the longest turn
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Run:
     warmup_steps: int
     together: bool
     interrupted: bool = False
+    refused: str = ""  # an arm does something else than it claims
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class Schedule:
 
     Attributes:
         rounds: at most this many. seconds: no round is begun that would end later, if it takes as long as the longest
-            so far; the first two are run in any case.
+            so far; the first one is run in any case.
+        side_rounds: of the arms that no ratio needs: three, or one where every turn is a visit.
         warmup: untimed steps of a process. steps: timed steps of a visit.
     """
 
@@ -63,47 +69,54 @@ class Schedule:
 def run(
     contestants: list[Contestant], model: str, lr: float, schedule: Schedule, *, together: bool, scratch: Path, say: Say
 ) -> Run:
-    """Measure; arms that fail leave the rounds, those that went before them stay out of the ratios.
-
-    Raises:
-        FailedError: an arm that does something else than it claims.
-    """
+    """Measure; arms that fail leave the rounds. Ctrl-C ends the rounds, and what was measured until then is kept."""
     there = [one for one in contestants if not one.why_not]
     result = Run({one.name: Taken() for one in there}, [], schedule.warmup, together)
     turns = _Together(there, model, lr, schedule, result, scratch) if together else _Visits(
         there, model, lr, schedule, result, scratch
     )  # fmt: skip
-    began, longest, order = time.monotonic(), 0.0, random.Random(0)
     try:
         with turns.alive(say):
-            while len(result.rounds) < schedule.rounds:
-                left = schedule.seconds - (time.monotonic() - began)
-                if len(result.rounds) >= 2 and left < longest * 1.1:
-                    break
-                start = time.monotonic()
-                this: dict[ArmName, dict[str, list[float]]] = {}
-                for one in order.sample(there, len(there)):
-                    taken = result.taken[one.name]
-                    if taken.failed:
-                        continue
-                    try:
-                        this[one.name] = turns.turn(one)
-                    except ArmFailed as error:
-                        taken.failed = str(error)
-                        say(f"{one.name}: {taken.failed}")
-                result.rounds.append(this)
-                longest = max(longest, time.monotonic() - start)
-                spent = time.monotonic() - began
-                more = min(schedule.rounds - len(result.rounds), int(max(0.0, schedule.seconds - spent) / longest))
-                say(f"round {len(result.rounds)} took {longest:.0f} s; about {more} more, {more * longest:.0f} s")
+            try:
+                _take_turns(turns, schedule, result, there, say)
+            except KeyboardInterrupt:
+                result.interrupted = True
             turns.end()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before the first round, or again
         result.interrupted = True
-    for one in there:
-        found = result.taken[one.name]
-        if not found.failed and found.last:
-            require_engagement(one.setting, found.last["evidence"])
+    except FailedError as error:
+        result.refused = str(error)
     return result
+
+
+def _take_turns(turns: _Visits, schedule: Schedule, result: Run, there: list[Contestant], say: Say) -> None:
+    began, order = turns.began, random.Random(0)
+    side_rounds = 3 if result.together else 1
+    while len(result.rounds) < schedule.rounds:
+        number = len(result.rounds)
+        present = [one for one in there if one.name not in SIDE or number < side_rounds]
+        left = schedule.seconds - (time.monotonic() - began)
+        costs = [result.taken[one.name].turn_s for one in present]
+        if number and left < 1.1 * sum(costs):
+            break
+        start = time.monotonic()
+        this: dict[ArmName, dict[str, list[float]]] = {}
+        for one in order.sample(present, len(present)):
+            taken = result.taken[one.name]
+            if taken.failed:
+                continue
+            turn_began = time.monotonic()
+            try:
+                this[one.name] = turns.turn(one)
+            except ArmFailed as error:
+                taken.failed, taken.turn_s = str(error), 0.0
+                say(f"{one.name}: {taken.failed}")
+                continue
+            taken.turn_s = max(taken.turn_s, time.monotonic() - turn_began)
+        result.rounds.append(this)
+        took, spent = time.monotonic() - start, time.monotonic() - began
+        more = min(schedule.rounds - number - 1, int(max(0.0, schedule.seconds - spent) / max(took, 1e-3)))
+        say(f"round {number + 1} took {took:.0f} s; about {more} more, {more * took:.0f} s")
 
 
 class _Visits:
@@ -114,6 +127,7 @@ class _Visits:
     ) -> None:
         self.there, self.model, self.lr = there, model, lr
         self.schedule, self.result, self.scratch = schedule, result, scratch
+        self.began = time.monotonic()
 
     @contextmanager
     def alive(self, say: Say) -> Iterator[None]:
@@ -128,8 +142,10 @@ class _Visits:
             warm = [process.step("trace" if number == 1 else "step") for number in range(self.schedule.warmup)]
             timed = [process.step() for _ in range(self.schedule.steps)]
             last = process.finish()
+        require_engagement(one.setting, last["evidence"])
         if first:
             taken.losses = [answer["loss"] for answer in (*warm, *timed)]
+            taken.norms = [answer["gradient_norm"] for answer in (*warm, *timed)]
         _note(taken, warm, timed)
         taken.last = _larger(taken.last, last)
         self.say(f"  {one.name}: {min(answer['seconds'] for answer in timed):.3f} s a step")
@@ -164,6 +180,7 @@ class _Together(_Visits):
                     self.say(f"{one.name}: {taken.failed}")
                     continue
                 taken.losses = [answer["loss"] for answer in warm]
+                taken.norms = [answer["gradient_norm"] for answer in warm]
                 _note(taken, warm, [])
                 self.say(f"{one.name}: ready")
             yield
@@ -172,6 +189,7 @@ class _Together(_Visits):
         answer = self.processes[one.name].step()
         taken = self.result.taken[one.name]
         taken.losses.append(answer["loss"])
+        taken.norms.append(answer["gradient_norm"])
         _note(taken, [], [answer])
         return {"seconds": [answer["seconds"]], "losses": [answer["loss"]]}
 
@@ -184,6 +202,8 @@ class _Together(_Visits):
                 taken.last = process.finish()
             except ArmFailed as error:
                 taken.failed = str(error)
+                continue
+            require_engagement(process.contestant.setting, taken.last["evidence"])
 
 
 def _note(taken: Taken, warm: list[dict[str, Any]], timed: list[dict[str, Any]]) -> None:

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from elo_engine.benchmarks.contestants import BASELINES
+from elo_engine.benchmarks.intervals import USUAL, percent
 from elo_engine.errors import FailedError
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.setting import ARMS, ArmName
 from elo_engine.report import markdown_table
 
 SCHEMA = 1
-BASELINES = ("transformers_full", "transformers_full_kept", "liger_full", "engine_full")  # of the pipeline
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss workspace", "slack")
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -33,7 +34,7 @@ def _part(optional: dict[str, Any] | None = None, /, **fields: Any) -> type[Base
 
 _DEVICE = _part(type=Literal["cpu", "cuda"], name=str)
 _MODEL = _part(name=str, parameters=int, layers=int, V=int, D=int, F=int, H=int, K=int, E=int, tied=bool)
-_CEILINGS = _part(matmul_flop_per_s=float, copy_bytes_per_s=float)
+_CEILINGS = _part({"matmul_dtype": str}, matmul_flop_per_s=float, copy_bytes_per_s=float)
 _STEPS = _part(median=float, p10=float, p90=float, count=int)
 _SPEED = _part({"count": int}, median=float, p10=float, p90=float)
 _ARM_MEMORY = _part(
@@ -46,16 +47,16 @@ _NEEDED = {
 }  # fmt: skip  # of an arm that ran
 _ARM = _part(
     _NEEDED | {"mfu": float, "energy_j_per_token": float, "loss_first": float, "loss_last": float,
-               "options": dict[str, Any]},
+               "options": dict[str, Any], "clocks": dict[str, Any]},
     letter=str, label=str, status=Literal["ran", "failed", "not here"], why=str,
 )  # fmt: skip
 _INTERVAL = _part(median=float, low=float | None, high=float | None, confidence=float)
 _SPEEDUP = _part(median=float, low=float | None, high=float | None, confidence=float, ideal=float)
 _POINT = _part(
-    {"cap_bytes": int},  # it ran under this cap
+    {"cap_bytes": int, "why": str},  # the cap it ran under; why it failed
     arm=ArmName, sequence_length=int, micro_batch=int, predicted_bytes=int, predicted=dict[str, int],
     measured_bytes=int | None, measured_what=Literal["traced tensor bytes", "max_memory_allocated"] | None,
-    status=Literal["ran", "out of memory", "not run"], recompute=bool, state=Literal["fp32", "8bit"],
+    status=Literal["ran", "out of memory", "not run", "failed"], recompute=bool, state=Literal["fp32", "8bit"],
 )  # fmt: skip
 _CAP = _part(cap_bytes=int, arm=ArmName, largest=dict[str, int])
 _CONTEST = _part(
@@ -167,12 +168,13 @@ def cap_name(cap_bytes: int) -> str:
     return human_bytes(cap_bytes)
 
 
-def times(interval: dict[str, Any], digits: int = 2) -> str:
-    """`6.51x (6.32 to 6.70)`; without an interval it says so."""
+def times(interval: dict[str, Any], digits: int = 2, header: float = USUAL) -> str:
+    """`6.51x (6.32 to 6.70)`, with its confidence where the header states another; without an interval it says so."""
     text = f"{interval['median']:.{digits}f}x"
     if interval["low"] is None or interval["high"] is None:
         return f"{text} (too few rounds for an interval)"
-    return f"{text} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
+    other = f", {percent(interval['confidence'])}" if interval["confidence"] != header else ""
+    return f"{text} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f}{other})"
 
 
 def number(value: float) -> str:
@@ -213,10 +215,14 @@ def _memory_cell(memory: dict[str, Any] | None) -> str:
     return text
 
 
+def _in_a_cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())
+
+
 def _arm_row(arm: dict[str, Any]) -> list[str]:
     name = [f"({arm['letter']})", arm["label"]]
     if arm["status"] != "ran":
-        said = arm["why"].replace("|", "/").replace("\n", " ")
+        said = _in_a_cell(arm["why"])
         return [*name, f"{'failed' if arm['status'] == 'failed' else 'not here'}: {said}", "", "", "",
                 _memory_cell(arm.get("memory")), ""]  # fmt: skip
     speed, step = arm["tokens_per_s"], arm["step_s"]
@@ -233,13 +239,24 @@ def _arm_row(arm: dict[str, Any]) -> list[str]:
     ]
 
 
+def _how(arms: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """What decides a ratio besides the sizes: the optimizer's state, and who computes activations a second time."""
+    state = {"8bit": "8-bit", "fp32": "fp32"}.get(settings.get("state", ""))
+    said = [f"{state} optimizer state"] if state else []
+    known = [arm for _, arm in by_letter(arms) if "recompute" in (arm.get("options") or {}) and arm["status"] == "ran"]
+    letters = ", ".join(f"({arm['letter']})" for arm in known if arm["options"]["recompute"])
+    return [*said, f"checkpointed (activations recomputed): {letters or 'no arm'}"] if known else said
+
+
 def conditions(result: dict[str, Any], config: dict[str, Any], environment: dict[str, Any]) -> str:
     """One paragraph: what ran on what, how long, with which versions, at which commit."""
     said = [result["conditions"]] if result["theme"] == "loss" else []
+    settings = config.get("settings") or {}
     if model := result.get("model"):
         count = model["parameters"]
         size = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{number(count / 1e6)} million"
-        said.append(f"{model['name']} ({size} parameters)")
+        weights = {"random": ", random weights", "of the checkpoint": ", the checkpoint's weights"}
+        said.append(f"{model['name']} ({size} parameters{weights.get(settings.get('weights', ''), '')})")
     if device := result.get("device"):
         cores = f", {environment.get('cpu_threads_used')} threads" if device["type"] == "cpu" else ""
         said.append(f"{device['name']}{cores}")
@@ -249,10 +266,16 @@ def conditions(result: dict[str, Any], config: dict[str, Any], environment: dict
         batch = dict(result["micro_batch"])
         others = batch.pop("others", None)
         rows = [f"{arm} {size}" for arm, size in batch.items()] + ([f"others {others}"] if others else [])
-        said.append(f"sequence length {result['sequence_length']}, rows a micro-batch: {', '.join(rows)}")
-        said.append(f"{result['rounds']} rounds, arms taking turns, {result['warmup_steps']} warm-up steps each")
+        step = f"{settings['rows_a_step']} rows a step, " if "rows_a_step" in settings else ""
+        said.append(f"sequence length {result['sequence_length']}, {step}rows a micro-batch: {', '.join(rows)}")
+        said += _how(result["arms"], settings)
+        together = settings.get("arms_alive_together")
+        alive = {True: " side by side", False: ", a process for each visit", None: ""}[together]
+        said.append(f"{result['rounds']} rounds, arms taking turns{alive}, {result['warmup_steps']} warm-up steps each")
     if best := result.get("ceilings"):
+        kind = best.get("matmul_dtype")
         text = f"this run's ceilings {number(best['matmul_flop_per_s'] / 1e12)} TFLOP/s of a large matrix product"
+        text += f" in {kind}" if kind and kind != result.get("dtype") else ""
         said.append(f"{text}, {number(best['copy_bytes_per_s'] / 1e9)} GB/s of a copy (read + write)")
     if peak := result.get("peak_flop_per_s"):
         said.append(f"MFU against {number(peak / 1e12)} TFLOP/s dense bf16")
@@ -272,15 +295,16 @@ def speedup_tables(result: dict[str, Any]) -> list[str]:
     blocks = []
     if result["pipeline_speedup"]:
         arms, split = result["arms"], result["split"]
-        header = ["pipeline over", "speedup (95 % interval)", "ideal, from operations", "stage ratio r (95 % interval)"]
-        confidence = {100 * found["confidence"] for found in result["pipeline_speedup"].values()}
-        header = [text.replace("95", "/".join(f"{c:g}" for c in sorted(confidence))) for text in header]
+        intervals = [*result["pipeline_speedup"].values(), *result["stage_ratio"].values()]
+        usual = max((found["confidence"] for found in intervals if found["low"] is not None), default=USUAL)
+        sure = f"({percent(usual)} interval)"
+        header = ["pipeline over", f"speedup {sure}", "ideal, from operations", f"stage ratio r {sure}"]
         rows = []
         for name in sorted(result["pipeline_speedup"], key=_baseline_order):
             found, ratio = result["pipeline_speedup"][name], result["stage_ratio"].get(name)
             label = f"({arms[name]['letter']}) {arms[name]['label']}"
-            r = times(ratio, 4).replace("x", "", 1) if ratio else ""
-            rows.append([label, f"**{times(found)}**", f"{found['ideal']:.2f}x", r])
+            r = times(ratio, 4, usual).replace("x", "", 1) if ratio else ""
+            rows.append([label, f"**{times(found, header=usual)}**", f"{found['ideal']:.2f}x", r])
         words = f"{100 * split:g} % of the tokens in ELO pretraining, {100 * (1 - split):g} % in alignment"
         blocks += [f"Pipeline: {words}.", markdown_table(header, rows)]
     header = ["", "arm", "tokens/s (p10 to p90)", "step, ms (p10 to p90)", "GFLOP/token, model / executed",
@@ -302,6 +326,7 @@ def memory_tables(result: dict[str, Any]) -> list[str]:
     for point in result["points"]:
         measured = point["measured_bytes"]
         found = f"{human_bytes(measured)} ({point['measured_what']})" if measured is not None else point["status"]
+        found += f": {_in_a_cell(point['why'])}" if point.get("why") else ""
         found += f", under a cap of {cap_name(point['cap_bytes'])}" if point.get("cap_bytes") else ""
         share = f"{point['predicted_bytes'] / measured:.3f}" if measured else ""
         size = [str(point["sequence_length"]), str(point["micro_batch"])]

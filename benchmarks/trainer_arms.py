@@ -21,8 +21,6 @@ from elo_engine.benchmarks.models import BenchModel, attention_of, random_rows, 
 from elo_engine.errors import RefusedError
 from elo_engine.measure.setting import SHALLOW, Setting
 
-ROWS = 64
-
 
 def optimizer_name(setting: Setting) -> str:
     """The Trainer's `optim`.
@@ -109,7 +107,7 @@ def run_trainer(setting: Setting, model: BenchModel, lr: float, device: torch.de
 
     logging.set_verbosity_error()
     made = build(setting, model, device)
-    ids_RT, labels_RT = random_rows(setting.spec.V, ROWS, setting.sequence_length)
+    ids_RT, labels_RT = random_rows(setting)
     # labels_RT hold the next token already; shift_labels hands them over as they are
     rows = [
         {"input_ids": ids_T, "labels": ids_T, "shift_labels": labels_T}
@@ -134,7 +132,7 @@ def run_trainer(setting: Setting, model: BenchModel, lr: float, device: torch.de
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs is None or "loss" not in logs:
                 return  # the summary after the last step
-            conductor.answer(float(logs["loss"]))
+            conductor.answer(float(logs["loss"]), float(logs["grad_norm"]))
             conductor.wait()
             control.should_training_stop = conductor.finished
 

@@ -61,8 +61,10 @@ def memory(
         caps=tuple(int(cap * 2**30) for cap in _numbers("--caps", caps, float)),
         **options,
     )
-    result, path = run_command(chosen, records_folder(records) if record else None, _command())
+    result, path, interrupted = run_command(chosen, records_folder(records) if record else None, _command())
     _show(result, path)
+    if interrupted:
+        raise Interrupted("interrupted; what was measured until then is above" + (f" and in {path}" if path else ""))
 
 
 def loss(

@@ -25,9 +25,10 @@ from elo_engine.config import AlignConfig, RunConfig, StageConfig, apply_overrid
 from elo_engine.corpora import make_mixture, require_shards
 from elo_engine.data import NO_LABEL, RowBatch
 from elo_engine.detach import open_source
-from elo_engine.errors import UsageError
+from elo_engine.errors import RefusedError, UsageError
 from elo_engine.measure.breakdown import HIDDEN_GRADIENT, NATIVE
 from elo_engine.measure.environment import choose_device, choose_dtype
+from elo_engine.measure.machine import device_room, give_back_freed_memory
 from elo_engine.measure.profiler import (
     Conditions,
     analyse,
@@ -47,7 +48,8 @@ from elo_engine.model.full import load_full
 from elo_engine.model.presets import preset_spec
 from elo_engine.model.shallow import load_shallow, shallow_names
 from elo_engine.model.spec import ModelSpec, choose_layers
-from elo_engine.plan import require_memory
+from elo_engine.plan import Subject as Planned
+from elo_engine.plan import Target, make_plan, require_memory, stage_refusal
 from elo_engine.train.loop import check_first_gradients, micro_batches, to_batch
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.schedule import learning_rate
@@ -117,11 +119,27 @@ def shapes_config(name: str, stage: StageName, overrides: list[str]) -> RunConfi
     return make_config(tree, f"--shapes {name}")
 
 
+def require_room(name: str, config: RunConfig, stage: StageName, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises RefusedError when a stage of published shapes is predicted to take more than the device has free now; no
+    host memory is asked for beside a GPU's, since a profile writes no snapshots.
+    """
+    give_back_freed_memory(device)
+    target = Target(device.type, "bf16" if dtype == torch.bfloat16 else "fp32", device_room(device))
+    refusal = stage_refusal(make_plan(config, Planned.preset(name), target), stage)
+    if refusal is not None:
+        raise RefusedError(f"--shapes {name}: {refusal}")
+
+
 def random_subject(name: str, config: RunConfig, stage: StageName) -> Subject:
-    """Random weights of published shapes, made on the device, and random rows of one document each."""
+    """Random weights of published shapes, made on the device, and random rows of one document each.
+
+    Raises:
+        RefusedError: they do not fit; none are made.
+    """
     spec = preset_spec(name)
     device = choose_device(config.device)
     dtype, why = choose_dtype(config.dtype, device)
+    require_room(name, config, stage, device, dtype)
     reasons = (why, ops.configure(config.kernels, device))
     whole, section = stage == "align", config.pretrain if stage == "pretrain" else config.align
     layers = tuple(range(spec.layers)) if whole else choose_layers(config.detach.layers, spec.layers)

@@ -28,11 +28,18 @@ LABELS = {
     "elo_pretrain": ("f", "ELO pretraining, this engine", 7.0),
     "elo_align": ("g", "alignment, this engine", 68.0),
     "transformers_shallow": ("x", "two layers, transformers", 12.0),
+    "transformers_full_kept": ("k", "full CP, memory kept", 90.0),
 }
 PREDICTED = {"weights": 400, "gradients": 100, "optimizer": 200, "activations": 250, "loss workspace": 60, "slack": 10}
 ENVIRONMENT = {
     "cpu": "Imaginary CPU", "cpu_cores": 2, "cpu_threads_used": 2, "gpus": [],
     "packages": {"torch": "0.0.1", "transformers": "0.0.2"},
+}  # fmt: skip
+
+
+SETTINGS = {
+    "weights": "random", "rows_a_step": 4, "state": "8bit", "arms_alive_together": True, "interrupted": False,
+    "default_size": True,
 }  # fmt: skip
 
 
@@ -78,7 +85,7 @@ def speedup(
                 "predicted_bytes": total, "predicted": memory,
             },
             "energy_j_per_token": 0.5 if gpu else None, "loss_first": 9.5, "loss_last": 9.3,
-            "parameters_trained": 1000 + number, "options": {"gradient_checkpointing": True},
+            "parameters_trained": 1000 + number, "options": {"recompute": arm in ("transformers_full", "engine_full", "lora")},
         }  # fmt: skip
     over = [arm for arm in BASELINES if arm in ran]
     result = {
@@ -161,7 +168,7 @@ def loss() -> dict[str, Any]:
 
 def keep(records: Path, result: dict[str, Any], raw: dict[str, Any] | None = None, **more: Any) -> Path:
     """`write_record` with what the tests do not look at."""
-    fields = {"card": "imaginary", "environment": ENVIRONMENT, "settings": {}, "command": ["elo", "bench"]}
+    fields = {"card": "imaginary", "environment": ENVIRONMENT, "settings": SETTINGS, "command": ["elo", "bench"]}
     return write_record(records, result=result, raw=raw or {}, **(fields | more))
 
 
@@ -188,14 +195,22 @@ def test_a_slower_stage_is_seen_and_only_that_one(tmp_path: Path) -> None:
 
 
 def test_the_interval_of_the_log_ratio_decides() -> None:
-    steady = [1.0, 1.01, 0.99, 1.0, 1.02]
-    assert verdict(steady, [2.0] * 5, "slower", "faster").endswith(": slower")
-    assert verdict(steady, [0.5] * 5, "slower", "faster").endswith(": faster")
+    steady = [1.0, 1.01, 0.99, 1.0, 1.02, 1.0]
+    assert verdict(steady, [2.0] * 6, "slower", "faster") == "2.000 (1.970 to 2.010): slower"
+    assert verdict(steady, [0.5] * 6, "slower", "faster").endswith(": faster")
     assert verdict(steady, steady[::-1], "slower", "faster").endswith(": no difference shown")
-    wild = [0.5, 2.5, 1.4, 0.6, 3.0]
+    wild = [0.5, 2.5, 1.4, 0.6, 3.0, 0.9]
     assert verdict(steady, wild, "slower", "faster").endswith(": no difference shown")
     few = verdict(steady, [9.0, 9.0], "slower", "faster")
-    assert few == "9.000, no interval from 5 and 2 rounds: no difference shown"
+    assert few == "9.000, no interval from 6 and 2 rounds: too few rounds to show a difference"
+
+
+def test_five_rounds_are_too_few_for_a_claim() -> None:
+    five, six = [1.0, 1.01, 0.99, 1.0, 1.02], [2.0] * 6
+    for first, second in ((five, six), (six, five)):
+        said = verdict(first, second, "slower", "faster")
+        assert said.endswith(", 93.75 %): too few rounds to show a difference")
+    assert verdict(five, five[::-1], "slower", "faster").endswith(", 93.75 %): no difference shown")
 
 
 def test_other_conditions_are_stated_before_any_ratio(tmp_path: Path) -> None:
@@ -234,7 +249,7 @@ def test_kernels_and_loading_are_compared_by_their_own_rounds(tmp_path: Path) ->
     def loading(seconds: float) -> dict[str, Any]:
         rows: list[dict[str, Any]] = [
             {"state": "cold", "arm": "engine", "round": number, "seconds": seconds + number / 1000}
-            for number in range(5)
+            for number in range(6)
         ]
         rows.append({"state": "cold", "arm": "peer", "round": 0, "failed": "not installed"})
         return {"schema": 1, "theme": "loading", "results": {"model": "tiny", "measurements": rows}}

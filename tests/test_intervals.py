@@ -92,6 +92,25 @@ def test_few_rounds_have_a_figure_and_no_interval() -> None:
         bootstrap([1.0], statistics.median, confidence=95)
 
 
+@pytest.mark.parametrize(("rounds", "stated"), [(3, 0.75), (4, 0.875), (5, 0.9375), (6, 0.95), (12, 0.95)])
+def test_an_interval_states_no_more_than_its_rounds_can_give(rounds: int, stated: float) -> None:
+    values = [float(value) for value in range(rounds)]
+    assert bootstrap(values, statistics.median).confidence == stated
+    assert bootstrap(values, statistics.median, confidence=0.5).confidence == 0.5
+    for first, second in ((values, values * 5), (values * 5, values)):
+        found = bootstrap_two(first, second, lambda a, b: statistics.median(b) - statistics.median(a))
+        assert found.confidence == stated, "the smaller of the two runs decides"
+
+
+@pytest.mark.parametrize("rounds", [3, 4, 5])
+def test_the_stated_confidence_of_few_rounds_is_the_share_that_holds_the_truth(rounds: int) -> None:
+    order, found = random.Random(4), []
+    for _ in range(600):
+        found.append(bootstrap([order.gauss(0, 1) for _ in range(rounds)], statistics.median, draws=300))
+    share = sum(one.spans(0.0) is True for one in found) / len(found)
+    assert share == pytest.approx(found[0].confidence, abs=0.045)  # 2.5 standard deviations of 600 with 75 %
+
+
 def test_the_same_rounds_give_the_same_interval_and_another_seed_another() -> None:
     order = random.Random(3)
     values = [order.gauss(10, 1) for _ in range(8)]

@@ -224,6 +224,23 @@ def test_what_is_refused(config_file: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [there]
 
 
+def test_shapes_that_do_not_fit_are_refused_before_weights_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer's input alone has 1.2 TiB here, which fits no machine; a weight that is made ends the test."""
+
+    def made(*_: object) -> torch.Tensor:
+        raise AssertionError("a weight was made")
+
+    monkeypatch.setattr("elo_engine.profile._random_weight", made)
+    flags = ["--sequence-length", 8192, "--micro-batch", 10_000, "--out", tmp_path / "profile", "device=cpu"]
+    for stage in ("pretrain", "align"):
+        status, shown = profile("--shapes", "llama-3.1-8b", "--stage", stage, *flags)
+        assert status == 3, shown
+        assert f"--shapes llama-3.1-8b: {stage} does not fit" in shown and "micro_batch=" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_profile_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FailedError), new_folder(tmp_path / "profile") as folder:
         (folder / "trace.json.gz").write_bytes(b"half")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,15 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_compare import keep, kernels, loss, memory, speedup
+from test_compare import SETTINGS, keep, kernels, loss, memory, speedup
 
 from elo_engine.benchmarks import plots
 from elo_engine.benchmarks.recording import read_record, read_records, withdraw
-from elo_engine.benchmarks.reporting import BEGIN, END, faults, make_report, readme_block, report_command
-from elo_engine.benchmarks.tables import cap_name, memory_tables, number, speedup_tables, times
+from elo_engine.benchmarks.reporting import (
+    BEGIN,
+    END,
+    faults,
+    make_report,
+    readme_block,
+    readme_faults,
+    report_command,
+)
+from elo_engine.benchmarks.tables import (
+    cap_name,
+    check_result,
+    conditions,
+    memory_tables,
+    number,
+    speedup_tables,
+    times,
+)
 from elo_engine.errors import FailedError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def at_commit(record: Path, dirty: bool = False) -> Path:
+    """The record as a run at a commit would have written it, whatever state this tree is in."""
+    config, commit = (json.loads((record / name).read_text()) for name in ("config.json", "COMMIT.json"))
+    config["git"] = {"commit": "0" * 40, "dirty": dirty}
+    (record / "config.json").write_text(json.dumps(config))
+    commit["files"]["config.json"]["sha256"] = hashlib.sha256((record / "config.json").read_bytes()).hexdigest()
+    (record / "COMMIT.json").write_text(json.dumps(commit))
+    return record
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +55,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = root / "benchmarks" / "records"
     (records / "2020-01-01_old_cpu").mkdir(parents=True)
     (records / "2020-01-01_old_cpu" / "README.md").write_text("# What was measured then\n")
-    keep(records, *speedup(rounds=3))
-    keep(records, *speedup(rounds=3, device="cuda", model="imaginary-8b"), name="speedup-8b")
+    at_commit(keep(records, *speedup(rounds=3)))
+    at_commit(keep(records, *speedup(rounds=3, device="cuda", model="imaginary-8b"), name="speedup-8b"))
     for result in (memory(), kernels(), loss()):
         keep(records, result)
     keep(records, {"schema": 1, "theme": "loading", "results": {"model": "tiny"}})
@@ -111,16 +138,88 @@ def test_resident_memory_is_not_held_against_a_prediction_of_tensors() -> None:
 def test_the_readme_has_the_newest_record_of_each_model_on_each_device(tree: Path) -> None:
     records = tree / "benchmarks" / "records"
     result, raw = speedup(rounds=3, slower=2.0)
-    newest = keep(records, result, raw)
+    newest = at_commit(keep(records, result, raw))
     assert any(line.startswith("README.md differs") for line in report(tree))
     assert "README.md" in report(tree, check=False) and report(tree) == []
     readme = (tree / "README.md").read_text()
-    rows = [line for line in readme.splitlines() if line.startswith("| imaginary")]
-    assert [row.split(" |")[0] for row in rows] == ["| imaginary-8b, Imaginary Card", "| imaginary-1b, Imaginary CPU"]
-    assert f"({newest.relative_to(tree)}/README.md)" in rows[1]
-    assert f"**{times(result['pipeline_speedup']['transformers_full'])}**" in rows[1]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines() if line[:1] == "|"]
+    assert table[0] == ["", "imaginary-8b, rows of 1024, bf16, Imaginary Card",
+                        "imaginary-1b, rows of 1024, fp32, Imaginary CPU"]  # fmt: skip
+    rows = {row[0]: row[1:] for row in table[2:]}
+    assert f"({newest.relative_to(tree)}/README.md)" in rows[""][1]
+    found = result["pipeline_speedup"]["transformers_full"]
+    r = result["stage_ratio"]["transformers_full"]["median"]
+    assert rows["**pipeline** over (a) full CP, transformers Trainer"][1] == (
+        f"**{found['median']:.2f}x** ({found['low']:.2f} to {found['high']:.2f}, 75 %); ideal 5.25x; r {r:.4f}"
+    )
+    speed = number(result["arms"]["elo_pretrain"]["tokens_per_s"]["median"])
+    assert rows["tokens/s, (f) ELO pretraining, this engine"][1] == speed
+    assert rows["tokens/s, (b) full CP, Liger kernels"] == ["not here", "not here"]
+    assert rows["tokens/s, (e) first and last layer unfrozen"] == ["failed", "failed"]
+    assert len({len(row) for row in table}) == 1, "a row with another number of cells breaks the table"
     assert readme.count("\n* imaginary") == 2 and "sequence length 1024" in readme
     assert readme.startswith("# Title\n\ntext\n\n<!--") and readme.endswith(f"{END}\n\nafter\n")
+
+
+def test_another_length_or_dtype_is_a_column_of_its_own(tmp_path: Path) -> None:
+    for change in ({}, {"sequence_length": 2048}, {"dtype": "bf16"}):
+        result, raw = speedup(rounds=3)
+        at_commit(keep(tmp_path, result | change, raw))
+    heading = readme_block(read_records(tmp_path)[::-1], tmp_path / "README.md").splitlines()[0]
+    sizes = ("rows of 1024, bf16", "rows of 1024, fp32", "rows of 2048, fp32")
+    assert heading == "|  | " + " | ".join(f"imaginary-1b, {size}, Imaginary CPU" for size in sizes) + " |"
+
+
+def test_a_record_that_does_not_stand_for_the_default_stays_out_of_the_readme(tmp_path: Path) -> None:
+    def said(change: Any = None, *, rounds: int = 3, dirty: bool = False, **settings: Any) -> list[str]:
+        result, raw = speedup(rounds=rounds)
+        if change:
+            change(result)
+        kept = {name: value for name, value in (SETTINGS | settings).items() if value is not None}
+        record = read_record(at_commit(keep(tmp_path, result, raw, settings=kept), dirty))
+        found = readme_faults(record)
+        assert (readme_block([record], tmp_path / "README.md") == "") == bool(found)
+        return found
+
+    def failed(result: dict[str, Any]) -> None:
+        result["arms"]["engine_full"] |= {"status": "failed", "why": "out of memory"}
+        del result["stage_ratio"]["engine_full"], result["pipeline_speedup"]["engine_full"]
+
+    def left_out(result: dict[str, Any]) -> None:
+        failed(result)
+        del result["arms"]["engine_full"]
+
+    def not_here(result: dict[str, Any]) -> None:
+        failed(result)
+        result["arms"]["engine_full"]["status"] = "not here"
+
+    assert said() == [] and said(not_here) == []
+    assert said(failed) == said(left_out) == ["it has no pipeline speedup over engine_full"]
+    assert said(interrupted=True) == ["it was interrupted"]
+    assert said(default_size=False) == said(default_size=None) == ["it is not of the default size"]
+    assert said(rounds=2) == ["it has 2 rounds of at least 3"]
+    assert said(dirty=True) == ["the source tree had changes that are in no commit"]
+
+
+def test_the_conditions_say_what_decides_a_ratio() -> None:
+    result = speedup(device="cuda")[0]
+    config = {"created": "2020-01-01T00:00:00Z", "git": None, "settings": SETTINGS}
+    said = conditions(result, config, {})
+    for words in ("parameters, random weights)", "4 rows a step, rows a micro-batch: elo_pretrain 4, others 1",
+                  "8-bit optimizer state", "checkpointed (activations recomputed): (a), (c), (d);",
+                  "arms taking turns side by side"):  # fmt: skip
+        assert words in said
+    result["ceilings"]["matmul_dtype"] = "bf16"
+    assert conditions(result, config, {}) == said
+    result["ceilings"]["matmul_dtype"] = "fp32"
+    result["arms"]["lora"]["clocks"] = {"sm_mhz": [1, 2]}
+    check_result(result, "result.json")
+    assert "TFLOP/s of a large matrix product in fp32, " in conditions(result, config, {})
+    other = SETTINGS | {"arms_alive_together": False, "state": "fp32", "weights": "of the checkpoint"}
+    said = conditions(result, config | {"settings": other}, {})
+    for words in ("turns, a process for each visit", "fp32 optimizer state", "parameters, the checkpoint's weights)"):
+        assert words in said
+    assert "optimizer state" not in conditions(result, config | {"settings": {}}, {})
 
 
 def test_a_readme_without_a_place_for_the_table(tree: Path) -> None:
@@ -254,9 +353,25 @@ def test_numbers_read_well() -> None:
     assert [cap_name(8 * 10**9), cap_name(24 * 2**30), cap_name(1536)] == ["8 GB", "24 GiB", "1.5 KiB"]
     interval = {"median": 2.0, "low": None, "high": None, "confidence": 0.95}
     assert times(interval) == "2.00x (too few rounds for an interval)"
+    few = {"median": 6.13, "low": 5.97, "high": 7.09, "confidence": 0.75}
+    assert times(few) == "6.13x (5.97 to 7.09, 75 %)" and times(few, header=0.75) == "6.13x (5.97 to 7.09)"
+
+
+def test_the_header_states_the_confidence_and_cells_what_differs() -> None:
+    result = speedup(rounds=5)[0]
+    assert "speedup (93.75 % interval)" in speedup_tables(result)[1]
+    assert speedup_tables(result)[1].count("%") == 2, "in the header alone"
+    result["pipeline_speedup"]["engine_full"]["confidence"] = 0.75
+    table = speedup_tables(result)[1].splitlines()
+    assert table[0].count("93.75 %") == 2
+    assert [line.count(", 75 %)") for line in table[2:]] == [0, 0, 1]
 
 
 def test_the_memory_tables_keep_what_fits_apart_from_what_does_not() -> None:
+    result = memory()
+    result["points"][0] |= {"status": "failed", "why": "a | b\nc", "measured_bytes": None, "measured_what": None}
+    check_result(result, "result.json")
+    assert "| failed: a / b c |  |" in memory_tables(result)[0]
     points, _, caps = memory_tables(memory())
     assert "| out of memory, under a cap of 24 GiB |  |" in points
     assert "| 1.5 GiB (traced tensor bytes) | 1.033 |" in points
