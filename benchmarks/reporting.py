@@ -126,9 +126,9 @@ def readme_block(live: list[Record], readme: Path) -> str:
         rows.append([f"tokens/s, {labels[name]}", *(_tokens_cell(result["arms"].get(name)) for result in results)])
     rows.append(["", *(f"[record]({_link(record.path, readme.parent)}/README.md)" for record in chosen)])
     notes = [f"* {conditions(record.result or {}, record.config or {}, record.environment or {})}" for record in chosen]
-    splits = " or ".join(f"{100 * split:g} %" for split in sorted({result["split"] for result in results}, reverse=True))
+    splits = " or ".join(sorted({f"{100 * result['split']:g} %" for result in results}))
     words = (
-        f"Pipeline: {splits} of the tokens in ELO pretraining, the rest in alignment, against all of them in the baseline. "
+        f"Pipeline: {splits} of the tokens in ELO pretraining, the rest in alignment, against all in the baseline. "
         f"Medians of the rounds, arms taking turns within each; {percent(USUAL)} bootstrap intervals over whole rounds "
         "where no other confidence is stated. Ideal: what the executed operations alone would give. r, the stage "
         "ratio: seconds a token of ELO pretraining over the baseline's. Conditions:"

@@ -85,7 +85,8 @@ def speedup(
                 "predicted_bytes": total, "predicted": memory,
             },
             "energy_j_per_token": 0.5 if gpu else None, "loss_first": 9.5, "loss_last": 9.3,
-            "parameters_trained": 1000 + number, "options": {"recompute": arm in ("transformers_full", "engine_full", "lora")},
+            "parameters_trained": 1000 + number,
+            "options": {"recompute": arm in ("transformers_full", "engine_full", "lora")},
         }  # fmt: skip
     over = [arm for arm in BASELINES if arm in ran]
     result = {
