@@ -49,7 +49,7 @@ class Options:
     caps: tuple[int, ...] = tuple(gb * 2**30 for gb in (8, 12, 16, 24, 80))
     arms: tuple[ArmName, ...] = MEASURED
     state: str | None = None
-    minutes: float = 9.5
+    minutes: float = 9.0
     predict_only: bool = False
 
 

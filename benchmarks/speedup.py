@@ -55,7 +55,7 @@ class Options:
     micro_batch: int = 1
     state: str | None = None
     arms: tuple[ArmName, ...] = ()
-    minutes: float = 9.5
+    minutes: float = 9.0
     rounds: int = 9
     steps: int = 3
 
