@@ -42,6 +42,10 @@ SIDE: frozenset[ArmName] = frozenset({"lora", "outer_unfrozen", "transformers_sh
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 
+# Rows' length and rows a step unless asked otherwise; on a CPU nothing larger ends five rounds within ten minutes.
+DEFAULT_SIZE = {"cuda": (8192, 4), "cpu": (512, 2)}
+
+
 @dataclass(frozen=True)
 class Contestant:
     """An arm as it is run, or why it is not."""

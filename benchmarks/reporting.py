@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elo_engine.benchmarks import plots
-from elo_engine.benchmarks.contestants import BASELINES
+from elo_engine.benchmarks.contestants import BASELINES, DEFAULT_SIZE
 from elo_engine.benchmarks.intervals import FEWEST, USUAL, percent, pipeline_speedup, rounds_of, stage_ratio
 from elo_engine.benchmarks.recording import ROOT, Record, read_records
 from elo_engine.benchmarks.tables import by_letter, conditions, number, subject, tables, times
@@ -150,7 +150,7 @@ def readme_faults(record: Record) -> list[str]:
     said = [f"it has no pipeline speedup over {', '.join(missing)}"] if missing else []
     if settings.get("interrupted") is not False:
         said.append("it was interrupted")
-    if settings.get("default_size") is not True:
+    if (result["sequence_length"], settings.get("rows_a_step")) != DEFAULT_SIZE[result["device"]["type"]]:
         said.append("it is not of the default size")
     if result["rounds"] < FEWEST:
         said.append(f"it has {result['rounds']} rounds of at least {FEWEST}")

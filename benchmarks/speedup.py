@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ import torch
 
 from elo_engine import console
 from elo_engine.benchmarks import rounds as measuring
-from elo_engine.benchmarks.contestants import BASELINES, LABELS, LETTERS, Contestant, Size, choose, together_fit
+from elo_engine.benchmarks.contestants import (
+    BASELINES,
+    DEFAULT_SIZE,
+    LABELS,
+    LETTERS,
+    Contestant,
+    Size,
+    choose,
+    together_fit,
+)
 from elo_engine.benchmarks.intervals import pipeline_speedup, stage_ratio
 from elo_engine.benchmarks.models import open_model
 from elo_engine.benchmarks.processes import ceilings_of
@@ -67,11 +76,12 @@ def size_of(options: Options) -> Size:
     device = choose_device(options.device)  # type: ignore[arg-type]
     dtype, _ = choose_dtype(options.dtype, device)  # type: ignore[arg-type]
     gpu = device.type == "cuda"
-    rows = options.rows or (4 if gpu else 2)
+    length, rows = DEFAULT_SIZE[device.type]
+    rows = options.rows or rows
     return Size(
         device=device.type,
         dtype="bf16" if dtype == torch.bfloat16 else "fp32",
-        sequence_length=options.sequence_length or (8192 if gpu else 512),
+        sequence_length=options.sequence_length or length,
         rows=rows,
         elo_micro_batch=options.elo_micro_batch or min(4, rows),
         whole_micro_batch=options.micro_batch,
@@ -111,7 +121,6 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
         "weights": "random" if model.folder is None else "of the checkpoint", "rows_a_step": size.rows,
         "state": size.state, "learning_rate": LEARNING_RATE, "arms_alive_together": together,
         "steps_a_visit": None if together else options.steps, "interrupted": run.interrupted,
-        "default_size": size == size_of(replace(Options(options.model), device=options.device)),
     }  # fmt: skip
     if not any(run.rounds) and not run.refused:
         if run.interrupted:

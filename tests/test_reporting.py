@@ -143,8 +143,8 @@ def test_the_readme_has_the_newest_record_of_each_model_on_each_device(tree: Pat
     assert "README.md" in report(tree, check=False) and report(tree) == []
     readme = (tree / "README.md").read_text()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines() if line[:1] == "|"]
-    assert table[0] == ["", "imaginary-8b, rows of 1024, bf16, Imaginary Card",
-                        "imaginary-1b, rows of 1024, fp32, Imaginary CPU"]  # fmt: skip
+    assert table[0] == ["", "imaginary-8b, rows of 8192, bf16, Imaginary Card",
+                        "imaginary-1b, rows of 512, fp32, Imaginary CPU"]  # fmt: skip
     rows = {row[0]: row[1:] for row in table[2:]}
     assert f"({newest.relative_to(tree)}/README.md)" in rows[""][1]
     found = result["pipeline_speedup"]["transformers_full"]
@@ -157,16 +157,16 @@ def test_the_readme_has_the_newest_record_of_each_model_on_each_device(tree: Pat
     assert rows["tokens/s, (b) full CP, Liger kernels"] == ["not here", "not here"]
     assert rows["tokens/s, (e) first and last layer unfrozen"] == ["failed", "failed"]
     assert len({len(row) for row in table}) == 1, "a row with another number of cells breaks the table"
-    assert readme.count("\n* imaginary") == 2 and "sequence length 1024" in readme
+    assert readme.count("\n* imaginary") == 2 and "sequence length 512" in readme
     assert readme.startswith("# Title\n\ntext\n\n<!--") and readme.endswith(f"{END}\n\nafter\n")
 
 
-def test_another_length_or_dtype_is_a_column_of_its_own(tmp_path: Path) -> None:
-    for change in ({}, {"sequence_length": 2048}, {"dtype": "bf16"}):
+def test_another_dtype_is_a_column_of_its_own(tmp_path: Path) -> None:
+    for change in ({}, {"dtype": "bf16"}):
         result, raw = speedup(rounds=3)
         at_commit(keep(tmp_path, result | change, raw))
     heading = readme_block(read_records(tmp_path)[::-1], tmp_path / "README.md").splitlines()[0]
-    sizes = ("rows of 1024, bf16", "rows of 1024, fp32", "rows of 2048, fp32")
+    sizes = ("rows of 512, bf16", "rows of 512, fp32")
     assert heading == "|  | " + " | ".join(f"imaginary-1b, {size}, Imaginary CPU" for size in sizes) + " |"
 
 
@@ -196,14 +196,15 @@ def test_a_record_that_does_not_stand_for_the_default_stays_out_of_the_readme(tm
     assert said() == [] and said(not_here) == []
     assert said(failed) == said(left_out) == ["it has no pipeline speedup over engine_full"]
     assert said(interrupted=True) == ["it was interrupted"]
-    assert said(default_size=False) == said(default_size=None) == ["it is not of the default size"]
+    assert said(rows_a_step=8) == said(rows_a_step=None) == ["it is not of the default size"]
+    assert said(lambda result: result.update(sequence_length=64)) == ["it is not of the default size"]
     assert said(rounds=2) == ["it has 2 rounds of at least 3"]
     assert said(dirty=True) == ["the source tree had changes that are in no commit"]
 
 
 def test_the_conditions_say_what_decides_a_ratio() -> None:
     result = speedup(device="cuda")[0]
-    config = {"created": "2020-01-01T00:00:00Z", "git": None, "settings": SETTINGS}
+    config = {"created": "2020-01-01T00:00:00Z", "git": None, "settings": SETTINGS | {"rows_a_step": 4}}
     said = conditions(result, config, {})
     for words in ("parameters, random weights)", "4 rows a step, rows a micro-batch: elo_pretrain 4, others 1",
                   "8-bit optimizer state", "checkpointed (activations recomputed): (a), (c), (d);",
