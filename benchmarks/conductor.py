@@ -16,8 +16,9 @@ from typing import IO, Any
 
 import torch
 
-from elo_engine.benchmarks.evidence import Evidence, synchronize
+from elo_engine.benchmarks.evidence import Evidence
 from elo_engine.measure.device_state import clocks, energy_joules
+from elo_engine.measure.roofline import synchronize
 from elo_engine.measure.tensor_trace import traced_tensor_bytes
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from elo_engine.benchmarks.models import checksum
@@ -171,9 +170,3 @@ def require_engagement(setting: Setting, evidence: dict[str, Any]) -> None:
         raise FailedError(
             f"arm {setting.arm} is not what it claims, so it is not compared: {'; '.join(wrong[:3])}{more}"
         )
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
