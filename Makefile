@@ -13,6 +13,9 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip would compile thousands of files one after another; this takes all cores, and leaves what does not compile.
+INSTALL := $(PIP) install --quiet --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: setup demo test lint fuzz bench clean
@@ -23,6 +26,8 @@ setup: .venv/.stamp
 demo: .venv/.stamp
 	$(BIN)/elo demo
 
+# Compiled once, also where the environment says otherwise: tests start many processes that import all of it.
+test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/.stamp-test
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
@@ -60,27 +65,29 @@ $(BIN)/python:
 
 # torch comes first and by itself, so that nothing else decides its build. Without a GPU the CPU build saves gigabytes of
 # CUDA libraries; --no-deps, because its index has torch but not the pinned versions of what torch needs. Where that
-# index cannot be reached, pip's own index serves. The last line brings the rest, and torch itself if it is not there yet.
+# index cannot be reached, and with a GPU, the packages below bring it from pip's own, as they bring what it needs.
 .venv/.torch: constraints.txt | $(BIN)/python
 	@if nvidia-smi >/dev/null 2>&1; then \
 		echo "torch: this machine has an NVIDIA GPU, so the CUDA build"; \
 	else \
 		echo "torch: no NVIDIA GPU here, so the CPU build"; \
-		$(PIP) install --quiet --no-deps --retries 0 --timeout 5 --index-url $(CPU_INDEX) -c $(CONSTRAINTS) torch \
+		$(INSTALL) --no-deps --retries 0 --timeout 5 --index-url $(CPU_INDEX) -c $(CONSTRAINTS) torch \
 		|| echo "torch: its CPU index does not answer, trying pip's own"; \
 	fi
-	$(PIP) install --quiet -c $(CONSTRAINTS) torch
 	@touch $@
 
 .venv/.stamp: .venv/.torch $(SOURCES)
-	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[demo]'
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[demo]'
+	@$(COMPILE)
 	@touch $@
 
 # triton (extra gpu) is for the kernels' tests, which interpret and compile them without a GPU.
 .venv/.stamp-test: .venv/.torch $(SOURCES)
-	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[demo,dev,gpu,test]'
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[demo,dev,gpu,test]'
+	@$(COMPILE)
 	@touch $@ .venv/.stamp
 
 .venv/.stamp-bench: .venv/.torch $(SOURCES)
-	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[bench]'
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[bench]'
+	@$(COMPILE)
 	@touch $@ .venv/.stamp

@@ -35,6 +35,7 @@ setup(
         "elo_engine.measure",
         "elo_engine.model",
         "elo_engine.model.ops",
+        "elo_engine.stream",
         "elo_engine.train",
     ],
     package_dir={"elo_engine.benchmarks": "benchmarks", "elo_engine.kernels": "kernels"},

@@ -1,7 +1,7 @@
 """One arm of the comparison, in a process of its own: `python -m elo_engine.benchmarks.arm SPEC.json`.
 
 SPEC: `model` (name or folder), `arm`, `layers`, `sequence_length`, `micro_batch`, `micro_batches`, `dtype`, `state`,
-`recompute`, `device`, `lr`, and `cap_bytes` (memory beyond it is refused). The first line printed describes the arm,
+`recompute`, `streaming`, `device`, `lr`, and `cap_bytes` (memory beyond it is refused). The first line printed describes the arm,
 then commands are served as `conductor` says, and the last line holds the evidence. An arm that runs out of memory
 prints `{"failed": "out of memory: ..."}`.
 """
@@ -19,10 +19,11 @@ import torch
 
 from elo_engine.benchmarks import evidence as seen
 from elo_engine.benchmarks.conductor import Conductor, status_bytes
-from elo_engine.benchmarks.models import BenchModel, engine_model, open_model, random_rows
+from elo_engine.benchmarks.models import BenchModel, engine_model, fill_store, open_model, random_rows
 from elo_engine.config import OptimizerConfig, ScheduleConfig, StageConfig
 from elo_engine.measure.environment import choose_device
-from elo_engine.measure.setting import ENGINE, SHALLOW, Setting
+from elo_engine.measure.planner import STREAMED
+from elo_engine.measure.setting import ENGINE, SHALLOW, Setting, Streaming
 
 FOREVER = 1_000_000_000
 
@@ -30,7 +31,34 @@ FOREVER = 1_000_000_000
 def setting_of(spec: dict[str, Any], model: BenchModel) -> Setting:
     """The setting that a SPEC describes."""
     keys = ("arm", "sequence_length", "micro_batch", "micro_batches", "dtype", "state", "recompute", "device")
-    return Setting(spec=model.spec, layers=tuple(spec["layers"]), **{key: spec[key] for key in keys})
+    given = {key: spec[key] for key in keys} | {"streaming": Streaming(**spec["streaming"])}
+    return Setting(spec=model.spec, layers=tuple(spec["layers"]), **given)
+
+
+def resident_engine(
+    setting: Setting, model: BenchModel, section: StageConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The model and its optimizer on the device -> engine, all its weights."""
+    from elo_engine.train.optim import MasterAdamW
+    from elo_engine.train.resident import ResidentEngine
+
+    decoder = engine_model(
+        model, setting.layers, shallow=setting.arm in SHALLOW, recompute=setting.recompute, device=device, dtype=dtype
+    )
+    return ResidentEngine(decoder, MasterAdamW(decoder, section.optimizer), section.micro_batch), (
+        decoder.trainable() | decoder.frozen()
+    )
+
+
+def streamed_engine(
+    setting: Setting, model: BenchModel, section: StageConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The same with a few layers on the device -> engine, the weights on the host."""
+    from elo_engine.stream.engine import open_streamed
+
+    engine = open_streamed(model.spec, dtype, section, device, setting.streaming, setting.sequence_length)
+    fill_store(model, engine.store)
+    return engine, engine.trainable()
 
 
 def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.device, conductor: Conductor) -> None:
@@ -40,19 +68,16 @@ def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.dev
     from elo_engine.data import RowBatch
     from elo_engine.model import ops
     from elo_engine.train.loop import Hooks, Progress, train
-    from elo_engine.train.optim import MasterAdamW
 
     how = ops.configure("auto", device)
     dtype = torch.bfloat16 if setting.dtype == "bf16" else torch.float32
-    shallow = setting.arm in SHALLOW
-    decoder = engine_model(
-        model, setting.layers, shallow=shallow, recompute=setting.recompute, device=device, dtype=dtype
-    )
+    streamed = setting.arm == STREAMED
     section = StageConfig(
         tokens=FOREVER, tokens_per_step=setting.tokens_per_step, micro_batch=setting.micro_batch,
         optimizer=OptimizerConfig(lr=lr, state=setting.state), schedule=ScheduleConfig(warmup=0.0, decay="constant"),
     )  # fmt: skip
-    optimizer = MasterAdamW(decoder, section.optimizer)
+    make = streamed_engine if streamed else resident_engine
+    engine, tensors = make(setting, model, section, device, dtype)
     ids_RT, labels_RT = random_rows(setting)
 
     class Rows:
@@ -69,24 +94,30 @@ def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.dev
                 languages=("random",) * count,
             )
 
-    seen.watch_engine(decoder, conductor.evidence)
-    tensors = decoder.trainable() | decoder.frozen()
-    conductor.evidence.photograph(tensors)
+    if streamed:
+        seen.watch_streamed(engine, conductor.evidence)
+    else:
+        seen.watch_engine(engine.model, conductor.evidence)
+    conductor.evidence.photograph(tensors, device)
     conductor.say({"kernels": how, "attention": "", "optimizer": f"AdamW, {setting.state} state", "versions": {}})
     conductor.wait()
 
     def on_step(progress: Progress, metrics: dict[str, Any]) -> None:
         conductor.stepped()
+        if not conductor.evidence.held:  # a resident engine drops its gradients when the next step begins
+            conductor.evidence.held = engine.held()
         conductor.answer(metrics["loss_nats"], metrics["gradient_norm"])
         conductor.wait()
 
     if not conductor.finished:
         train(
-            decoder, optimizer, Rows(), section,  # type: ignore[arg-type]
+            engine, Rows(), section,  # type: ignore[arg-type]
             steps=FOREVER, sequence_length=setting.sequence_length, progress=Progress(),
             hooks=Hooks(on_step=on_step, should_stop=lambda: conductor.finished),
         )  # fmt: skip
-    conductor.evidence.compare(tensors)
+    if streamed:
+        engine.flush()  # the last step's updates
+    conductor.evidence.compare(tensors, device)
 
 
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -1,6 +1,6 @@
 """Loading the detached tensors, file to memory: this engine, its peers and the machine's ceilings, cold and warm.
 
-    python benchmarks/bench_loading.py --preset llama-2b --model FOLDER [--rounds 5] [--record FOLDER]
+    elo bench loading --preset llama-2b --model FOLDER [--rounds 5] [--device cuda] [--records FOLDER] [--no-record]
 
 Every measurement is a process of its own (loading_arms.py), and arms take turns in shuffled order within each round and
 state, so that a machine whose speed drifts drifts for all; ratios are taken round by round. Cold: the shards' pages are
@@ -35,13 +35,14 @@ from typing import Any
 import numpy as np
 
 from elo_engine.benchmarks.loading_arms import BUILD, PAGE
-from elo_engine.benchmarks.loading_report import plot, results_markdown, summarise
+from elo_engine.benchmarks.loading_report import summarise
+from elo_engine.benchmarks.loading_table import loading_tables, make_result
 from elo_engine.benchmarks.synthetic import PRESETS, make_checkpoint
 from elo_engine.checkpoint import open_checkpoint
 from elo_engine.checkpoint.reader import coalesce
 from elo_engine.console import progress_bar
 from elo_engine.errors import EloError, FailedError, Interrupted, RefusedError
-from elo_engine.measure.environment import choose_device, describe_environment
+from elo_engine.measure.environment import choose_device, describe_environment, device_name
 from elo_engine.model.shallow import shallow_names
 from elo_engine.model.spec import read_spec
 
@@ -278,9 +279,8 @@ def check_same(rows: list[dict[str, Any]]) -> None:
             row["failed"] = "its tensors differ from the engine's"
 
 
-def describe(plan: Plan, options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """What a reader of the record needs beside the rows."""
-    environment = describe_environment()
+def describe(plan: Plan, options: argparse.Namespace, device: str, environment: dict[str, Any]) -> dict[str, Any]:
+    """What a reader of the result needs beside the figures; the peers' versions go into the environment as well."""
     for name in PEERS:
         try:
             environment["packages"][name] = importlib.metadata.version(name)
@@ -289,19 +289,41 @@ def describe(plan: Plan, options: argparse.Namespace, device: str) -> dict[str, 
     if options.safetensors_next:
         found = [d.version for d in importlib.metadata.distributions(path=[str(options.safetensors_next)])]
         environment["packages"]["safetensors (next)"] = ", ".join(found)
+    named = ("safetensors", "safetensors (next)", *PEERS, "transformers")
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     inside = [(len(at), kind) for at, kind in mounts if plan.folder.resolve().is_relative_to(at)]
     return {
-        "model": options.preset or plan.folder.name, "device": device, "rounds": options.rounds, "seed": options.seed,
+        "model": options.preset or plan.folder.name, "device": device, "device_name": device_name(options.device),
+        "peers": {name: environment["packages"][name] for name in named if environment["packages"].get(name)},
+        "rounds": options.rounds, "seed": options.seed,
         "ceiling_threads": options.threads, "memory_primed": not options.no_prime,
         "filesystem": max(inside)[1], "shards": len(plan.shards),
         "checkpoint_bytes": plan.total_bytes, "wanted_bytes": plan.wanted_bytes, "tensors": len(plan.names),
-        "ranges": len(plan.ranges), "environment": environment,
+        "ranges": len(plan.ranges),
     }  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print the tables, keep the record; `arguments`: in place of the command line's."""
+def keep(
+    result: dict[str, Any], rows: list[dict[str, Any]], environment: dict[str, Any], options: argparse.Namespace,
+    command: list[str],
+) -> Path:  # fmt: skip
+    """Write the record, as recording.py keeps every benchmark's; its folder."""
+    from elo_engine.bench import records_folder
+    from elo_engine.benchmarks.recording import card_name, write_record
+    from elo_engine.benchmarks.speedup import slug
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("record", "records")}
+    return write_record(
+        records_folder(options.records), card=card_name(options.device, environment), result=result,
+        raw={"measurements": rows}, environment=environment, settings=settings, command=command,
+        name=f"loading-{slug(result['results']['model'])}",
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None, command: list[str] | None = None) -> None:
+    """Measure, print the tables, keep the record; `arguments`: in place of the command line's, which for the record is
+    `command`.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder; made there with --preset")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="make this synthetic checkpoint if it is not there")
@@ -314,13 +336,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-prime", action="store_true", help="leave fresh memory to the machine (see above)")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a measurement is given up")
     parser.add_argument("--seed", type=int, default=0, help="of the arms' order")
-    parser.add_argument("--record", type=Path, help="folder to keep results.md, raw.json and loading.png in")
+    parser.add_argument("--record", action=argparse.BooleanOptionalAction, default=True, help="keep a record")
+    parser.add_argument("--records", type=Path, help="folder of records (default: benchmarks/records of the tree)")
     options = parser.parse_args(arguments)
     try:
         device = str(choose_device(options.device)) + (":0" if options.device == "cuda" else "")
         arms = choose_arms(options.arms, device, options.safetensors_next)
-        if options.record and (options.record / "raw.json").exists():
-            raise RefusedError(f"{options.record / 'raw.json'} exists; records are never written over")
         if options.preset:
             make_checkpoint(options.model, PRESETS[options.preset])
         plan = make_plan(options.model.resolve())
@@ -335,16 +356,17 @@ def main(arguments: list[str] | None = None) -> None:
         interrupted = True
         print(f"interrupted after {len(rows)} measurements", file=sys.stderr)
     check_same(rows)
-    described = describe(plan, options, device)
-    summary = summarise(rows, arms, plan.wanted_bytes)
-    text = results_markdown(summary, described)
-    print(text)
-    if options.record:
-        options.record.mkdir(parents=True, exist_ok=True)
-        raw = json.dumps(described | {"summary": summary, "measurements": rows}, indent=1) + "\n"
-        (options.record / "raw.json").write_text(raw, encoding="utf-8")
-        (options.record / "results.md").write_text(text + "\n", encoding="utf-8")
-        plot(summary, described, options.record / "loading.png")
+    if rows:
+        environment = describe_environment()
+        described = describe(plan, options, device, environment)
+        try:
+            result = make_result(described, summarise(rows, arms, plan.wanted_bytes), rows)
+            print("\n\n".join(loading_tables(result)))
+            if options.record:
+                print(f"record: {keep(result, rows, environment, options, command or sys.argv)}", file=sys.stderr)
+        except EloError as error:
+            print(error, file=sys.stderr)
+            sys.exit(error.exit_status)
     if interrupted:
         sys.exit(Interrupted.exit_status)
     if any("failed" in row for row in rows if row["arm"] == "engine"):

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from elo_engine.benchmarks.models import BenchModel
 from elo_engine.errors import UsageError
-from elo_engine.measure.planner import fits, predict_memory
+from elo_engine.measure.machine import host_room
+from elo_engine.measure.memory_streamed import host_parts
+from elo_engine.measure.meter import human_bytes
+from elo_engine.measure.planner import STREAMED, fits, largest_micro_batch, predict_memory
 from elo_engine.measure.setting import ARMS, SHALLOW, ArmName, Setting
 
 LETTERS: dict[ArmName, str] = {
@@ -22,6 +25,7 @@ LETTERS: dict[ArmName, str] = {
     "outer_unfrozen": "e",
     "elo_pretrain": "f",
     "elo_align": "g",
+    "elo_align_streamed": "s",
     "transformers_shallow": "x",
     "transformers_full_kept": "k",
 }
@@ -33,6 +37,7 @@ LABELS: dict[ArmName, str] = {
     "outer_unfrozen": "first and last layer unfrozen, Trainer",
     "elo_pretrain": "ELO pretraining, this engine",
     "elo_align": "alignment, this engine",
+    "elo_align_streamed": "alignment, streamed, this engine",
     "transformers_shallow": "the same two layers, Trainer",
     "transformers_full_kept": "full CP, Trainer, memory kept",
 }
@@ -72,10 +77,14 @@ class Size:
     whole_micro_batch: int = 1
     state: str = "8bit"
     memory_bytes: int = 0  # of the device, for whether an arm needs recompute
+    align_recompute: str = "auto"  # of (g): auto, where it does not fit without; layer or none, whatever fits
+    streamed_inputs: str = "auto"  # of (s): auto, on the device where they fit, else on the host; device or host
 
 
 def missing(arm: ArmName, size: Size) -> str:
-    """Why an arm cannot run on this machine; empty where it can."""
+    """Why an arm cannot run on this machine; empty where it can. Whether its memory is there depends on its setting:
+    see `host_shortage`.
+    """
     if arm == "liger_full":
         if size.device == "cpu":
             return "Liger's kernels are Triton kernels: they need a GPU"
@@ -98,11 +107,17 @@ def choose(model: BenchModel, layers: tuple[int, ...], size: Size, wanted: tuple
     """The arms that were asked for, in the order of their letters.
 
     transformers' whole models are checkpointed, as the paper's setting needs; alignment and ELO pretraining in this
-    engine are where their plan does not fit otherwise.
+    engine are where their plan does not fit otherwise. Streamed alignment always runs its layers again.
 
     Raises:
-        UsageError: rows of a step that are no whole number of micro-batches.
+        UsageError: rows of a step that are no whole number of micro-batches, or an unknown word for how (g) or (s) run.
     """
+    for option, word, known in (
+        ("--align-recompute", size.align_recompute, ("auto", "layer", "none")),
+        ("--streamed-inputs", size.streamed_inputs, ("auto", "device", "host")),
+    ):
+        if word not in known:
+            raise UsageError(f"{option} {word!r}: it is one of {', '.join(known)}")
     for what, micro in (("--elo-micro-batch", size.elo_micro_batch), ("--micro-batch", size.whole_micro_batch)):
         if size.rows % micro:
             raise UsageError(f"{what} {micro}: the {size.rows} rows of a step (--rows) are no multiple of it")
@@ -114,21 +129,74 @@ def choose(model: BenchModel, layers: tuple[int, ...], size: Size, wanted: tuple
             micro_batches=size.rows // micro, dtype=size.dtype, state=size.state, device=size.device,  # type: ignore[arg-type]
             recompute=arm not in SHALLOW and arm != "elo_align",
         )  # fmt: skip
-        if arm in ("elo_align", "elo_pretrain") and not fits(setting, size.memory_bytes):
+        if arm == "elo_align" and size.align_recompute != "auto":
+            setting = replace(setting, recompute=size.align_recompute == "layer")
+        elif arm in ("elo_align", "elo_pretrain") and not fits(setting, size.memory_bytes):
             setting = replace(setting, recompute=True)
+        elif arm == STREAMED:
+            inputs = size.streamed_inputs
+            setting = with_inputs(setting, size.memory_bytes) if inputs == "auto" else _inputs(setting, inputs)
         environment = KEEP_MEMORY if arm == "transformers_full_kept" else {}
-        found.append(Contestant(setting, environment, missing(arm, size)))
+        found.append(Contestant(setting, environment, missing(arm, size) or host_shortage(setting)))
     return found
 
 
-def parse_arms(text: str | None) -> tuple[ArmName, ...]:
-    """`a,f,g` or names -> arms; None: all.
+def _inputs(setting: Setting, where: str) -> Setting:
+    return replace(setting, streaming=replace(setting.streaming, inputs=where))  # type: ignore[arg-type]
+
+
+def with_inputs(setting: Setting, memory_bytes: int) -> Setting:
+    """(s) with its layers' inputs on the device where that is predicted to fit there, else on the host; other arms as
+    they are.
+    """
+    if setting.arm != STREAMED:
+        return setting
+    there = _inputs(setting, "device")
+    return there if needed_bytes(there) <= memory_bytes else _inputs(setting, "host")
+
+
+def most_rows(setting: Setting, memory_bytes: int) -> tuple[Setting, int]:
+    """The most rows at once that fit the device; of (s) with its layers' inputs where more of them fit."""
+    if setting.arm != STREAMED:
+        return setting, largest_micro_batch(setting, memory_bytes)
+    ways = [_inputs(setting, where) for where in ("device", "host")]
+    return max(((way, largest_micro_batch(way, memory_bytes)) for way in ways), key=lambda found: found[1])
+
+
+def host_bytes(setting: Setting) -> int:
+    """What an arm keeps of its model on the host: (s) all of it, the others nothing."""
+    return sum(host_parts(setting).values()) if setting.arm == STREAMED else 0
+
+
+def host_shortage(setting: Setting) -> str:
+    """Why what an arm keeps on the host does not fit there, in words; empty where it does."""
+    needed = host_bytes(setting)
+    if not needed:
+        return ""
+    room = host_room()
+    if needed <= room.bytes:
+        return ""
+    return f"keeps {human_bytes(needed)} on the host, which has {human_bytes(room.bytes)} ({room.what})"
+
+
+def needed_bytes(setting: Setting) -> int:
+    """Of the device's memory, as predicted; a CPU's is also the host's."""
+    return predict_memory(setting).peak_bytes + (host_bytes(setting) if setting.device == "cpu" else 0)
+
+
+def default_arms(device: str) -> tuple[ArmName, ...]:
+    """What is compared unless asked otherwise. On a CPU without (s): nothing is gained there by streaming from memory to
+    memory, and the minutes are those of the other arms' rounds; `--arms` brings it.
+    """
+    return tuple(arm for arm in ARMS if device != "cpu" or arm != STREAMED)
+
+
+def parse_arms(text: str) -> tuple[ArmName, ...]:
+    """`a,f,g` or names -> arms.
 
     Raises:
         UsageError: no such arm.
     """
-    if text is None:
-        return ARMS
     by_letter = {letter: arm for arm, letter in LETTERS.items()}
     chosen = []
     for word in text.split(","):
@@ -142,5 +210,5 @@ def parse_arms(text: str | None) -> tuple[ArmName, ...]:
 
 def together_fit(contestants: list[Contestant], memory_bytes: int) -> bool:
     """Whether all arms can be alive at the same time, taking turns step by step; 0.6 GB each for what is no tensor."""
-    needs = [predict_memory(one.setting).peak_bytes + 600_000_000 for one in contestants if not one.why_not]
+    needs = [needed_bytes(one.setting) + 600_000_000 for one in contestants if not one.why_not]
     return sum(needs) < 0.85 * memory_bytes

@@ -1,21 +1,24 @@
 """What an arm really does, seen from outside it: which tokens pass through the model, which layers run and how often,
 which parameters get a gradient, which tensors change. The comparison is refused when this is not what the arm claims.
 
-Nothing here asks the arm: tokens and layer runs are counted by hooks (in this engine by wrapping the two functions that
+Nothing here asks the arm: tokens and layer runs are counted by hooks (in this engine by wrapping the functions that
 every token passes), labels where the loss gets them, changes by checksums of every tensor before and after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from elo_engine.benchmarks.models import checksum
 from elo_engine.errors import FailedError
+from elo_engine.measure.components import held_bytes
 from elo_engine.measure.setting import SHALLOW, Setting
 from elo_engine.model import names
 
@@ -35,6 +38,7 @@ class Evidence:
     _labelled: list[Tensor] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
+    held: dict[str, int] = field(default_factory=dict)  # bytes by component when the optimizer steps; {}: not counted
 
     def saw_rows(self, lengths: list[int]) -> None:
         """Documents of one micro-batch, as the attention sees them."""
@@ -50,14 +54,21 @@ class Evidence:
         """A parameter got a gradient."""
         self.gradients[name] = elements
 
-    def photograph(self, tensors: dict[str, Tensor]) -> None:
-        """Before the first step."""
-        self.before = {name: checksum(tensor) for name, tensor in tensors.items()}
+    def photograph(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Before the first step; the sums are made on the device, one tensor after another."""
+        self.before = {name: checksum(tensor.to(device)) for name, tensor in tensors.items()}
 
-    def compare(self, tensors: dict[str, Tensor]) -> None:
+    def saw_held(
+        self, weights: Iterable[Tensor], gradients: Iterable[Tensor | None], optimizer: Any, device: torch.device
+    ) -> None:
+        """Count, once, what the first step holds at the optimizer: its state is there, and the gradients still are."""
+        if not self.held:
+            self.held = held_bytes(weights, gradients, optimizer, device)
+
+    def compare(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         """After the last step."""
         for name, tensor in tensors.items():
-            (self.unchanged if self.before[name] == checksum(tensor) else self.changed).append(name)
+            (self.unchanged if self.before[name] == checksum(tensor.to(device)) else self.changed).append(name)
 
     def to_json(self) -> dict[str, Any]:
         """For the record; checksums are left out."""
@@ -66,10 +77,13 @@ class Evidence:
 
 
 def watch_engine(model: Any, evidence: Evidence) -> None:
-    """Count in this engine: wraps the model's `hidden_states` and the decoder's `decoder_layer`."""
+    """Count in this engine: wraps the model's `hidden_states` and `outer_gradients`, which hands out what autograd does
+    not have, and the decoder's `decoder_layer` and `layer_gradient`, which runs a layer again.
+    """
     from elo_engine.model import decoder
 
-    hidden_states, layer = model.hidden_states, decoder.decoder_layer
+    hidden_states, layer, again = model.hidden_states, decoder.decoder_layer, decoder.layer_gradient
+    outer_gradients = model.outer_gradients
 
     def counted_states(batch: Any) -> Tensor:
         starts = batch.packing.segment_starts
@@ -82,9 +96,75 @@ def watch_engine(model: Any, evidence: Evidence) -> None:
         evidence.layer_runs += 1
         return layer(*args)
 
-    model.hidden_states, decoder.decoder_layer = counted_states, counted_layer
+    def counted_again(*args: Any, **options: Any) -> Tensor | None:
+        evidence.layer_runs += 1
+        return again(*args, **options)
+
+    def counted_outer(scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+        for tensor, gradient in outer_gradients(scale):
+            leaf = next(leaf for leaf in model.leaves if leaf.tensor is tensor)
+            evidence.saw_gradient("+".join(leaf.names), gradient.numel())
+            yield tensor, gradient
+            del gradient  # before the next one is made
+
+    def arrived(name: str, gradient: Tensor | None) -> None:
+        if gradient is not None:  # the embedding's node ends without one
+            evidence.saw_gradient(name, gradient.numel())
+
+    model.hidden_states, model.outer_gradients = counted_states, counted_outer
+    decoder.decoder_layer, decoder.layer_gradient = counted_layer, counted_again
     for leaf in model.leaves:
-        watch_parameter("+".join(leaf.names), leaf.tensor, evidence)
+        leaf.tensor.register_hook(partial(arrived, "+".join(leaf.names)))
+
+
+def watch_streamed(engine: Any, evidence: Evidence) -> None:
+    """Count in the streamed engine: wraps the step's `decoder_layer`, `layer_gradient` and the loss it asks `ops` for,
+    where the hidden states come from, and where complete gradients go.
+
+    Tokens are those that enter the first layer's forward pass, in documents as its attention sees them.
+    """
+    from elo_engine.stream import step
+
+    layer, again, loss, units, hidden = (
+        step.decoder_layer, step.layer_gradient, step.ops.linear_cross_entropy, engine.device_units, engine.hidden,
+    )  # fmt: skip
+    get, send, update_now = hidden.get, units.send, units.update_now
+    place = [-1]  # of the hidden states that were asked for last
+
+    def counted_get(where: int, m: int) -> Tensor:
+        place[0] = where
+        return get(where, m)  # type: ignore[no-any-return]
+
+    def counted_layer(spec: Any, weights: Any, hidden_ND: Tensor, rope: Any, packing: Any) -> Tensor:
+        evidence.layer_runs += 1
+        starts = packing.segment_starts
+        assert starts[-1] == len(hidden_ND)
+        if place[0] == 0:
+            evidence.saw_rows([stop - start for start, stop in pairwise(starts)])
+        return layer(spec, weights, hidden_ND, rope, packing)
+
+    def counted_again(*args: Any, **options: Any) -> Tensor | None:
+        evidence.layer_runs += 1
+        return again(*args, **options)
+
+    def counted_loss(normed_ND: Tensor, head_VD: Tensor, labels_N: Tensor, **options: Any) -> Tensor:
+        evidence.saw_labels(labels_N)
+        return loss(normed_ND, head_VD, labels_N, **options)
+
+    def arrived(number: int, grads: Sequence[Tensor]) -> None:
+        for part, grad in zip(engine.store.units[number].parts, grads, strict=True):
+            evidence.saw_gradient("+".join(part.names), grad.numel())
+
+    def counted_send(number: int, grads: Sequence[Tensor]) -> list[Tensor]:
+        arrived(number, grads)
+        return send(number, grads)  # type: ignore[no-any-return]
+
+    def counted_update(present: Any, grads: Sequence[Tensor], numbers: Any) -> None:
+        arrived(present.number, grads)
+        update_now(present, grads, numbers)
+
+    step.decoder_layer, step.layer_gradient, step.ops.linear_cross_entropy = counted_layer, counted_again, counted_loss
+    hidden.get, units.send, units.update_now = counted_get, counted_send, counted_update
 
 
 def watch_transformers(model: Any, evidence: Evidence) -> None:

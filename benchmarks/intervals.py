@@ -153,19 +153,23 @@ def stage_ratio(
 
 
 def pipeline_speedup(
-    rounds: Sequence[Round], tokens_per_step: Mapping[str, int], baseline: str, split: float = 0.9
-) -> Interval:
-    """T(full continual pretraining on all tokens) / (T(ELO pretraining on `split`) + T(alignment on the rest))."""
-    return bootstrap(pipeline_by_round(rounds, tokens_per_step, baseline, split), statistics.median)
+    rounds: Sequence[Round], tokens_per_step: Mapping[str, int], baseline: str, split: float = 0.9,
+    align: str = "elo_align",
+) -> Interval:  # fmt: skip
+    """T(full continual pretraining on all tokens) / (T(ELO pretraining on `split`) + T(alignment on the rest)), of
+    which the arm `align` does the alignment.
+    """
+    return bootstrap(pipeline_by_round(rounds, tokens_per_step, baseline, split, align), statistics.median)
 
 
 def pipeline_by_round(
-    rounds: Sequence[Round], tokens_per_step: Mapping[str, int], baseline: str, split: float = 0.9
-) -> list[float]:
+    rounds: Sequence[Round], tokens_per_step: Mapping[str, int], baseline: str, split: float = 0.9,
+    align: str = "elo_align",
+) -> list[float]:  # fmt: skip
     """The pipeline speedup of each round that has all three arms."""
-    arms = (baseline, "elo_pretrain", "elo_align")
+    arms = (baseline, "elo_pretrain", align)
     speedups = []
     for turn in with_arms(rounds, arms):
-        full, elo, align = (seconds_per_token(turn, arm, tokens_per_step) for arm in arms)
-        speedups.append(full / (split * elo + (1 - split) * align))
+        full, elo, aligned = (seconds_per_token(turn, arm, tokens_per_step) for arm in arms)
+        speedups.append(full / (split * elo + (1 - split) * aligned))
     return speedups

@@ -1,9 +1,8 @@
-"""Tables, verdicts and the plot of the loading comparison, from its rows."""
+"""Figures, tables and verdicts of the loading comparison, from its rows."""
 
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 from elo_engine.measure.meter import spread
@@ -116,64 +115,24 @@ def verdicts(state: str, figures: dict[str, Any], device: str = "cpu") -> list[s
     return found
 
 
-def results_markdown(summary: dict[str, dict[str, Any]], described: dict[str, Any]) -> str:
-    """The whole record as a person reads it."""
-    environment = described["environment"]
-    packages = {name: version for name, version in environment["packages"].items() if version}
-    peers = ("safetensors", "safetensors (next)", "fastsafetensors", "runai-model-streamer", "transformers", "torch")
-    card = f", {environment['gpus'][0]['name']}" if environment["gpus"] and described["device"] != "cpu" else ""
-    lines = [
-        f"# Loading {described['wanted_bytes'] / 1e9:.2f} GB of a {described['checkpoint_bytes'] / 1e9:.2f} GB "
-        f"checkpoint ({described['model']}), to {described['device']}",
-        "",
-        f"{described['tensors']} tensors in {described['ranges']} ranges of {described['shards']} shards on "
-        f"{described['filesystem']}; {described['rounds']} rounds, arms interleaved, a fresh process each. "
-        f"{environment['cpu']}, {environment['cpu_cores']} cores, {environment['memory_bytes'] / 1e9:.0f} GB{card}. "
-        + ", ".join(f"{name} {packages[name]}" for name in peers if name in packages)
-        + ".",
-    ]
-    for state, figures in summary.items():
-        if figures:
-            lines += ["", f"## {state.capitalize()}", "", table(figures), ""]
-            lines += [f"* {line}" for line in verdicts(state, figures, described["device"])]
-    lines += [
-        "",
+def conditions_text(described: dict[str, Any]) -> str:
+    """What was loaded from where, against whom."""
+    total, wanted = described["checkpoint_bytes"] / 1e9, described["wanted_bytes"] / 1e9
+    peers = ", ".join(f"{name} {version}" for name, version in described["peers"].items())
+    return (
+        f"{wanted:.2f} GB of a {total:.2f} GB checkpoint ({described['model']}) to {described['device']} of "
+        f"{described['device_name']}: {described['tensors']} tensors in {described['ranges']} ranges of "
+        f"{described['shards']} shards on {described['filesystem']}; {described['rounds']} rounds, arms interleaved, a "
+        f"fresh process each{f'; {peers}' if peers else ''}."
+    )
+
+
+def explanation(described: dict[str, Any]) -> str:
+    """What the columns of the tables are."""
+    return (
         "Read: bytes returned by read calls, in which mappings and io_uring do not appear. From disk: bytes the block "
         "layer fetched for the process, read-ahead included. Peak memory: growth of the resident size, mapped file "
         f"pages included. ceiling_page_cache_n uses {described['ceiling_threads']} threads, ceiling_disk 16. "
         f"Fresh memory was {'' if described['memory_primed'] else 'not '}primed. "
-        "(mapped): what the arm returns is still a mapping of the file.",
-    ]
-    return "\n".join(lines)
-
-
-def plot(summary: dict[str, dict[str, Any]], described: dict[str, Any], path: Path) -> bool:
-    """Bars of the medians with p10 and p90; False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    states = [state for state, figures in summary.items() if any("seconds" in row for row in figures.values())]
-    if not states:
-        return False
-    figure, axes = plt.subplots(1, len(states), figsize=(6.5 * len(states), 5), squeeze=False, layout="constrained")
-    for axis, state in zip(axes[0], states, strict=True):
-        ran = {arm: row["seconds"] for arm, row in summary[state].items() if "seconds" in row}
-        arms = sorted(ran, key=lambda arm: ran[arm]["median"], reverse=True)
-        middles = [ran[arm]["median"] for arm in arms]
-        errors = [
-            [ran[arm]["median"] - ran[arm]["p10"] for arm in arms],
-            [ran[arm]["p90"] - ran[arm]["median"] for arm in arms],
-        ]
-        colours = ["0.75" if a.startswith("ceiling") else "C1" if a.startswith("engine") else "C0" for a in arms]
-        axis.barh(arms, middles, xerr=errors, color=colours)
-        for arm, value in zip(arms, middles, strict=True):
-            axis.annotate(f" {value:.2f}", (value, arm), va="bottom", fontsize=7)
-        axis.set_xlabel("seconds (median, p10 to p90)")
-        axis.set_title(f"{state}: {described['wanted_bytes'] / 1e9:.2f} GB to {described['device']}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return True
+        "(mapped): what the arm returns is still a mapping of the file."
+    )

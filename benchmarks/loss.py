@@ -63,6 +63,17 @@ def points_of(run: Path) -> list[dict[str, Any]]:
     ]
 
 
+def memory_of(label: str, stages: dict[str, Any]) -> list[dict[str, Any]]:
+    """Peaks of the stages of a finished run by component, predicted and measured; of those that counted them."""
+    found = [(stage, summary.get("memory") or {}) for stage, summary in stages.items()]
+    kept = ("predicted_bytes", "measured_bytes", "components")
+    return [
+        {"label": label, "stage": stage} | {field: memory[field] for field in kept}
+        for stage, memory in found
+        if "components" in memory
+    ]
+
+
 def read_results_of(run: Path) -> dict[str, Any]:
     """Evaluations of a run folder by moment."""
     with RunDir.open(run) as opened:
@@ -112,6 +123,7 @@ def measure(options: Options, folder: Path) -> tuple[dict[str, Any], dict[str, A
         evaluate_once(run, source, "base", source.folder)
         keep_summary(run, "align", align(run, source))
         evaluate_once(run, source, "aligned", run.folder("model"))
+        whole = read_results(run)["stages"]
     detached = ", ".join(str(layer) for layer in source.layers)
     conditions = (
         f"{source.folder.name}, rows of {config.data.sequence_length}; pipeline: {config.pretrain.tokens:,} tokens in "
@@ -123,7 +135,8 @@ def measure(options: Options, folder: Path) -> tuple[dict[str, Any], dict[str, A
         {"label": "ELO and alignment", "points": points_of(folder / "elo")},
         {"label": "full continual pretraining", "points": points_of(folder / "full")},
     ]
-    result = {"schema": 1, "theme": "loss", "conditions": conditions, "series": series}
+    memory = memory_of(series[0]["label"], stages) + memory_of(series[1]["label"], whole)
+    result = {"schema": 1, "theme": "loss", "conditions": conditions, "series": series, "memory": memory}
     return result, {"full_tokens": full.align.tokens, "every": options.every, "config": config.model_dump(mode="json")}
 
 

@@ -19,21 +19,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 from elo_engine import console
-from elo_engine.benchmarks.contestants import Contestant, missing
+from elo_engine.benchmarks.contestants import (
+    Contestant,
+    host_shortage,
+    missing,
+    most_rows,
+    needed_bytes,
+    with_inputs,
+)
 from elo_engine.benchmarks.models import open_model
 from elo_engine.benchmarks.processes import ArmFailed, ArmProcess, spec_of
+from elo_engine.benchmarks.schemas import MEASURED_WHAT
 from elo_engine.benchmarks.speedup import Options as SpeedOptions
 from elo_engine.benchmarks.speedup import model_json, size_of, slug
 from elo_engine.errors import Interrupted
 from elo_engine.measure.cards import CONTEXT_BYTES
+from elo_engine.measure.components import by_component
 from elo_engine.measure.environment import choose_device, device_name
 from elo_engine.measure.machine import device_room
-from elo_engine.measure.planner import fits, largest_micro_batch, predict_memory
+from elo_engine.measure.planner import STREAMED, predict_memory
 from elo_engine.measure.setting import ENGINE, SHALLOW, ArmName, Setting
 
 ALLOWANCE = 600_000_000  # of a process beside its tensors on a CPU: interpreter, torch, transformers
 MEASURED: tuple[ArmName, ...] = (
     "transformers_full", "liger_full", "engine_full", "lora", "outer_unfrozen", "elo_pretrain", "elo_align",
+    "elo_align_streamed",
 )  # fmt: skip
 
 
@@ -82,13 +92,14 @@ def tensor_bytes(cap_bytes: int, device: str) -> int:
 
 
 def with_recompute(setting: Setting, cap_bytes: int) -> tuple[Setting, int]:
-    """The most rows under a cap. This engine's arms recompute where nothing fits without."""
+    """The most rows under a cap. This engine's arms recompute where nothing fits without, and the streamed one keeps
+    its layers' inputs where more rows fit: its model is on the host, which a card's cap says nothing of.
+    """
     room = tensor_bytes(cap_bytes, setting.device)
-    rows = largest_micro_batch(setting, room)
+    chosen, rows = most_rows(setting, room)
     if rows == 0 and setting.arm in ENGINE and not setting.recompute:
-        setting = replace(setting, recompute=True)
-        rows = largest_micro_batch(setting, room)
-    return setting, rows
+        chosen, rows = most_rows(replace(setting, recompute=True), room)
+    return chosen, rows
 
 
 def frontier(settings: list[Setting], lengths: tuple[int, ...], caps: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -104,7 +115,8 @@ def frontier(settings: list[Setting], lengths: tuple[int, ...], caps: tuple[int,
 def point(setting: Setting) -> dict[str, Any]:
     """A point that was predicted and not run."""
     plan = predict_memory(setting)
-    return {
+    inputs = {"inputs": setting.streaming.inputs} if setting.arm == STREAMED else {}
+    return inputs | {
         "arm": setting.arm, "sequence_length": setting.sequence_length, "micro_batch": setting.micro_batch,
         "predicted_bytes": plan.peak_bytes, "predicted": plan.components, "measured_bytes": None,
         "measured_what": None, "status": "not run", "recompute": setting.recompute, "state": setting.state,
@@ -115,7 +127,7 @@ def measure_point(setting: Setting, model: str, cap_bytes: int | None, scratch: 
     """Two steps in a fresh process, the second of them measured; whatever becomes of it is the point's status."""
     found = point(setting)
     why = missing(setting.arm, size_of(SpeedOptions(model, setting.device, setting.dtype, state=setting.state)))
-    if why:
+    if why or host_shortage(setting):
         return found
     contestant = Contestant(setting)
     allowed = None if cap_bytes is None else tensor_bytes(cap_bytes, setting.device)
@@ -134,7 +146,10 @@ def measure_point(setting: Setting, model: str, cap_bytes: int | None, scratch: 
         measured, what = last["peak_allocated_bytes"], "max_memory_allocated"
     else:
         measured, what = traced["tensor_peak_bytes"], "traced tensor bytes"
-    return found | {"status": "ran", "measured_bytes": measured, "measured_what": what}
+    found |= {"status": "ran", "measured_bytes": measured, "measured_what": what}
+    if held := last["evidence"]["held"]:
+        found["components"] = by_component(setting, found["predicted_bytes"], held, measured, MEASURED_WHAT[what])
+    return found
 
 
 def grid(settings: list[Setting], lengths: tuple[int, ...], options: Options) -> Iterator[Setting]:
@@ -172,7 +187,9 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
             with console.progress_bar("memory", len(wanted)) as update:
                 for setting in wanted:
                     late = time.monotonic() - began > 60 * options.minutes
-                    if options.predict_only or late or not fits(setting, room - allowance):
+                    if not options.predict_only:
+                        setting = with_inputs(setting, room - allowance)
+                    if options.predict_only or late or needed_bytes(setting) > room - allowance:
                         points.append(point(setting))
                     else:
                         points.append(measure_point(setting, options.model, None, Path(folder)))

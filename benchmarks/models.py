@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from elo_engine.model.decoder import Decoder
 from elo_engine.model.presets import PRESETS, preset_config
 from elo_engine.model.shallow import shallow_names
 from elo_engine.model.spec import ModelSpec, read_spec
+
+if TYPE_CHECKING:
+    from elo_engine.stream.store import Store
 
 SEED = 42
 STEPS_OF_TEXT = 16  # drawn once; the text repeats after that
@@ -83,6 +86,27 @@ def engine_model(
             tensors = reader.read(wanted, device=str(device), dtype=dtype)
     present = layers if shallow else tuple(range(spec.layers))
     return Decoder(spec, tensors, present, train_outer=not shallow, recompute=recompute)
+
+
+class _Drawn(dict[str, Tensor]):
+    """Random weights of a whole model, each drawn on the device when it is taken: `engine_model`'s to the bit, which
+    depend on whose generator draws them.
+    """
+
+    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._shapes, self._device, self._dtype = names.expected_shapes(spec), device, dtype
+
+    def pop(self, name: str, *default: object) -> Tensor:
+        return fill(torch.empty(self._shapes[name], device=self._device, dtype=self._dtype), name)
+
+
+def fill_store(model: BenchModel, store: Store) -> None:
+    """The weights of `engine_model`'s whole model into a store, one after another."""
+    if model.folder is None:
+        store.fill(_Drawn(model.spec, store.device, store.dtype))
+    else:
+        store.load(open_checkpoint(model.folder))
 
 
 def transformers_model(
@@ -150,7 +174,8 @@ def checksum(tensor: Tensor) -> int:
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = tensor.detach().reshape(-1)
     bits = flat.view(kinds[flat.element_size()])
-    weights = torch.randint(1 << 40, (_PIECE,), generator=torch.Generator().manual_seed(SEED)).mul_(2).add_(1)
+    count = min(_PIECE, len(bits))  # of one sequence, of which a small tensor needs the beginning
+    weights = torch.randint(1 << 40, (count,), generator=torch.Generator().manual_seed(SEED)).mul_(2).add_(1)
     weights = weights.to(tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for piece in bits.split(_PIECE):

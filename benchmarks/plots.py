@@ -15,19 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from elo_engine.benchmarks.tables import COMPONENTS, by_letter, cap_name, measured_peak, number
+from elo_engine.benchmarks.loading_table import draw_loading, has_picture
+from elo_engine.benchmarks.schemas import COMPONENTS, measured_peak
+from elo_engine.benchmarks.tables import by_letter, cap_name, number
 from elo_engine.errors import UsageError
-from elo_engine.measure.setting import ARMS
+from elo_engine.measure.setting import ARMS, ENGINE
 
 DRAWN = 1  # raised when the drawing changes, so that every picture is made again
 KEY = "elo-bench-input"
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442",
 )  # fmt: skip
-INK, FAINT = "#222222", "#8a8a8a"
+INK, FAINT, WINE = "#222222", "#8a8a8a", "#882255"
 ENGINE_COLOUR, OTHERS_COLOUR = VERMILION, BLUE
 COMPONENT_COLOURS = dict(zip(COMPONENTS, (BLUE, SKY, GREEN, ORANGE, PURPLE, "#cccccc"), strict=True))
-LETTERS: dict[str, str] = dict(zip(ARMS, "abcdefgxk", strict=False))  # as measure/setting.py names the arms
+LETTERS: dict[str, str] = dict(zip(ARMS, "abcdefgsxk", strict=True))  # as measure/setting.py names the arms
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -39,6 +41,8 @@ def kinds(result: dict[str, Any]) -> list[str]:
     if result["theme"] == "memory":
         measured = any(point["measured_bytes"] for point in result["points"])
         return [*(["frontier"] if result["caps"] else []), *(["predicted"] if measured else [])]
+    if result["theme"] == "loading":
+        return ["loading"] if has_picture(result) else []
     return ["loss"] if result["theme"] == "loss" and any(s["points"] for s in result["series"]) else []
 
 
@@ -92,7 +96,7 @@ def draw(kind: str, result: dict[str, Any], caption: str, path: Path) -> None:
 
 
 def _colour(arm: str) -> str:
-    return ENGINE_COLOUR if arm in ("engine_full", "elo_pretrain", "elo_align") else OTHERS_COLOUR
+    return ENGINE_COLOUR if arm in ENGINE else OTHERS_COLOUR
 
 
 def _model(result: dict[str, Any]) -> str:
@@ -139,7 +143,9 @@ def _key_of_colours(axis: Any) -> None:
 
 
 def _memory(figure: Any, result: dict[str, Any]) -> None:
-    """Two bars an arm: predicted, stacked by component, and measured, which has no components."""
+    """Two bars an arm: predicted, stacked by component, and the measured peak, which is one number: what is counted of
+    it by component is of the optimizer's step, and stands in the page's table.
+    """
     arms = [(name, arm) for name, arm in by_letter(result["arms"]) if arm.get("memory")]
     figure.set_size_inches(9, 2.2 + 0.62 * len(arms))
     axis = figure.subplots()
@@ -247,8 +253,8 @@ def _predicted(figure: Any, result: dict[str, Any]) -> None:
     points = [point for point in result["points"] if point["measured_bytes"]]
     axis.axhspan(1.0, 1.08, color=GREEN, alpha=0.13, linewidth=0)
     axis.axhline(1.0, color=FAINT, linewidth=1)
-    colours = dict(zip(ARMS, (BLUE, SKY, VERMILION, PURPLE, ORANGE, GREEN, INK, YELLOW, FAINT) * 2, strict=False))
-    marks = dict(zip(ARMS, "osDv^Xp*<" * 2, strict=False))
+    shades = (BLUE, SKY, VERMILION, PURPLE, ORANGE, GREEN, INK, WINE, YELLOW, FAINT)
+    colours, marks = dict(zip(ARMS, shades, strict=True)), dict(zip(ARMS, "osDv^Xp>*<", strict=True))
     for arm in [arm for arm in ARMS if any(point["arm"] == arm for point in points)]:
         mine = [point for point in points if point["arm"] == arm]
         x = [point["measured_bytes"] / 2**30 for point in mine]
@@ -308,4 +314,5 @@ def _loss(figure: Any, result: dict[str, Any]) -> None:
 
 _DRAW: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "steps": _steps, "memory": _memory, "frontier": _frontier, "predicted": _predicted, "loss": _loss,
+    "loading": draw_loading,
 }  # fmt: skip

@@ -31,15 +31,19 @@ class ArmFailed(Exception):
 
 
 class ArmProcess:
-    """One arm alive. Usable as a context; leaving it ends the process however it stands."""
+    """One arm alive. Usable as a context; leaving it ends the process however it stands. With `wait` in its SPEC it
+    stops before it touches the device, until `go` (waiting.py).
+    """
 
     def __init__(self, contestant: Contestant, spec: dict[str, Any], scratch: Path) -> None:
         self.contestant = contestant
+        self._waits = bool(spec.get("wait"))
+        self._ready: dict[str, Any] = {}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process, in `kill`
         path = scratch / f"{contestant.name}-{time.monotonic_ns()}.json"
         path.write_text(json.dumps(spec), encoding="utf-8")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "elo_engine.benchmarks.arm", str(path)],
+            [sys.executable, "-m", f"elo_engine.benchmarks.{'waiting' if self._waits else 'arm'}", str(path)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             env=os.environ | _one_gpu() | contestant.environment,
             start_new_session=True,  # Ctrl-C is the harness's to handle: an arm still has its evidence to give
@@ -53,9 +57,28 @@ class ArmProcess:
     def __exit__(self, *error: object) -> None:
         self.kill()
 
+    def ready(self) -> dict[str, Any]:
+        """Wait until a process that waits stands still: `began_s` and `ready_s` of its imports by the monotonic clock,
+        `on_device` (it has a context on the GPU). The same when asked again.
+
+        Raises:
+            ArmFailed: it died, now or before.
+        """
+        if not self._ready:
+            self._ready = self._read()["waiting"]
+        return self._ready
+
+    def go(self) -> None:
+        """Let a process that waits go on to its model; nothing for one that does not wait, or goes already."""
+        if self._waits:
+            self.ready()
+            self._write("go")
+            self._waits = False
+
     def described(self) -> dict[str, Any]:
-        """The first line: what it runs on. Waits until the model is made; the same when asked again."""
+        """What it runs on. Waits until the model is made; the same when asked again."""
         if self._described is None:
+            self.go()
             self._described = self._read()
         return self._described
 
@@ -129,12 +152,14 @@ def _one_gpu() -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
-def spec_of(contestant: Contestant, model: str, lr: float, cap_bytes: int | None = None) -> dict[str, Any]:
-    """What `arm.py` reads."""
+def spec_of(
+    contestant: Contestant, model: str, lr: float, cap_bytes: int | None = None, *, wait: bool = False
+) -> dict[str, Any]:
+    """What `arm.py` reads; `wait`: what `waiting.py` reads first."""
     setting = contestant.setting
     keys = ("arm", "sequence_length", "micro_batch", "micro_batches", "dtype", "state", "recompute", "device")
-    spec: dict[str, Any] = {key: getattr(setting, key) for key in keys}
-    return spec | {"model": model, "layers": list(setting.layers), "lr": lr, "cap_bytes": cap_bytes}
+    spec: dict[str, Any] = {key: getattr(setting, key) for key in keys} | {"streaming": vars(setting.streaming)}
+    return spec | {"model": model, "layers": list(setting.layers), "lr": lr, "cap_bytes": cap_bytes, "wait": wait}
 
 
 def ceilings_of(device: str, dtype: str) -> dict[str, Any]:

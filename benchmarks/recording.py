@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elo_engine.benchmarks.tables import SCHEMA, check_raw, check_result, record_readme
+from elo_engine.benchmarks.schemas import SCHEMA, check_raw, check_result
+from elo_engine.benchmarks.tables import record_readme
 from elo_engine.checkpoint.publish import publish
 from elo_engine.checkpoint.publish_file import publish_file
 from elo_engine.errors import FailedError, RefusedError, UsageError

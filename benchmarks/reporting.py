@@ -18,6 +18,7 @@ from elo_engine.benchmarks.intervals import FEWEST, USUAL, percent, pipeline_spe
 from elo_engine.benchmarks.recording import ROOT, Record, read_records
 from elo_engine.benchmarks.tables import by_letter, conditions, number, subject, tables, times
 from elo_engine.errors import FailedError
+from elo_engine.measure.planner import STREAMED
 from elo_engine.report import markdown_table
 
 BEGIN, END = "<!-- speedup table: made by elo bench report -->", "<!-- end -->"
@@ -100,6 +101,13 @@ def faults(record: Record) -> list[str]:
     for name, interval in result["pipeline_speedup"].items():
         truth = pipeline_speedup(rounds, tokens, name, result["split"]).median
         hold(f"the pipeline speedup over {name}", interval["median"], truth)
+    streamed = result.get("streamed") or {"pipeline": {}}
+    for name, interval in streamed["pipeline"].items():
+        truth = pipeline_speedup(rounds, tokens, name, result["split"], STREAMED).median
+        hold(f"the pipeline speedup with {STREAMED} over {name}", interval["median"], truth)
+    if over := streamed.get("over_resident"):
+        hold(f"{STREAMED} over {over['resident']}", over["median"],
+             stage_ratio(rounds, tokens, over["resident"], STREAMED).median)  # fmt: skip
     return said
 
 
@@ -154,6 +162,8 @@ def readme_faults(record: Record) -> list[str]:
         said.append("it is not of the default size")
     if result["rounds"] < FEWEST:
         said.append(f"it has {result['rounds']} rounds of at least {FEWEST}")
+    if settings.get("align_recompute", "auto") != "auto":
+        said.append("alignment was told whether to recompute")
     if git.get("dirty"):
         said.append("the source tree had changes that are in no commit")
     return said
@@ -219,7 +229,7 @@ def _page(found: list[Record], live: list[Record], docs: Path) -> str:
 _ALT = {
     "steps": "time per 1000 tokens of each arm", "memory": "peak memory of each arm, predicted and measured",
     "frontier": "largest micro-batch under memory caps", "predicted": "predicted over measured peak memory",
-    "loss": "held-out loss against time",
+    "loss": "held-out loss against time", "loading": "seconds of loading, cold and warm",
 }  # fmt: skip
 
 

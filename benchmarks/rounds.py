@@ -1,6 +1,6 @@
 """The order of things: which arm steps when. Where all arms fit into memory together they live throughout and take
-turns step by step; else each turn is a visit, a fresh process that warms up and runs a few steps. The order of the
-arms is drawn anew each round.
+turns step by step; else each turn is a visit, a fresh process that warms up and runs a few steps, started ahead
+(ahead.py). The order of the arms is drawn anew each round.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elo_engine.benchmarks.ahead import Ahead
 from elo_engine.benchmarks.contestants import SIDE, Contestant
 from elo_engine.benchmarks.evidence import require_engagement
 from elo_engine.benchmarks.processes import ArmFailed, ArmProcess, spec_of
@@ -92,22 +93,30 @@ def run(
 def _take_turns(turns: _Visits, schedule: Schedule, result: Run, there: list[Contestant], say: Say) -> None:
     began, order = turns.began, random.Random(0)
     side_rounds = 3 if result.together else 1
+
+    def draw(number: int) -> list[Contestant]:
+        present = [one for one in there if one.name not in SIDE or number < side_rounds]
+        return order.sample(present, len(present)) if number < schedule.rounds else []
+
+    after = draw(0)
     while len(result.rounds) < schedule.rounds:
         number = len(result.rounds)
-        present = [one for one in there if one.name not in SIDE or number < side_rounds]
+        present, after = after, draw(number + 1)
         left = schedule.seconds - (time.monotonic() - began)
         costs = [result.taken[one.name].turn_s for one in present]
         if number and left < 1.1 * sum(costs):
             break
         start = time.monotonic()
         this: dict[ArmName, dict[str, list[float]]] = {}
-        for one in order.sample(present, len(present)):
+        for place, one in enumerate(present):
             taken = result.taken[one.name]
             if taken.failed:
                 continue
             turn_began = time.monotonic()
+            # perhaps of a round that is not begun: then its process is ended
+            coming = [later for later in (*present[place + 1 :], *after) if not result.taken[later.name].failed]
             try:
-                this[one.name] = turns.turn(one)
+                this[one.name] = turns.turn(one, coming[0] if coming else None)
             except ArmFailed as error:
                 taken.failed, taken.turn_s = str(error), 0.0
                 say(f"{one.name}: {taken.failed}")
@@ -132,14 +141,20 @@ class _Visits:
     @contextmanager
     def alive(self, say: Say) -> Iterator[None]:
         self.say = say
-        yield
 
-    def turn(self, one: Contestant) -> dict[str, list[float]]:
+        def start(one: Contestant) -> ArmProcess:
+            return ArmProcess(one, spec_of(one, self.model, self.lr, wait=True), self.scratch)
+
+        with Ahead(start) as self.ahead:
+            yield
+
+    def turn(self, one: Contestant, following: Contestant | None = None) -> dict[str, list[float]]:
         taken = self.result.taken[one.name]
         first = not taken.last
-        with ArmProcess(one, spec_of(one, self.model, self.lr), self.scratch) as process:
+        with self.ahead.visit(one, following) as process:
             taken.described = process.described()
             warm = [process.step("trace" if number == 1 else "step") for number in range(self.schedule.warmup)]
+            self.ahead.settle()
             timed = [process.step() for _ in range(self.schedule.steps)]
             last = process.finish()
         require_engagement(one.setting, last["evidence"])
@@ -185,7 +200,7 @@ class _Together(_Visits):
                 self.say(f"{one.name}: ready")
             yield
 
-    def turn(self, one: Contestant) -> dict[str, list[float]]:
+    def turn(self, one: Contestant, following: Contestant | None = None) -> dict[str, list[float]]:
         answer = self.processes[one.name].step()
         taken = self.result.taken[one.name]
         taken.losses.append(answer["loss"])

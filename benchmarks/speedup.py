@@ -3,6 +3,9 @@
 Pipeline speedup = T(full CP on all tokens) / (T(ELO pretraining on 90 %) + T(alignment on 10 %)), from measured seconds
 per token of the same run: against the transformers Trainer (a), the same with Liger (b), and this engine's own full CP
 (c). What an arm trains, how many tokens pass and what changes is watched from outside and held against its claim.
+
+Where the streamed alignment (s) ran, the pipeline is also given with it in place of (g), and its seconds per token over
+those of a resident arm that runs its layers again as (s) does: (g) where it recomputes, else (c), the same training.
 """
 
 from __future__ import annotations
@@ -29,17 +32,20 @@ from elo_engine.benchmarks.contestants import (
     Contestant,
     Size,
     choose,
+    default_arms,
     together_fit,
 )
 from elo_engine.benchmarks.intervals import pipeline_speedup, stage_ratio
 from elo_engine.benchmarks.models import open_model
 from elo_engine.benchmarks.processes import ceilings_of
+from elo_engine.benchmarks.schemas import measured_peak
 from elo_engine.errors import FailedError, Interrupted, UsageError
+from elo_engine.measure.components import by_component
 from elo_engine.measure.environment import choose_device, choose_dtype, device_name
 from elo_engine.measure.flops import arm_flops
 from elo_engine.measure.machine import device_room
 from elo_engine.measure.meter import spread
-from elo_engine.measure.planner import predict_memory
+from elo_engine.measure.planner import STREAMED, predict_memory
 from elo_engine.measure.setting import SHALLOW, ArmName, Setting
 from elo_engine.model.spec import ModelSpec
 
@@ -53,7 +59,7 @@ SAME_NORM = {"fp32": 1e-3, "bf16": 3e-2}
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for; None: by the device."""
+    """What the command line asks for; None, and no arms: by the device."""
 
     model: str
     device: str = "auto"
@@ -67,6 +73,8 @@ class Options:
     minutes: float = 9.0
     rounds: int = 9
     steps: int = 3
+    align_recompute: str = "auto"
+    streamed_inputs: str = "auto"
 
 
 def size_of(options: Options) -> Size:
@@ -87,6 +95,8 @@ def size_of(options: Options) -> Size:
         whole_micro_batch=options.micro_batch,
         state=options.state or ("8bit" if gpu else "fp32"),
         memory_bytes=device_room(device).bytes,
+        align_recompute=options.align_recompute,
+        streamed_inputs=options.streamed_inputs,
     )
 
 
@@ -103,7 +113,7 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
     if 0 < spec.max_positions < size.sequence_length:
         raise UsageError(f"--sequence-length {size.sequence_length}: {model.name} has {spec.max_positions} positions")
     layers = (0, spec.layers - 1)
-    contestants = choose(model, layers, size, options.arms or tuple(LETTERS))
+    contestants = choose(model, layers, size, options.arms or default_arms(size.device))
     say(f"{model.name}, {size.device}, {size.dtype}, rows of {size.sequence_length}: measuring the ceilings")
     ceilings = ceilings_of(size.device, size.dtype)
     together = together_fit(contestants, size.memory_bytes)
@@ -121,6 +131,7 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
         "weights": "random" if model.folder is None else "of the checkpoint", "rows_a_step": size.rows,
         "state": size.state, "learning_rate": LEARNING_RATE, "arms_alive_together": together,
         "steps_a_visit": None if together else options.steps, "interrupted": run.interrupted,
+        "align_recompute": size.align_recompute, "streamed_inputs": size.streamed_inputs,
     }  # fmt: skip
     if not any(run.rounds) and not run.refused:
         if run.interrupted:
@@ -201,11 +212,13 @@ def arm_result(one: Contestant, run: measuring.Run, ceilings: dict[str, float], 
     row: dict[str, Any] = {"letter": LETTERS[one.name], "label": LABELS[one.name]}
     taken = run.taken.get(one.name)
     seconds = [s for turn in run.rounds for s in turn.get(one.name, {}).get("seconds", [])]
-    setting, plan = one.setting, predict_memory(one.setting)
+    setting = one.setting
     options = {
         "recompute": setting.recompute, "state": setting.state, "micro_batch": setting.micro_batch,
         "micro_batches": setting.micro_batches, "layers": list(setting.layers),
     }  # fmt: skip
+    if one.name == STREAMED:
+        options["streaming"] = dict(vars(setting.streaming))
     if taken is None or taken.failed or not seconds:
         status = "not here" if taken is None else "failed"
         why = one.why_not if taken is None else taken.failed or "interrupted before its first timed step"
@@ -221,19 +234,27 @@ def arm_result(one: Contestant, run: measuring.Run, ceilings: dict[str, float], 
         "model_gflop_per_token": flops.model.total / 1e9, "executed_gflop_per_token": flops.executed.total / 1e9,
         "mfu": flops.model.total * rate / peak if peak else None,
         "ceiling_share": flops.model.total * rate / ceilings["matmul_flop_per_s"],
-        "memory": {
-            "peak_allocated_bytes": taken.last.get("peak_allocated_bytes"),
-            "peak_reserved_bytes": taken.last.get("peak_reserved_bytes"),
-            "host_peak_bytes": taken.last.get("host_peak_bytes"),
-            "tensor_peak_bytes": taken.tensor_peak_bytes,
-            "predicted_bytes": plan.peak_bytes, "predicted": plan.components,
-        },
+        "memory": arm_memory(setting, taken),
         "energy_j_per_token": statistics.fmean(energy) / tokens if energy else None,
         "loss_first": taken.losses[0], "loss_last": taken.losses[-1],
         "clocks": taken.last.get("clocks") or None,
         "parameters_trained": sum(taken.last["evidence"]["gradients"].values()) if taken.last else 0,
         "options": options | taken.described,
     }  # fmt: skip
+
+
+def arm_memory(setting: Setting, taken: measuring.Taken) -> dict[str, Any]:
+    """One arm's peaks, predicted and measured, and both by component where the arm has counted its own."""
+    plan = predict_memory(setting)
+    fields = ("peak_allocated_bytes", "peak_reserved_bytes", "host_peak_bytes")
+    found: dict[str, Any] = {field: taken.last.get(field) for field in fields}
+    found |= {
+        "tensor_peak_bytes": taken.tensor_peak_bytes, "predicted_bytes": plan.peak_bytes, "predicted": plan.components,
+    }  # fmt: skip
+    held, peak = taken.last.get("evidence", {}).get("held"), measured_peak(found)
+    if held and peak is not None:
+        found["components"] = by_component(setting, plan.peak_bytes, held, peak[0], peak[1])
+    return found
 
 
 def ratios(contestants: list[Contestant], run: measuring.Run) -> dict[str, Any]:
@@ -250,13 +271,29 @@ def ratios(contestants: list[Contestant], run: measuring.Run) -> dict[str, Any]:
         stage[base] = stage_ratio(rounds, tokens, base).to_json()
         if "elo_align" in ran:
             pipeline[base] = pipeline_speedup(rounds, tokens, base, SPLIT).to_json() | {"ideal": ideal(ran, base)}
-    return {"stage_ratio": stage, "pipeline_speedup": pipeline}
+    found = {"stage_ratio": stage, "pipeline_speedup": pipeline}
+    return found | ({"streamed": streamed_ratios(ran, rounds, tokens)} if STREAMED in ran else {})
 
 
-def ideal(ran: dict[ArmName, Setting], base: ArmName) -> float:
+def streamed_ratios(
+    ran: dict[ArmName, Setting], rounds: list[dict[ArmName, list[float]]], tokens: dict[ArmName, int]
+) -> dict[str, Any]:
+    """What (s) costs over a resident arm that recomputes as it does, where one ran; and the pipeline with it."""
+    pipeline, over = {}, {}
+    for base in BASELINES:
+        if base in ran and "elo_pretrain" in ran:
+            speedup = pipeline_speedup(rounds, tokens, base, SPLIT, STREAMED).to_json()
+            pipeline[base] = speedup | {"ideal": ideal(ran, base, STREAMED)}
+    alike: tuple[ArmName, ...] = ("elo_align", "engine_full")
+    if resident := next((arm for arm in alike if arm in ran and ran[arm].recompute), None):
+        over = {"over_resident": stage_ratio(rounds, tokens, resident, STREAMED).to_json() | {"resident": resident}}
+    return {"pipeline": pipeline} | over
+
+
+def ideal(ran: dict[ArmName, Setting], base: ArmName, align: ArmName = "elo_align") -> float:
     """The pipeline speedup if every operation that is executed took the same time."""
-    full, elo, align = (arm_flops(ran[name]).executed.total for name in (base, "elo_pretrain", "elo_align"))
-    return full / (SPLIT * elo + (1 - SPLIT) * align)
+    full, elo, aligned = (arm_flops(ran[name]).executed.total for name in (base, "elo_pretrain", align))
+    return full / (SPLIT * elo + (1 - SPLIT) * aligned)
 
 
 def datasheet_peak(size: Size) -> float | None:

@@ -1,163 +1,16 @@
-"""What a result.json holds, one schema a theme, and how it reads as Markdown.
-
-Themes: `speedup` (the arms' steps), `memory` (predicted and measured peaks, the frontier under caps), `kernels` (the
-contests of contest.py), `loading` (as bench_loading.py writes it), `loss` (held-out loss of the whole model against
-seconds of training).
-"""
+"""How a result.json, whose schemas are in schemas.py, reads as Markdown."""
 
 from __future__ import annotations
 
-import json
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from typing import Any
 
 from elo_engine.benchmarks.contestants import BASELINES
 from elo_engine.benchmarks.intervals import USUAL, percent
-from elo_engine.errors import FailedError
+from elo_engine.benchmarks.loading_table import loading_tables
+from elo_engine.benchmarks.schemas import measured_peak
 from elo_engine.measure.meter import human_bytes
-from elo_engine.measure.setting import ARMS, ArmName
-from elo_engine.report import markdown_table
-
-SCHEMA = 1
-COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss workspace", "slack")
-
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-def _part(optional: dict[str, Any] | None = None, /, **fields: Any) -> type[BaseModel]:
-    """An object with exactly these fields; `optional` ones may be left out and are then null."""
-    required = {name: (kind, ...) for name, kind in fields.items()}
-    maybe = {name: (kind | None, None) for name, kind in (optional or {}).items()}
-    return create_model("Part", __config__=_STRICT, **required, **maybe)  # type: ignore[no-any-return,call-overload]
-
-
-_DEVICE = _part(type=Literal["cpu", "cuda"], name=str)
-_MODEL = _part(name=str, parameters=int, layers=int, V=int, D=int, F=int, H=int, K=int, E=int, tied=bool)
-_CEILINGS = _part({"matmul_dtype": str}, matmul_flop_per_s=float, copy_bytes_per_s=float)
-_STEPS = _part(median=float, p10=float, p90=float, count=int)
-_SPEED = _part({"count": int}, median=float, p10=float, p90=float)
-_ARM_MEMORY = _part(
-    peak_allocated_bytes=int | None, peak_reserved_bytes=int | None, host_peak_bytes=int | None,
-    tensor_peak_bytes=int | None, predicted_bytes=int | None, predicted=dict[str, int],
-)  # fmt: skip
-_NEEDED = {
-    "tokens_per_step": int, "step_s": _STEPS, "tokens_per_s": _SPEED, "model_gflop_per_token": float,
-    "executed_gflop_per_token": float, "ceiling_share": float, "memory": _ARM_MEMORY, "parameters_trained": int,
-}  # fmt: skip  # of an arm that ran
-_ARM = _part(
-    _NEEDED | {"mfu": float, "energy_j_per_token": float, "loss_first": float, "loss_last": float,
-               "options": dict[str, Any], "clocks": dict[str, Any]},
-    letter=str, label=str, status=Literal["ran", "failed", "not here"], why=str,
-)  # fmt: skip
-_INTERVAL = _part(median=float, low=float | None, high=float | None, confidence=float)
-_SPEEDUP = _part(median=float, low=float | None, high=float | None, confidence=float, ideal=float)
-_POINT = _part(
-    {"cap_bytes": int, "why": str},  # the cap it ran under; why it failed
-    arm=ArmName, sequence_length=int, micro_batch=int, predicted_bytes=int, predicted=dict[str, int],
-    measured_bytes=int | None, measured_what=Literal["traced tensor bytes", "max_memory_allocated"] | None,
-    status=Literal["ran", "out of memory", "not run", "failed"], recompute=bool, state=Literal["fp32", "8bit"],
-)  # fmt: skip
-_CAP = _part(cap_bytes=int, arm=ArmName, largest=dict[str, int])
-_CONTEST = _part(
-    contest=str, shape=str, flops=float, bytes=float, floor_ms=float, rounds=int, arms=dict[str, dict[str, Any]]
-)
-_LOSS_POINT = _part(seconds=float, tokens=int, language=str, loss_nats=float, stage=str)
-
-SCHEMAS = {
-    "speedup": _part(
-        model=_MODEL, device=_DEVICE, dtype=str, sequence_length=int,
-        micro_batch=dict[str, int], split=float, rounds=int, warmup_steps=int, ceilings=_CEILINGS,
-        peak_flop_per_s=float | None, arms=dict[ArmName, _ARM], stage_ratio=dict[ArmName, _INTERVAL],
-        pipeline_speedup=dict[ArmName, _SPEEDUP], checks=list[str],
-    ),
-    "memory": _part(
-        {"dtype": str}, device=_DEVICE, model=_MODEL, points=list[_POINT], caps=list[_CAP]
-    ),
-    "kernels": _part({"dtype": str}, device=_DEVICE, ceilings=_CEILINGS, contests=list[_CONTEST]),
-    "loading": _part(results=dict[str, Any]),
-    "loss": _part(
-        conditions=str, series=list[_part(label=str, points=list[_LOSS_POINT])]
-    ),
-}  # fmt: skip
-
-
-def _speedup_faults(result: dict[str, Any]) -> list[str]:
-    faults = []
-    arms = result["arms"]
-    for name, arm in arms.items():
-        if arm["status"] == "ran":
-            missing = [field for field in _NEEDED if arm.get(field) is None]
-            faults += [f"arms.{name}: it ran, so it needs {', '.join(missing)}"] if missing else []
-        elif not arm["why"]:
-            faults.append(f"arms.{name}: its status is {arm['status']!r}, and `why` says nothing")
-        for field in ("step_s", "tokens_per_s"):
-            spread = arm.get(field)
-            if spread and not 0 < spread["p10"] <= spread["median"] <= spread["p90"]:
-                faults.append(f"arms.{name}.{field}: 0 < p10 <= median <= p90 does not hold")
-    over = {name: "stage_ratio" for name in result["stage_ratio"]}
-    over |= {name: "pipeline_speedup" for name in result["pipeline_speedup"]}
-    faults += [f"{field}.{name}: that arm did not run" for name, field in over.items() if not _ran(arms, name)]
-    if over and not _ran(arms, "elo_pretrain"):
-        faults.append("ratios are given, and elo_pretrain did not run")
-    return faults
-
-
-def _ran(arms: dict[str, Any], name: str) -> bool:
-    return name in arms and arms[name]["status"] == "ran"
-
-
-def _memory_faults(result: dict[str, Any]) -> list[str]:
-    return [
-        f"points.{number}: measured_bytes and measured_what come together"
-        for number, point in enumerate(result["points"])
-        if (point["measured_bytes"] is None) != (point["measured_what"] is None)
-    ]
-
-
-def _kernel_faults(result: dict[str, Any]) -> list[str]:
-    needed = {"median_ms", "p20_ms", "p80_ms", "floor_share", "raw_ms"}
-    return [
-        f"contests.{number}.arms.{name}: neither its times nor `skipped`"
-        for number, contest in enumerate(result["contests"])
-        for name, row in contest["arms"].items()
-        if "skipped" not in row and not needed <= row.keys()
-    ]
-
-
-_FAULTS = {"speedup": _speedup_faults, "memory": _memory_faults, "kernels": _kernel_faults}
-
-
-def check_raw(theme: str, raw: Any, where: str) -> None:
-    """Raises FailedError unless raw steps have the form that intervals are computed from; more fields may be there."""
-    if theme != "speedup":
-        return
-    rounds = raw.get("rounds") if isinstance(raw, dict) else None
-    if not isinstance(rounds, list) or not rounds:
-        raise FailedError(f"{where}: has no list `rounds`")
-    for number_, turn in enumerate(rounds):
-        for arm, steps in turn.items() if isinstance(turn, dict) else [("?", None)]:
-            seconds = steps.get("seconds") if isinstance(steps, dict) else None
-            if not isinstance(seconds, list) or not all(isinstance(s, int | float) and s > 0 for s in seconds):
-                raise FailedError(f"{where}: rounds.{number_}.{arm} has no list `seconds` of positive numbers")
-
-
-def check_result(result: Any, where: str) -> None:
-    """Raises FailedError naming the fields that do not fit the schema of the result's theme, or contradict others."""
-    theme = result.get("theme") if isinstance(result, dict) else None
-    if theme not in SCHEMAS:
-        raise FailedError(f"{where}: theme {theme!r} is none of {', '.join(SCHEMAS)}")
-    if result.get("schema") != SCHEMA:
-        raise FailedError(f"{where}: schema {result.get('schema')!r}; this version reads {SCHEMA}")
-    fields = {name: value for name, value in result.items() if name not in ("schema", "theme")}
-    try:
-        SCHEMAS[theme].model_validate_json(json.dumps(fields))
-        said = _FAULTS[theme](result) if theme in _FAULTS else []
-    except ValidationError as error:
-        said = [f"{'.'.join(map(str, e['loc'])) or 'as a whole'}: {e['msg']}" for e in error.errors()]
-    if said:
-        more = f" (and {len(said) - 5} more)" if len(said) > 5 else ""
-        raise FailedError(f"{where} does not fit the schema of {theme!r}: {'; '.join(said[:5])}{more}")
+from elo_engine.measure.setting import ARMS
+from elo_engine.report import components_table, markdown_table
 
 
 def cap_name(cap_bytes: int) -> str:
@@ -185,18 +38,6 @@ def number(value: float) -> str:
 def by_letter(arms: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The arms in the order of their letters."""
     return sorted(arms.items(), key=lambda item: (item[1]["letter"], ARMS.index(item[0])))
-
-
-def measured_peak(memory: dict[str, Any]) -> tuple[int, str, bool] | None:
-    """(bytes, what they are, whether the prediction is of the same thing) of an arm; None when nothing was measured."""
-    for field, what, same in (
-        ("peak_allocated_bytes", "allocated", True),
-        ("tensor_peak_bytes", "tensors", True),
-        ("host_peak_bytes", "resident", False),
-    ):
-        if memory[field] is not None:
-            return memory[field], what, same
-    return None
 
 
 def _memory_cell(memory: dict[str, Any] | None) -> str:
@@ -245,7 +86,13 @@ def _how(arms: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     said = [f"{state} optimizer state"] if state else []
     known = [arm for _, arm in by_letter(arms) if "recompute" in (arm.get("options") or {}) and arm["status"] == "ran"]
     letters = ", ".join(f"({arm['letter']})" for arm in known if arm["options"]["recompute"])
-    return [*said, f"checkpointed (activations recomputed): {letters or 'no arm'}"] if known else said
+    said += [f"checkpointed (activations recomputed): {letters or 'no arm'}"] if known else []
+    for arm in known:
+        if how := arm["options"].get("streaming"):
+            store = "on disk" if how["store"] == "disk" else "in host memory"
+            inputs = f"layers' inputs on the {how['inputs']}"
+            said.append(f"({arm['letter']}) keeps the model {store}, {inputs}, update {how['update']}")
+    return said
 
 
 def conditions(result: dict[str, Any], config: dict[str, Any], environment: dict[str, Any]) -> str:
@@ -307,22 +154,61 @@ def speedup_tables(result: dict[str, Any]) -> list[str]:
             rows.append([label, f"**{times(found, header=usual)}**", f"{found['ideal']:.2f}x", r])
         words = f"{100 * split:g} % of the tokens in ELO pretraining, {100 * (1 - split):g} % in alignment"
         blocks += [f"Pipeline: {words}.", markdown_table(header, rows)]
+    blocks += _streamed(result)
     header = ["", "arm", "tokens/s (p10 to p90)", "step, ms (p10 to p90)", "GFLOP/token, model / executed",
               "of this run's matmul ceiling", "peak memory", "J/token"]  # fmt: skip
     rows = [_arm_row(arm) for _, arm in by_letter(result["arms"])]
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     blocks.append(markdown_table(header, rows))
+    memories = [(arm, arm.get("memory") or {}) for _, arm in by_letter(result["arms"])]
+    blocks += _components(
+        ["", "arm"], [([f"({arm['letter']})", arm["label"]], memory.get("components")) for arm, memory in memories]
+    )
     if result["checks"]:
         blocks.append("Checked: " + "; ".join(result["checks"]) + ".")
     return blocks
+
+
+def _streamed(result: dict[str, Any]) -> list[str]:
+    """The pipeline with the streamed alignment, and what streaming costs."""
+    streamed, arms = result.get("streamed"), result["arms"]
+    if not streamed:
+        return []
+
+    def called(name: str) -> str:
+        return f"({arms[name]['letter']}) {arms[name]['label']}"
+
+    intervals = [found for found in streamed["pipeline"].values() if found["low"] is not None]
+    usual = max((found["confidence"] for found in intervals), default=USUAL)
+    header = ["pipeline with (s) over", f"speedup ({percent(usual)} interval)", "ideal, from operations"]
+    rows = [
+        [called(name), times(found, header=usual), f"{found['ideal']:.2f}x"]
+        for name, found in sorted(streamed["pipeline"].items(), key=lambda item: _baseline_order(item[0]))
+    ]
+    blocks = ["With the streamed alignment (s) in place of (g):", markdown_table(header, rows)] if rows else []
+    if over := streamed.get("over_resident"):
+        share = 100 / over["median"]
+        blocks.append(
+            f"(s) takes {times(over, 3)} the seconds a token of {called(over['resident'])}, which also runs its layers "
+            f"again: {number(share)} % of its speed."
+        )
+    else:
+        blocks.append("No resident arm that recomputes as (s) does was measured, so what streaming costs is not given.")
+    return blocks
+
+
+def _components(header: list[str], rows: list[tuple[list[str], dict[str, Any] | None]]) -> list[str]:
+    """The table of memory by component, of the rows that have it; nothing where none has, as in earlier records."""
+    counted = [(head, found) for head, found in rows if found]
+    return [components_table(header, counted)] if counted else []
 
 
 def memory_tables(result: dict[str, Any]) -> list[str]:
     """Predicted against measured, then the frontier: the largest micro-batch per cap, arm and sequence length."""
     header = ["arm", "sequence length", "micro-batch", "recompute", "state", "predicted", "measured",
               "predicted / measured"]  # fmt: skip
-    rows = []
+    rows, counted = [], []
     for point in result["points"]:
         measured = point["measured_bytes"]
         found = f"{human_bytes(measured)} ({point['measured_what']})" if measured is not None else point["status"]
@@ -331,8 +217,11 @@ def memory_tables(result: dict[str, Any]) -> list[str]:
         share = f"{point['predicted_bytes'] / measured:.3f}" if measured else ""
         size = [str(point["sequence_length"]), str(point["micro_batch"])]
         how = ["layer" if point["recompute"] else "none", point["state"]]
-        rows.append([point["arm"], *size, *how, human_bytes(point["predicted_bytes"]), found, share])
+        arm = f"{point['arm']}, inputs on the {point['inputs']}" if point.get("inputs") else point["arm"]
+        rows.append([arm, *size, *how, human_bytes(point["predicted_bytes"]), found, share])
+        counted.append(([arm, *size, *how], point.get("components")))
     blocks = [markdown_table(header, rows)] if rows else []
+    blocks += _components(header[:5], counted)
     if caps := result["caps"]:
         lengths = sorted({int(T) for cap in caps for T in cap["largest"]})
         rows = [
@@ -363,7 +252,7 @@ def kernel_tables(result: dict[str, Any]) -> list[str]:
 
 
 def loss_tables(result: dict[str, Any]) -> list[str]:
-    """Each series' first and last held-out loss a language."""
+    """Each series' first and last held-out loss a language, and the memory of its stages."""
     rows = []
     for series in result["series"]:
         for language in dict.fromkeys(point["language"] for point in series["points"]):
@@ -372,13 +261,17 @@ def loss_tables(result: dict[str, Any]) -> list[str]:
             rows.append([series["label"], language, f"{first['loss_nats']:.4f}", f"{last['loss_nats']:.4f}",
                          f"{number(last['seconds'])} s, {last['tokens']:,} tokens"])  # fmt: skip
     header = ["training", "held-out", "first, nats/token", "last, nats/token", "after"]
-    return [markdown_table(header, rows)]
+    stages = [([stage["label"], stage["stage"]], stage["components"]) for stage in result.get("memory") or []]
+    return [markdown_table(header, rows), *_components(["training", "stage"], stages)]
 
 
 def tables(result: dict[str, Any]) -> list[str]:
-    """Markdown blocks of a result, whatever its theme; of `loading` none: its record has tables of its own."""
-    made = {"speedup": speedup_tables, "memory": memory_tables, "kernels": kernel_tables, "loss": loss_tables}
-    return made[result["theme"]](result) if result["theme"] in made else []
+    """Markdown blocks of a result, whatever its theme."""
+    made = {
+        "speedup": speedup_tables, "memory": memory_tables, "kernels": kernel_tables, "loading": loading_tables,
+        "loss": loss_tables,
+    }  # fmt: skip
+    return made[result["theme"]](result)
 
 
 def subject(result: dict[str, Any]) -> str:

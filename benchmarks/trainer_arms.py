@@ -119,12 +119,17 @@ def run_trainer(setting: Setting, model: BenchModel, lr: float, device: torch.de
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen.watch_transformers(made, conductor.evidence)
-            conductor.evidence.photograph(dict(made.named_parameters()))
+            conductor.evidence.photograph(dict(made.named_parameters()), device)
             conductor.say(
                 {"kernels": "Liger" if setting.arm == "liger_full" else "transformers", "versions": versions(),
                  "attention": attention_of(device), "optimizer": optimizer_name(setting)}
             )  # fmt: skip
             conductor.wait()
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            parameters = list(made.parameters())
+            gradients = [parameter.grad for parameter in parameters]
+            conductor.evidence.saw_held(parameters, gradients, kwargs["optimizer"].state, device)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             conductor.stepped()
@@ -145,4 +150,4 @@ def run_trainer(setting: Setting, model: BenchModel, lr: float, device: torch.de
 
             trainer._get_train_sampler = lambda *args: SequentialSampler(rows)  # type: ignore[method-assign]
         trainer.train()
-    conductor.evidence.compare(dict(made.named_parameters()))
+    conductor.evidence.compare(dict(made.named_parameters()), device)

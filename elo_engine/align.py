@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from elo_engine import console
-from elo_engine.checkpoint import open_checkpoint
+from elo_engine.checkpoint import CheckpointIndex, open_checkpoint
 from elo_engine.config import RunConfig
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source
+from elo_engine.engine_choice import EngineChoice
 from elo_engine.model.full import load_full
-from elo_engine.plan import require_memory
+from elo_engine.plan import align_engine, require_memory
 from elo_engine.reattach import final_weights, write_model
 from elo_engine.run_dir import RunDir
-from elo_engine.stage import log_model, run_stage
+from elo_engine.stage import StageEngine, log_model, run_stage
+from elo_engine.stream.engine import open_streamed
 from elo_engine.summary import stage_summary
+from elo_engine.train.optim import MasterAdamW
+from elo_engine.train.resident import ResidentEngine
 
 
 def align(run: RunDir, source: Source) -> dict[str, Any]:
@@ -29,6 +33,8 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
     if target.exists():
         run.say(f"align: {target} is already there")
         return stage_summary(run.path, "align")
+    choice = align_engine(config, source)
+    run.say(f"align: {choice.engine}, {choice.why}")
     memory = require_memory(config, source, "align")
     start = run.folder("reattached")
     index = open_checkpoint(start) if start.exists() else source.index
@@ -38,20 +44,14 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
     )
     mixture = make_mixture(config, source.folder, source.spec.V)
     heldout = open_heldout(config, source.folder, source.spec.V) if config.evaluate.every else None
-    with console.bytes_bar("load the whole model") as progress:
-        model, _ = load_full(
-            index,
-            source.spec,
-            device=source.device,
-            dtype=source.dtype,
-            recompute=config.align.recompute == "layer",
-            progress=progress,
-        )
-    log_model(run, model, index)
+    engine = _load(run, source, index, choice)
     # after ELO pretraining the alignment goes on where that stopped reading; the paper's stages share no text either
     rows_read = config.steps("pretrain") * config.pretrain.tokens_per_step // config.data.sequence_length
     first_row = rows_read if start.exists() else 0
-    summary = run_stage(run, "align", model, index, mixture, heldout, memory=memory, first_row=first_row)
+    summary = run_stage(
+        run, "align", engine, index, mixture, {"whole": engine.scorer}, heldout,
+        memory=memory, setting=choice.setting, first_row=first_row,
+    )  # fmt: skip
     extra = {"kind": "aligned", "run_id": run.run_id, "source": source.index.identity()}
     write_model(
         run,
@@ -62,6 +62,31 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
         _model_card(config, source, summary, reattached=start.exists()),
     )
     return summary
+
+
+def _load(run: RunDir, source: Source, index: CheckpointIndex, choice: EngineChoice) -> StageEngine:
+    """The whole model, on the device or in a store of the host."""
+    config, spec = run.config, source.spec
+    section = config.align
+    with console.bytes_bar("load the whole model") as progress:
+        if choice.streaming is None:
+            model, _ = load_full(
+                index,
+                spec,
+                device=source.device,
+                dtype=source.dtype,
+                recompute=section.recompute == "layer",
+                progress=progress,
+            )
+            log_model(run, set(model.trainable()), set(model.frozen()), index)
+            return ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.micro_batch)
+        engine = open_streamed(
+            spec, source.dtype, section, source.device, choice.streaming, config.data.sequence_length,
+            seed=config.seed, folder=run.path,
+        )  # fmt: skip
+        engine.store.load(index, progress)
+    log_model(run, set(engine.trainable()), set(), index)
+    return engine
 
 
 def _model_card(config: RunConfig, source: Source, summary: dict[str, Any], *, reattached: bool) -> str:

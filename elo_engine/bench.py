@@ -39,7 +39,7 @@ def speedup(record: bool, records: Path | None, arms: str | None, **options: Any
     from elo_engine.benchmarks.contestants import parse_arms
     from elo_engine.benchmarks.speedup import Options, run_command
 
-    chosen = Options(arms=parse_arms(arms), **options)
+    chosen = Options(arms=parse_arms(arms) if arms else (), **options)
     result, path, interrupted = run_command(chosen, records_folder(records) if record else None, _command())
     _show(result, path)
     if interrupted:
@@ -78,6 +78,14 @@ def loss(
     _show(result, path)
 
 
+def traffic(model: str, gpus: list[str], tokens: int, micro_batch_tokens: int, link: str | None) -> None:
+    """What streaming moves over the link, computed."""
+    from elo_engine.benchmarks.traffic import Options, traffic_text
+
+    options = Options(model, tuple(gpus), tokens, micro_batch_tokens, link)
+    console.out.print("\n\n".join(traffic_text(options)), markup=False)
+
+
 def kernels(stems: list[str], rounds: int, record: bool, records: Path | None, as_pytest: bool) -> None:
     """The ops' contests."""
     from elo_engine.benchmarks import bench_ops  # type: ignore[attr-defined]
@@ -95,7 +103,7 @@ def loading(arguments: list[str], as_pytest: bool) -> None:
     if as_pytest:
         bench_ops.run_pytest(bench_ops.LOADING, arguments)
         return
-    bench_loading.main(arguments)
+    bench_loading.main(arguments, _command())
 
 
 def report(records: Path | None, check: bool) -> None:

@@ -51,7 +51,7 @@ def _stage(
     from elo_engine.corpora import describe_corpora, make_mixture, require_shards
     from elo_engine.detach import open_source
     from elo_engine.pipeline import start
-    from elo_engine.plan import plan
+    from elo_engine.plan import plan, refusals, require_fit
     from elo_engine.plan_text import describe_plan
     from elo_engine.run_dir import RunDir
 
@@ -65,8 +65,11 @@ def _stage(
     source = open_source(config)
     make_mixture(config, source.folder, source.spec.V)  # every check of the data, before anything is written
     if dry_run:
-        for line in (*describe_plan(plan(config, source)), *source.reasons, *describe_corpora(config)):
+        found, stage = plan(config, source), None if body.__name__ == "run_pipeline" else body.__name__
+        warned = [text for text in found["refusals"] if text not in refusals(found, stage)]
+        for line in (*describe_plan(found | {"refusals": warned}), *source.reasons, *describe_corpora(config)):
             console.out.print(line, markup=False)
+        require_fit(found, stage)
         return
     with RunDir.obtain(config, again) as run:
         if body.__name__ != "run_pipeline":
@@ -203,12 +206,16 @@ def evaluate(
     sequence_length: Annotated[int, typer.Option(min=2)] = 2048,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="resident: the whole model on the device; streamed: a few layers at a time; or auto")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Held-out loss, perplexity and bits per byte of a whole model, per token folder."""
     from elo_engine.evaluate import evaluate_command
 
-    found = evaluate_command(model, [*(tokens or []), *(more or [])], sequence_length, device, dtype)
+    folders = [*(tokens or []), *(more or [])]
+    found = evaluate_command(model, folders, sequence_length, device, dtype, engine, quiet=as_json)
     if as_json:
         console.out.print(json.dumps(found, indent=2), markup=False)
         return

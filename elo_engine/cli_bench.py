@@ -17,7 +17,9 @@ Model = Annotated[str, typer.Option(help="shapes by name (random weights), a che
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Dtype = Annotated[str, typer.Option(help="auto, bf16 or fp32")]
 State = Annotated[str | None, typer.Option(help="optimizer state, 8bit or fp32; default: 8bit on a GPU")]
-Arms = Annotated[str | None, typer.Option(help="letters or names, as a,f,g; default: all that run here")]
+Arms = Annotated[
+    str | None, typer.Option(help="letters or names, as a,f,g; default: all that run here, s on a GPU alone")
+]
 Minutes = Annotated[float, typer.Option(min=0.1, help="begin nothing that would end later")]
 Record = Annotated[bool, typer.Option(help="keep a record")]
 Records = Annotated[Path | None, typer.Option(help="folder of records; default: benchmarks/records of the source tree")]
@@ -39,6 +41,12 @@ def speedup(
     minutes: Minutes = 9.0,
     rounds: Annotated[int, typer.Option(min=1, help="at most")] = 9,
     steps: Annotated[int, typer.Option(min=1, help="timed steps of a visit, where arms do not fit together")] = 3,
+    align_recompute: Annotated[
+        str, typer.Option(help="whether (g) runs its layers again: auto (where nothing else fits), layer or none")
+    ] = "auto",
+    streamed_inputs: Annotated[
+        str, typer.Option(help="where (s) keeps its layers' inputs: auto (on the device if they fit), device or host")
+    ] = "auto",
     record: Record = True,
     records: Records = None,
 ) -> None:
@@ -48,7 +56,7 @@ def speedup(
     body(
         record, records, arms, model=model, device=device, dtype=dtype, sequence_length=sequence_length, rows=rows,
         elo_micro_batch=elo_micro_batch, micro_batch=micro_batch, state=state, minutes=minutes, rounds=rounds,
-        steps=steps,
+        steps=steps, align_recompute=align_recompute, streamed_inputs=streamed_inputs,
     )  # fmt: skip
 
 
@@ -75,6 +83,23 @@ def memory(
         record, records, arms, sequence_lengths, micro_batches, caps, model=model, device=device, dtype=dtype,
         state=state, minutes=minutes, predict_only=predict_only,
     )  # fmt: skip
+
+
+@benches.command()
+@verb
+def traffic(
+    model: Annotated[str, typer.Option(help="shapes by name, a checkpoint folder or a hub id")] = "llama-3.1-8b",
+    gpu: Annotated[list[str] | None, typer.Option(help="a card by name; may be given again")] = None,
+    tokens_per_step: Annotated[int, typer.Option(min=1, help="of one optimizer step")] = 65536,
+    micro_batch_tokens: Annotated[int, typer.Option(min=1, help="that go through a layer at once")] = 8192,
+    link: Annotated[str | None, typer.Option(help="pcie-4-x8, pcie-4-x16 or pcie-5-x16; default: the card's")] = None,
+) -> None:
+    """Bytes over the link of a training step when layers are streamed, layer-major and otherwise: computed, not
+    measured.
+    """
+    from elo_engine.bench import traffic as body
+
+    body(model, gpu or ["rtx-4060-ti-8gb", "rtx-4090", "h200"], tokens_per_step, micro_batch_tokens, link)
 
 
 @benches.command()
@@ -113,7 +138,7 @@ def kernels(
 @verb
 def loading(context: typer.Context, as_pytest: AsPytest = False) -> None:
     """File to memory of the detached layers against other loaders, cold and warm: --model FOLDER [--preset llama-2b]
-    [--device cuda] [--rounds 5] [--record FOLDER] and others; `elo bench loading --model x --help` lists them.
+    [--device cuda] [--rounds 5] [--records FOLDER] and others; `elo bench loading --model x --help` lists them.
     """
     from elo_engine.bench import loading as body
 

@@ -120,19 +120,29 @@ class StageConfig(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
 
 
+class StreamConfig(_Section):
+    """How a whole model is trained with a few of its layers on the device (`align.engine: streamed`)."""
+
+    # where weights, optimizer state and waiting gradients are: host memory, or a file without a name beside the output
+    store: Literal["auto", "memory", "disk"] = "auto"
+    inputs: Literal["auto", "device", "host"] = "auto"  # where the layers' inputs of a step are kept
+    # lazy: each layer is updated when the next step brings it, so clipping is by the norm of all gradients, exactly;
+    # at_once: as soon as its own gradient is complete, clipped by its own norm, and no gradient waits on the host
+    update: Literal["lazy", "at_once"] = "lazy"
+
+
 class AlignConfig(StageConfig):
     """Whole-model alignment after reattachment (paper section 3.3); the same loop over all layers."""
 
     tokens: Annotated[Count, Field(gt=0)] = 100_000_000
     micro_batch: Annotated[Count, Field(gt=0)] = 1
     recompute: Literal["none", "layer"] = "layer"
-    engine: Literal["auto", "resident", "streamed"] = "auto"
+    engine: Literal["auto", "resident", "streamed"] = "auto"  # auto: the planner chooses and says why
+    stream: StreamConfig = StreamConfig()
     when: Literal["after", "interleaved"] = "after"
 
     @model_validator(mode="after")
     def _available(self) -> AlignConfig:
-        if self.engine == "streamed":
-            raise ValueError("align.engine: streamed is not available in this version; use auto or resident")
         if self.when != "after":
             raise ValueError(f"align.when: {self.when} is not available in this version; use after, the paper's recipe")
         return self
@@ -142,6 +152,8 @@ class EvaluateConfig(_Section):
     """Held-out evaluation while training and between the stages."""
 
     every: Annotated[Count, Field(ge=0)] = 200  # steps; 0: only between the stages
+    # during ELO pretraining score the whole model too, with the layers as they are; the middle ones are streamed
+    whole: bool = True
     shards: dict[str, str] = {}
     tokens: Annotated[Count, Field(gt=0)] | None = None  # at most this many a language; null: all
 

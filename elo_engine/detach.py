@@ -75,7 +75,7 @@ def detach(source: Source, run: RunDir, *, recompute: bool = False) -> Decoder:
         )
     seconds = time.perf_counter() - began
     run.say(f"detach: layers {list(source.layers)} of {source.spec.layers} from {source.folder}")
-    log_model(run, model, source.index)
+    log_model(run, set(model.trainable()), set(model.frozen()), source.index)
     wanted = source.index.bytes_of([*model.trainable(), *model.frozen()])
     run.say(
         f"  read {human_bytes(taken)} for {human_bytes(wanted)} of wanted tensors, "

@@ -4,14 +4,15 @@ found by planning again with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
 from elo_engine.config import RunConfig, StageConfig, make_config
 from elo_engine.errors import UsageError
-from elo_engine.measure.expected import device_bytes, stage_memory
 from elo_engine.measure.meter import human_bytes
+from elo_engine.measure.planner import STREAMED
 from elo_engine.measure.setting import Setting
 from elo_engine.model.spec import ModelSpec, choose_layers
 
@@ -83,7 +84,9 @@ class Advice:
 
 
 # Cost time or precision, but neither text, nor context, nor layers: a combination of these alone is named first.
-_SAME_LESSON = (".micro_batch", ".recompute", ".optimizer.state", "dtype")
+_SAME_LESSON = (
+    ".micro_batch", ".recompute", ".optimizer.state", "dtype", ".engine", ".stream.store", ".stream.inputs"
+)  # fmt: skip
 
 _ONE_MICRO_BATCH = "one micro-batch"  # stands for a number of tokens, known once the other overrides are
 
@@ -91,6 +94,15 @@ _ONE_MICRO_BATCH = "one micro-batch"  # stands for a number of tokens, known onc
 def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tuple[str, Any]]:
     """Keys and values that could make the stage smaller."""
     found: list[tuple[str, Any]] = []
+    if stage == "align" and config.align.engine == "resident":
+        found.append(("align.engine", "streamed"))
+    if setting.arm == STREAMED:
+        if setting.streaming.store == "memory":
+            found.append(("align.stream.store", "disk"))
+        if setting.streaming.inputs == "device":
+            found.append(("align.stream.inputs", "host"))
+        if setting.streaming.update == "lazy":
+            found.append(("align.stream.update", "at_once"))
     if setting.micro_batch > 1:
         found.append((f"{stage}.micro_batch", 1))
     if not setting.recompute:
@@ -101,7 +113,8 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
         found.append(("data.sequence_length", setting.sequence_length // 2))
     if setting.dtype == "fp32":
         found.append(("dtype", "bf16"))
-    if setting.micro_batches > 1:  # one bf16 gradient is used as it is, the sum of several is fp32
+    if setting.micro_batches > 1:  # one bf16 gradient is used as it is, the sum of several is fp32; streamed, inputs of
+        # layers are kept for all
         found.append((f"{stage}.tokens_per_step", _ONE_MICRO_BATCH))
     if stage == "pretrain" and len(setting.layers) > 1:
         fewer = ["last"] if len(setting.layers) == 2 else ["first", "last"]
@@ -135,19 +148,19 @@ def _with(config: RunConfig, overrides: tuple[tuple[str, Any], ...]) -> _Changed
 
 
 def advise(
-    config: RunConfig, stage: StageName, spec: ModelSpec, device: str, auto_dtype: str, cap_bytes: int
+    config: RunConfig, stage: StageName, setting: Setting, need: Callable[[RunConfig], int], cap_bytes: int
 ) -> Advice:
-    """What would make the stage fit into `cap_bytes`."""
+    """What would make what the stage needs of some memory fit into `cap_bytes`.
+
+    Args:
+        setting: what the configuration comes to. need: bytes of that memory, with a configuration.
+    """
 
     def plan_with(*overrides: tuple[str, Any]) -> tuple[int, tuple[str, ...]] | None:
         changed = _with(config, overrides)
-        if changed is None:
-            return None
-        setting = stage_setting(changed.config, stage, spec, device, auto_dtype)
-        return device_bytes(setting, stage_memory(setting)), changed.texts
+        return None if changed is None else (need(changed.config), changed.texts)
 
-    setting = stage_setting(config, stage, spec, device, auto_dtype)
-    now = device_bytes(setting, stage_memory(setting))
+    now = need(config)
     alone = [(override, plan_with(override)) for override in _overrides(config, stage, setting)]
     useful = [(override, found) for override, found in alone if found is not None and found[0] < now]
     useful.sort(key=lambda item: item[1][0])

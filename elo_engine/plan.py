@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,6 +17,7 @@ from elo_engine.checkpoint import CheckpointIndex, open_checkpoint, resolve_mode
 from elo_engine.checkpoint.syscalls import free_bytes
 from elo_engine.config import RunConfig, load_config
 from elo_engine.detach import Source
+from elo_engine.engine_choice import EngineChoice, Predictions, choose
 from elo_engine.errors import RefusedError, UsageError
 from elo_engine.levers import StageName, advise, stage_setting
 from elo_engine.measure import expected
@@ -106,12 +107,14 @@ def _on_card(memory_bytes: int, what: str) -> Room:
 
 def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, Any]:
     """The plan as JSON; `refusals` names what cannot fit and what to do, one entry each, and is empty where all can."""
-    spec = subject.spec
-    settings = {stage: stage_setting(config, stage, spec, target.device, target.dtype) for stage in STAGES}
+    spec, planning = subject.spec, _Planning(subject.spec, target)
+    choice = planning.choice(config)
+    settings = {stage: planning.setting(config, stage) for stage in STAGES}
     pretrain, align = settings["pretrain"], settings["align"]
     if target.rate is not None and target.rate.only_bf16 and pretrain.dtype != "bf16":
         target = replace(target, rate=None)
-    stages = {stage: _stage(config, stage, settings[stage], target) for stage in STAGES}
+    stages = {stage: _stage(config, stage, planning, target) for stage in STAGES}
+    stages["align"]["engine"] = _engine(choice)
     share = config.pretrain.tokens / (config.pretrain.tokens + config.align.tokens)
     plan: dict[str, Any] = {
         "model": {"family": spec.family, "layers": spec.layers, "parameters": spec.parameters, "tied": spec.tied},
@@ -135,27 +138,68 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
     return plan
 
 
-def _stage(config: RunConfig, stage: StageName, setting: Setting, target: Target) -> dict[str, Any]:
-    memory, flops, steps = expected.stage_memory(setting), arm_flops(setting), config.steps(stage)
-    need = expected.device_bytes(setting, memory)
+class _Planning:
+    """Settings and needs of a configuration and of others like it, for one model and one machine."""
+
+    def __init__(self, spec: ModelSpec, target: Target) -> None:
+        self._spec, self._target, self.needs_of = spec, target, Predictions()
+
+    def choice(self, config: RunConfig) -> EngineChoice:
+        """Of the alignment."""
+        target = self._target
+        rooms = (target.room, target.host, target.disk)
+        return choose(config, self._spec, target.device, target.dtype, *rooms, needs_of=self.needs_of)
+
+    def setting(self, config: RunConfig, stage: StageName) -> Setting:
+        """Of a stage, with the engine that it will use."""
+        if stage == "align":
+            return self.choice(config).setting
+        return stage_setting(config, stage, self._spec, self._target.device, self._target.dtype)
+
+    def advice(
+        self, config: RunConfig, stage: StageName, what: Literal["device", "host"], room: Room
+    ) -> dict[str, Any]:
+        """What would make it fit."""
+
+        def need(changed: RunConfig) -> int:
+            return int(getattr(self.needs_of(self.setting(changed, stage)), what))
+
+        found = advise(config, stage, self.setting(config, stage), need, room.bytes)
+        return {**found.to_json(), "text": found.describe()}
+
+
+def _engine(choice: EngineChoice) -> dict[str, Any]:
+    streaming = choice.streaming
+    how = {"store": None, "inputs": None, "update": None} if streaming is None else asdict(streaming)
+    return {"name": choice.engine, **how, "why": choice.why, "resident_bytes": choice.resident_bytes}
+
+
+def _stage(config: RunConfig, stage: StageName, planning: _Planning, target: Target) -> dict[str, Any]:
+    setting, steps = planning.setting(config, stage), config.steps(stage)
+    needs, flops = planning.needs_of(setting), arm_flops(setting)
     made: dict[str, Any] = {
         "steps": steps,
         "tokens": getattr(config, stage).tokens,
         "trainable_parameters": expected.trainable_parameters(setting),
         "flops_per_token": flops.model.total,
         "flops_per_token_executed": flops.executed.total,
-        "memory": memory.to_json(),
-        "device_bytes": need,
-        "fits": None if target.room is None else need <= target.room.bytes,
+        "memory": needs.memory.to_json(),
+        "device_bytes": needs.device,
+        "fits": None if target.room is None else needs.device <= target.room.bytes,
         "advice": None,
-        "host_bytes": expected.host_bytes(setting, memory),
+        "host_bytes": needs.host,
+        "host_parts": expected.host_by_part(setting, needs.memory),
+        "host_fits": None if target.host is None else needs.host <= target.host.bytes,
+        "store_disk_bytes": needs.disk,
         "snapshot_bytes": expected.snapshot_bytes(setting),
         "seconds": None if target.rate is None else expected.stage_seconds(setting, steps, target.rate),
     }
     if made["fits"] is False:
         assert target.room is not None
-        advice = advise(config, stage, setting.spec, target.device, target.dtype, target.room.bytes)
-        made["advice"] = {**advice.to_json(), "text": advice.describe()}
+        made["advice"] = planning.advice(config, stage, "device", target.room)
+    elif made["host_fits"] is False:
+        assert target.host is not None
+        made["advice"] = planning.advice(config, stage, "host", target.host)
     return made
 
 
@@ -169,12 +213,14 @@ def _disk(config: RunConfig, subject: Subject, settings: dict[StageName, Setting
     kept = {stage: min(config.snapshot.keep, saves[stage]) * once[stage] for stage in STAGES}
     beside = {stage: once[stage] if saves[stage] > config.snapshot.keep else 0 for stage in STAGES}
     copy = subject.checkpoint_bytes
-    last = kept["pretrain"] + copy + kept["align"] + max(beside["align"], copy)
+    store = expected.store_disk_bytes(settings["align"])  # gone when the model is written
+    last = kept["pretrain"] + copy + kept["align"] + max(beside["align"] + store, copy)
     return {
         "fetched_model": subject.fetch_bytes,
         "pretrain_snapshots": kept["pretrain"],
         "reattached": copy,
         "align_snapshots": kept["align"],
+        "align_store": store,
         "model": copy,
         "total_bytes": subject.fetch_bytes + max(kept["pretrain"] + beside["pretrain"], last),
     }
@@ -205,21 +251,40 @@ def _refusals(config: RunConfig, plan: dict[str, Any], target: Target) -> list[s
 
 
 def stage_refusal(plan: dict[str, Any], stage: StageName) -> str | None:
-    """Why a stage fits neither its device nor its host, and what to do; None where it does or nothing is known."""
-    part, room, host = plan[stage], plan["room"]["device"], plan["room"]["host"]
+    """Why a stage fits its device, its host or its disk not, and what to do; None where it does or nothing is known."""
+    part, rooms = plan[stage], plan["room"]
+    engine = part.get("engine")
+    streamed = engine is not None and engine["name"] == "streamed"
+    first = ""
+    if streamed:  # what a person did not ask for is explained
+        resident = engine["resident_bytes"]
+        first = "streamed, " if resident is None else f"resident it takes {human_bytes(resident)}, and streamed "
     if part["fits"] is False:
-        memory, need = part["memory"], part["device_bytes"]
+        room, memory, need = rooms["device"], part["memory"], part["device_bytes"]
         rest = need - memory["peak_bytes"]
         beside = f", and {human_bytes(rest)} besides for the process, reading and snapshots" if rest else ""
+        if rest and streamed and engine["store"] == "memory":
+            beside = f", and {human_bytes(rest)} besides for the model's store, the process, reading and snapshots"
         return (
-            f"{stage} does not fit: its tensors take {human_bytes(memory['peak_bytes'])} ({memory['moment']}){beside}; "
+            f"{stage} does not fit: {first}its tensors take {human_bytes(memory['peak_bytes'])} "
+            f"({memory['moment']}){beside}; "
             f"there are {human_bytes(room['bytes'])} ({room['what']}). {part['advice']['text']}; or {_ELSEWHERE}"
         )
-    if host is not None and part["host_bytes"] > host["bytes"]:
+    if part["host_fits"] is False:
+        room = rooms["host"]
+        what = "with reading and saving snapshots it takes"
+        if streamed:
+            parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in part["host_parts"].items() if size)
+            what = f"{first}with {parts} it takes"
         return (
-            f"{stage} does not fit: with reading and saving snapshots it takes {human_bytes(part['host_bytes'])} of "
-            f"host memory and there are {human_bytes(host['bytes'])} ({host['what']}). {stage}.optimizer.state=8bit "
-            f"makes snapshots smaller; or {_ELSEWHERE}"
+            f"{stage} does not fit: {what} {human_bytes(part['host_bytes'])} of host memory; there are "
+            f"{human_bytes(room['bytes'])} ({room['what']}). {part['advice']['text']}; or {_ELSEWHERE}"
+        )
+    if rooms["disk"] is not None and part["store_disk_bytes"] > rooms["disk"]["bytes"]:
+        return (
+            f"{stage} does not fit: {first}its model takes {human_bytes(part['store_disk_bytes'])} of the disk; "
+            f"there are {human_bytes(rooms['disk']['bytes'])} ({rooms['disk']['what']}). "
+            "align.stream.store=memory takes none; or choose an output on another disk"
         )
     return None
 
@@ -239,9 +304,27 @@ def require_memory(config: RunConfig, source: Source, stage: StageName) -> expec
     refusal = stage_refusal(plan(config, source), stage)
     if refusal is not None:
         raise RefusedError(refusal)
-    dtype = "bf16" if source.dtype == torch.bfloat16 else "fp32"
-    setting = stage_setting(config, stage, source.spec, source.device.type, dtype)
-    return expected.StageMemory.now(expected.stage_memory(setting), source.device)
+    memory = expected.stage_memory(setting_of(config, source, stage))
+    return expected.StageMemory.now(memory, source.device)
+
+
+def setting_of(config: RunConfig, source: Source, stage: StageName) -> Setting:
+    """A stage on this machine as it is now, as the counts and the memory planner take it."""
+    return _Planning(source.spec, Target.here(source.device, config.output)).setting(config, stage)
+
+
+def align_engine(config: RunConfig, source: Source) -> EngineChoice:
+    """What alignment will use on this machine as it is now.
+
+    Raises:
+        RefusedError: neither engine fits, or not the one that the configuration asks for, with numbers and levers.
+    """
+    give_back_freed_memory(source.device)
+    target = Target.here(source.device, config.output)
+    refusal = stage_refusal(make_plan(config, Subject.of(source.index, source.spec), target), "align")
+    if refusal is not None:
+        raise RefusedError(refusal)
+    return _Planning(source.spec, target).choice(config)
 
 
 def plan_command(
@@ -291,7 +374,15 @@ def _target(config: RunConfig, gpu: str | None, host: str | None, measure: bool)
     return target
 
 
-def require_fit(plan: dict[str, Any]) -> None:
-    """Raises RefusedError when anything of the plan cannot fit, naming all of it."""
-    if plan["refusals"]:
-        raise RefusedError("\n".join(plan["refusals"]))
+def refusals(plan: dict[str, Any], stage: str | None = None) -> list[str]:
+    """Why a plan cannot fit, or with `stage` (pretrain, align) why that stage alone cannot, as it is refused when it
+    begins; empty where all can.
+    """
+    own = [text for name in STAGES if name == stage and (text := stage_refusal(plan, name))]
+    return list(plan["refusals"]) if stage is None else own
+
+
+def require_fit(plan: dict[str, Any], stage: str | None = None) -> None:
+    """Raises RefusedError when anything of the plan, or of one stage of it, cannot fit, naming all of it."""
+    if found := refusals(plan, stage):
+        raise RefusedError("\n".join(found))

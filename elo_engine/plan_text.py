@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elo_engine import console
 from elo_engine.console import format_seconds
 from elo_engine.measure.meter import human_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _STAGES = ("pretrain", "align")
 
@@ -23,6 +26,7 @@ def describe_plan(plan: dict[str, Any]) -> list[str]:
             f"{part['trainable_parameters'] / 1e6:.1f}M trainable, peak memory {_peak(part)}, "
             f"{part['flops_per_token'] / 1e9:.2f} GFLOP/token"
         )
+    lines += _engine_lines(plan)
     lines.append(f"disk: up to {human_bytes(plan['disk']['total_bytes'])}")
     return [*lines, *_closing(plan), *(f"warning: {text}" for text in plan["refusals"])]
 
@@ -38,6 +42,17 @@ def _model(plan: dict[str, Any]) -> str:
 
 def _peak(part: dict[str, Any]) -> str:
     return f"{human_bytes(part['memory']['peak_bytes'])} ({part['memory']['moment']})"
+
+
+def _engine_lines(plan: dict[str, Any]) -> list[str]:
+    """Which engine aligns and why; where it is streamed, what the host holds of it."""
+    part = plan["align"]
+    engine = part["engine"]
+    lines = [f"align's engine: {engine['name']}; {engine['why']}"]
+    if engine["name"] == "streamed":
+        held = ", ".join(f"{name} {human_bytes(size)}" for name, size in part["host_parts"].items() if size)
+        lines.append(f"align's host memory: {human_bytes(part['host_bytes'])} ({held}), updates {engine['update']}")
+    return lines
 
 
 def _closing(plan: dict[str, Any]) -> list[str]:
@@ -71,6 +86,10 @@ def show_plan(plan: dict[str, Any]) -> None:
         memory.add_row(f"room: {human_bytes(room['bytes'])}", *fits)
         memory.caption = room["what"]
     console.out.print(memory)
+    for line in _engine_lines(plan)[:1]:
+        console.out.print(line, markup=False)
+    if plan["align"]["engine"]["name"] == "streamed":
+        console.out.print(_host(plan))
     work = Table("work", *_STAGES)
     for title, cells in _work(parts):
         work.add_row(title, *cells)
@@ -88,6 +107,24 @@ def show_plan(plan: dict[str, Any]) -> None:
     )
     for line in (said, *_closing(plan)):
         console.out.print(line, markup=False)
+
+
+def _host(plan: dict[str, Any]) -> Table:
+    """Host memory of a streamed alignment, by part."""
+    from rich.table import Table
+
+    part, room = plan["align"], plan["room"]["host"]
+    host = Table("host memory", "align", title="memory of the host, beside the interpreter and its libraries")
+    for name, size in part["host_parts"].items():
+        host.add_row(name, human_bytes(size))
+    host.add_section()
+    host.add_row("all", human_bytes(part["host_bytes"]))
+    if part["store_disk_bytes"]:
+        host.add_row("and on the disk", human_bytes(part["store_disk_bytes"]))
+    if room is not None:
+        host.add_row(f"room: {human_bytes(room['bytes'])}", "fits" if part["host_fits"] else "too large")
+        host.caption = room["what"]
+    return host
 
 
 def _work(parts: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:

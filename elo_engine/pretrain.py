@@ -9,9 +9,13 @@ from typing import Any
 
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source, detach
-from elo_engine.plan import require_memory
+from elo_engine.evaluate import Scorer, batch_tokens
+from elo_engine.plan import require_memory, setting_of
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import run_stage
+from elo_engine.stream.scoring import whole_model_scorer, why_not
+from elo_engine.train.optim import MasterAdamW
+from elo_engine.train.resident import ResidentEngine
 
 
 def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
@@ -20,5 +24,18 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     memory = require_memory(config, source, "pretrain")
     mixture = make_mixture(config, source.folder, source.spec.V)
     heldout = open_heldout(config, source.folder, source.spec.V) if config.evaluate.every else None
-    model = detach(source, run, recompute=config.pretrain.recompute == "layer")
-    return run_stage(run, "pretrain", model, source.index, mixture, heldout, memory=memory)
+    section = config.pretrain
+    model = detach(source, run, recompute=section.recompute == "layer")
+    engine = ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.micro_batch)
+    scorers: dict[str, Scorer] = {"shallow": engine.scorer}
+    if heldout is not None and config.evaluate.whole:
+        whole = whole_model_scorer(source.index, model)
+        reason = why_not(whole, batch_tokens(heldout.sequence_length))
+        if reason:
+            run.say(f"pretrain: the whole model's held-out loss is not followed: {reason}")
+        else:
+            scorers["whole"] = whole
+    return run_stage(
+        run, "pretrain", engine, source.index, mixture, scorers, heldout,
+        memory=memory, setting=setting_of(config, source, "pretrain"),
+    )  # fmt: skip

@@ -50,8 +50,9 @@ from elo_engine.model.shallow import load_shallow, shallow_names
 from elo_engine.model.spec import ModelSpec, choose_layers
 from elo_engine.plan import Subject as Planned
 from elo_engine.plan import Target, make_plan, require_memory, stage_refusal
-from elo_engine.train.loop import check_first_gradients, micro_batches, to_batch
+from elo_engine.train.loop import micro_batches, to_batch
 from elo_engine.train.optim import MasterAdamW
+from elo_engine.train.resident import check_first_gradients
 from elo_engine.train.schedule import learning_rate
 
 StageName = Literal["pretrain", "align"]
@@ -178,6 +179,7 @@ def take_step(subject: Subject, step: int) -> float:
             tokens_loss = int((rows.labels_BT >= 0).sum())
         with part("optimizer"):
             optimizer.zero_grad()
+            model.begin_step(torch.from_numpy(rows.ids_BT))
         loss_sum = torch.zeros((), dtype=torch.float32, device=model.device)
         pieces = micro_batches(rows, section.micro_batch)
         for _ in range(-(-len(rows.ids_BT) // section.micro_batch)):
@@ -187,11 +189,13 @@ def take_step(subject: Subject, step: int) -> float:
                 hidden_ND = model.hidden_states(batch)
                 hidden_ND.register_hook(_mark_hidden_gradient)
             with part("head"):
-                loss = ops.linear_cross_entropy(hidden_ND, model.head_VD, batch.labels_N)
+                loss = model.head_loss(hidden_ND, batch.labels_N)
             del hidden_ND, batch  # as in the loop, which holds neither while the backward pass runs
             with part("backward"):
                 (loss / max(1, tokens_loss)).backward()
             loss_sum += loss.detach()
+        with part("optimizer"):
+            optimizer.take(model.outer_gradients(1 / max(1, tokens_loss)))
         if step == 0:
             check_first_gradients(model, optimizer)
         with part("optimizer"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elo_engine.console import format_seconds
+from elo_engine.measure.components import HELD, REST, rest_name
 from elo_engine.measure.meter import human_bytes
 from elo_engine.summary import read_steps
 
@@ -62,6 +63,34 @@ def evaluation_header(evaluations: dict[str, Any]) -> list[str]:
     return ["held-out", *(moment for moment in MOMENTS if moment in evaluations)]
 
 
+COMPONENTS_SAY = (
+    "Memory by component, predicted / measured (and their ratio): weights, gradients and optimizer state when the "
+    "optimizer steps; activations and workspaces are what the peak is above these three, on both sides, and are not "
+    "divided further. The prediction counts its slack there."
+)
+OF_PROCESS_SAY = (
+    "The measured peak is resident memory, so its last part has the process in it: code, libraries and gaps of the "
+    "heap; it is below zero where memory that the process held before served again."
+)
+
+
+def components_table(header: list[str], rows: list[tuple[list[str], dict[str, Any]]]) -> str:
+    """What `measure.components.by_component` found, a row each behind cells of one's own, and what the columns mean."""
+    said, lines = COMPONENTS_SAY, []
+    for head, found in rows:
+        predicted, measured, rest = found["predicted"], found["measured"], rest_name(found["peak"])
+        pairs = [(predicted[name], measured[name]) for name in HELD] + [(predicted[REST], measured[rest])]
+        cells = [
+            f"{human_bytes(planned)} / {human_bytes(taken)}" + (f" ({planned / taken:.3f})" if taken > 0 else "")
+            for planned, taken in pairs
+        ]
+        if found["peak"] == "resident":
+            cells[-1] = f"{human_bytes(pairs[-1][0])} / {human_bytes(pairs[-1][1])} with the process"
+            said = f"{COMPONENTS_SAY} {OF_PROCESS_SAY}"
+        lines.append([*head, *cells])
+    return f"{said}\n\n{markdown_table([*header, *HELD, REST], lines)}"
+
+
 STAGE_HEADER = ["stage", "tokens", "time", "speed", "memory"]
 
 
@@ -83,6 +112,10 @@ def write_report(path: Path, results: dict[str, Any], extra_sections: list[str] 
         lines += [markdown_table(evaluation_header(evaluations), evaluation_rows(evaluations)), ""]
     if results["stages"]:
         lines += [markdown_table(STAGE_HEADER, stage_rows(results["stages"])), ""]
+        memories = {name: summary.get("memory") or {} for name, summary in results["stages"].items()}
+        counted = [([name], memory["components"]) for name, memory in memories.items() if "components" in memory]
+        if counted:
+            lines += [components_table(["stage"], counted), ""]
     for section in extra_sections or []:
         lines += [section, ""]
     if _plot(path, read_steps(path), evaluations):

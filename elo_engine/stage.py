@@ -18,23 +18,26 @@ from elo_engine.config import RunConfig, StageConfig
 from elo_engine.corpora import Heldout
 from elo_engine.data import Mixture
 from elo_engine.errors import Interrupted
-from elo_engine.evaluate import evaluate_all
+from elo_engine.evaluate import Scorer, Stopped, evaluate_all
 from elo_engine.measure.expected import StageMemory
 from elo_engine.measure.meter import human_bytes, peak_memory
+from elo_engine.measure.setting import Setting
 from elo_engine.model import cpu, ops
-from elo_engine.model.decoder import Decoder
 from elo_engine.run_dir import RunDir
+from elo_engine.stream.engine import StreamedEngine
 from elo_engine.summary import stage_summary
 from elo_engine.train import state
 from elo_engine.train.loop import Hooks, Progress, StopSignal, train
-from elo_engine.train.optim import MasterAdamW
+from elo_engine.train.resident import ResidentEngine
 
 StageName = Literal["pretrain", "align"]
 
 
-def log_model(run: RunDir, model: Decoder, index: CheckpointIndex) -> None:
+StageEngine = ResidentEngine | StreamedEngine
+
+
+def log_model(run: RunDir, trains: set[str], frozen: set[str], index: CheckpointIndex) -> None:
     """Say what trains, what is frozen and what is absent, in tensors and bytes of the checkpoint."""
-    trains, frozen = set(model.trainable()), set(model.frozen())
     absent = set(index.entries) - trains - frozen
     total = index.total_bytes
     for title, group in (("trains", trains), ("frozen", frozen), ("absent", absent)):
@@ -52,27 +55,27 @@ def snapshot_identity(run: RunDir, stage: StageName, index: CheckpointIndex, con
     return {"run_id": run.run_id, "stage": stage, "checkpoint": index.identity(), "data": shards, "seed": config.seed}
 
 
-def _numerics(model: Decoder) -> dict[str, Any]:
+def _numerics(engine: StageEngine) -> dict[str, Any]:
     """What may change between two starts but then costs bit-for-bit equality, so it is recorded."""
     return {
         "elo_engine": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else cpu.instruction_set(),
-        "kernels": ops.describe(model.device),
-        "dtype": str(model.dtype),
+        "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else cpu.instruction_set(),
+        "kernels": ops.describe(engine.device),
+        "dtype": str(engine.dtype),
     }
 
 
-def _resume(run: RunDir, name: StageName, optimizer: MasterAdamW, model: Decoder, identity: dict[str, Any]) -> Progress:
+def _resume(run: RunDir, name: StageName, engine: StageEngine, identity: dict[str, Any]) -> Progress:
     folder = state.latest_snapshot(run.folder(name), run.say)
     if folder is None:
         return Progress()
     progress, before = state.read_progress(folder, identity)
-    now = _numerics(model)
+    now = _numerics(engine)
     changed = {key: [before.get(key), now[key]] for key in now if before.get(key) != now[key]}
-    state.restore(folder, optimizer)
+    state.restore(folder, engine.optimizer)
     if changed:
         run.say(f"{name}: continues, but not bit for bit, because these changed: {changed}")
     run.say(f"{name}: resumed at step {progress.step} from {folder.name}")
@@ -81,7 +84,7 @@ def _resume(run: RunDir, name: StageName, optimizer: MasterAdamW, model: Decoder
             "event": "resumed",
             "stage": name,
             "step": progress.step,
-            "bit_exact": not changed and model.device.type == "cpu",
+            "bit_exact": not changed and engine.device.type == "cpu",
             "changed": changed,
         }
     )
@@ -91,16 +94,21 @@ def _resume(run: RunDir, name: StageName, optimizer: MasterAdamW, model: Decoder
 def run_stage(
     run: RunDir,
     name: StageName,
-    model: Decoder,
+    engine: StageEngine,
     index: CheckpointIndex,
     mixture: Mixture,
+    scorers: dict[str, Scorer],
     heldout: Heldout | None,
     *,
     memory: StageMemory,
+    setting: Setting,
     first_row: int = 0,
 ) -> dict[str, Any]:
     """Train a stage to its end, from the newest snapshot if there is one; returns its summary and leaves a final
     snapshot. What was predicted of its memory is recorded against what it took.
+
+    scorers: whose held-out losses are logged at every `evaluate.every` steps, by what they are: `shallow` or `whole`.
+    setting: what the prediction was made for.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a snapshot of the last completed step was saved first.
@@ -108,43 +116,49 @@ def run_stage(
     config = run.config
     section: StageConfig = config.pretrain if name == "pretrain" else config.align
     steps = config.steps(name)
-    optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)
+    optimizer = engine.optimizer
     identity = snapshot_identity(run, name, index, config)
-    progress = _resume(run, name, optimizer, model, identity)
+    progress = _resume(run, name, engine, identity)
     began_at = progress.step
     stop = StopSignal()
     saves = min(config.snapshot.keep + 1, 1 + (steps - began_at) // config.snapshot.every)
     preflight_space(run.folder(name), saves * optimizer.snapshot_bytes)  # said now, not after hours of work
 
     def save(at: Progress) -> Path:
-        return state.save_snapshot(run.folder(name), optimizer, at, identity, _numerics(model), config.snapshot.keep)
+        return state.save_snapshot(run.folder(name), optimizer, at, identity, _numerics(engine), config.snapshot.keep)
 
     def evaluate(at: Progress) -> None:
         if heldout is None:
             return
-        what = "shallow" if name == "pretrain" else "whole"
-        for language, result in evaluate_all(model, heldout).items():
-            run.metric(
-                {
-                    "stage": name,
-                    "step": at.step,
-                    "model": what,
-                    "language": language,
-                    "heldout_loss_nats": result.loss_nats,
-                }
-            )
-            run.say(
-                f"{name} step {at.step}: held-out {language} loss of the {what} model {result.loss_nats:.4f} nats/token"
-            )
+        for what, scorer in scorers.items():
+            try:
+                found = evaluate_all(scorer, heldout, stop)
+            except Stopped:
+                return  # the loop sees the signal next
+            for language, result in found.items():
+                loss = result.loss_nats
+                run.metric(
+                    {
+                        "stage": name,
+                        "step": at.step,
+                        "model": what,
+                        "language": language,
+                        "heldout_loss_nats": loss,
+                    }
+                )
+                run.say(f"{name} step {at.step}: held-out {language} loss of the {what} model {loss:.4f} nats/token")
 
+    counted: dict[str, int] = {}  # bytes by component, once the optimizer has made its state
     run.status(state="running", stage=name, step=progress.step, steps=steps)
     with (
         stop.installed(),
-        peak_memory(model.device) as peak,
+        peak_memory(engine.device) as peak,
         console.progress_bar(f"{name}", steps, progress.step) as bar,
     ):
 
         def on_step(at: Progress, metrics: dict[str, Any]) -> None:
+            if at.step == began_at + 1:  # the step's gradients are still there
+                counted.update(engine.held())
             run.metric(
                 {
                     "stage": name,
@@ -168,7 +182,7 @@ def run_stage(
         every.setdefault(config.snapshot.every, []).append(save)
         hooks = Hooks(on_step=on_step, every=every, should_stop=stop)
         train(
-            model, optimizer, mixture, section,
+            engine, mixture, section,
             steps=steps, sequence_length=config.data.sequence_length, progress=progress, hooks=hooks,
             first_row=first_row,
         )  # fmt: skip
@@ -180,7 +194,7 @@ def run_stage(
             "step": progress.step,
             "peak_bytes": peak.bytes,
             "peak_what": peak.what,
-            "memory": memory.against(peak.bytes),
+            "memory": memory.against(peak.bytes, setting, counted),
         }
     )
     if stop():  # also when it came during the last step: the next stage must not start

@@ -4,7 +4,7 @@ A step is three launches whatever the number of tensors, and none waits for the 
 gradients; one small program that makes norm, clip factor and bias corrections of them; the update. The kernels find
 the tensors through a table of addresses (adamw_plan.py; the multi-tensor idea of NVIDIA Apex). A step whose norm is
 not finite changes nothing. The bf16 leaf that the model computes with is written beside its master. adamw_8bit.py has
-the same step with moments of 8 bits.
+the same step with moments of 8 bits, adamw_norms.py the first two launches for gradients that do not come all at once.
 
 Bytes per parameter with the gradient read twice, and the time that takes at 4.3 TB/s for two layers of Llama-3.1-8B,
 436 M parameters; a prediction, not measured:
@@ -21,7 +21,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .adamw_plan import CONTROL, LAUNCH, AdamwPlan, check_lists, fitting, gradients, kind, send
+from .adamw_plan import (
+    CONTROL,
+    LAUNCH,
+    AdamwPlan,
+    check_lists,
+    fitting,
+    gradients,
+    kind,
+    part_plan,
+    send,
+    sent_table,
+)
 
 
 @triton.jit
@@ -67,11 +78,25 @@ def _sum_of_squares_kernel(
 
 
 @triton.jit
-def _control_kernel(sums_ptr, powers_ptr, control_ptr, P, clip, lr, CLIP: tl.constexpr, BLOCK_P: tl.constexpr):
+def _control_kernel(
+    sums_ptr,
+    powers_ptr,
+    control_ptr,
+    P,
+    clip,
+    lr,
+    NORMS: tl.constexpr,
+    CLIP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     total_P = tl.zeros([BLOCK_P], dtype=tl.float64)
     for first in range(0, P, BLOCK_P):
         part = first + tl.arange(0, BLOCK_P)
-        total_P += tl.load(sums_ptr + part, mask=part < P, other=0.0).to(tl.float64)
+        number = tl.load(sums_ptr + part, mask=part < P, other=0.0).to(tl.float64)
+        # Norms of tensors, not sums of squares.
+        if NORMS:
+            number = number * number
+        total_P += number
     norm = tl.sqrt(tl.sum(total_P, axis=0))
     # False for nan too.
     finite = norm < float("inf")
@@ -136,35 +161,89 @@ def _update_fp32_kernel(
             tl.store(leaf_ptr, master.to(tl.bfloat16), mask=inside)
 
 
-def begin(
-    plan: AdamwPlan, grad_type: tl.dtype, aligned: bool, powers: torch.Tensor, lr: float, clip: float | None
-) -> torch.Tensor:
-    """The first two launches; returns the control numbers."""
-    control_C = torch.empty(CONTROL, dtype=torch.float32, device=powers.device)
-    sums = len(plan.sums_P)
-    _sum_of_squares_kernel[(sums,)](
-        plan.table_SC,
-        plan.map_B2,
-        plan.sums_P,
-        len(plan.map_B2),
+def sum_squares(
+    table_SC: torch.Tensor, map_B2: torch.Tensor, sums_P: torch.Tensor, grad_type: tl.dtype, aligned: bool
+) -> None:
+    """The first launch: fills the partial sums, one for every 8 blocks of the map."""
+    _sum_of_squares_kernel[(len(sums_P),)](
+        table_SC,
+        map_B2,
+        sums_P,
+        len(map_B2),
         GRAD=grad_type,
         ALIGNED=aligned,
         TILES=LAUNCH.tiles_per_sum,
         TILE=LAUNCH.tile,
         num_warps=LAUNCH.num_warps,
     )
+
+
+def control(parts_P: torch.Tensor, powers: torch.Tensor, lr: float, clip: float | None, *, norms: bool) -> torch.Tensor:
+    """The second launch: the control numbers from sums of squares, or from norms; powers are advanced."""
+    control_C = torch.empty(CONTROL, dtype=torch.float32, device=powers.device)
     _control_kernel[(1,)](
-        plan.sums_P,
+        parts_P,
         powers,
         control_C,
-        sums,
+        len(parts_P),
         clip if clip is not None else 0.0,
         lr,
+        NORMS=norms,
         CLIP=clip is not None,
         BLOCK_P=LAUNCH.sums_per_round,
         num_warps=LAUNCH.fold_warps,
     )
     return control_C
+
+
+def begin(
+    plan: AdamwPlan, grad_type: tl.dtype, aligned: bool, powers: torch.Tensor, lr: float, clip: float | None
+) -> torch.Tensor:
+    """The first two launches; returns the control numbers."""
+    assert plan.table_SC is not None, "send(plan, ...) comes first"
+    sum_squares(plan.table_SC, plan.map_B2, plan.sums_P, grad_type, aligned)
+    return control(plan.sums_P, powers, lr, clip, norms=False)
+
+
+def _checked(
+    grads: Sequence[torch.Tensor | None],
+    weights: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    leaves: Sequence[torch.Tensor] | None,
+    **beside: torch.Tensor,
+) -> tl.dtype:
+    """Triton's name of the gradients' type; ValueError as the launchers below have it."""
+    named, dtype = gradients(grads, weights)
+    copies = {} if leaves is None else {"leaves": leaves}
+    named |= {"weights": weights, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, **copies}
+    types = {name: torch.float32 for name in ("weights", "exp_avgs", "exp_avg_sqs")}
+    check_lists(named, {**types, "leaves": torch.bfloat16}, **beside)
+    return kind(dtype)
+
+
+def _update(
+    table_SC: torch.Tensor | None,
+    map_B2: torch.Tensor,
+    control_C: torch.Tensor,
+    eps: float,
+    decay: float,
+    grad_type: tl.dtype,
+    has_leaf: bool,
+    aligned: bool,
+) -> None:
+    _update_fp32_kernel[(len(map_B2),)](
+        table_SC,
+        map_B2,
+        control_C,
+        eps,
+        decay,
+        GRAD=grad_type,
+        HAS_LEAF=has_leaf,
+        ALIGNED=aligned,
+        TILE=LAUNCH.tile,
+        num_warps=LAUNCH.fp32_warps,
+    )
 
 
 def adamw_fp32(
@@ -197,25 +276,41 @@ def adamw_fp32(
     Raises:
         ValueError: wrong number, size, type, strides or device, or no elements.
     """
-    named, dtype = gradients(grads, weights)
-    copies = {} if leaves is None else {"leaves": leaves}
-    named |= {"weights": weights, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, **copies}
-    types = {name: torch.float32 for name in ("weights", "exp_avgs", "exp_avg_sqs")}
-    check_lists(named, {**types, "leaves": torch.bfloat16}, powers)
+    grad_type = _checked(grads, weights, exp_avgs, exp_avg_sqs, leaves, powers=powers)
     plan = fitting(plan, weights)
     with torch.cuda.device_of(powers):
-        aligned = send(plan, grads, [weights, exp_avgs, exp_avg_sqs, *copies.values()])
-        control_C = begin(plan, kind(dtype), aligned, powers, lr, clip)
-        _update_fp32_kernel[(len(plan.map_B2),)](
-            plan.table_SC,
-            plan.map_B2,
-            control_C,
-            eps,
-            lr * weight_decay,
-            GRAD=kind(dtype),
-            HAS_LEAF=leaves is not None,
-            ALIGNED=aligned,
-            TILE=LAUNCH.tile,
-            num_warps=LAUNCH.fp32_warps,
-        )
+        aligned = send(plan, grads, [weights, exp_avgs, exp_avg_sqs, *([] if leaves is None else [leaves])])
+        control_C = begin(plan, grad_type, aligned, powers, lr, clip)
+        has_leaf = leaves is not None
+        _update(plan.table_SC, plan.map_B2, control_C, eps, lr * weight_decay, grad_type, has_leaf, aligned)
     return control_C
+
+
+def update_fp32(
+    grads: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    leaves: Sequence[torch.Tensor] | None,
+    control_C: torch.Tensor,
+    *,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The update of some tensors in a step whose control numbers are made, in place; waits for nothing.
+
+    Args:
+        control_C: of `adamw_norms.step_control`; where it says that the step is not taken nothing changes. lr: the one
+            that was passed there. What is not named here is as in `adamw_fp32`.
+
+    Raises:
+        ValueError: as `adamw_fp32`.
+    """
+    grad_type = _checked(grads, weights, exp_avgs, exp_avg_sqs, leaves, control_C=control_C)
+    plan = part_plan(weights)
+    with torch.cuda.device_of(control_C):
+        lists = [weights, exp_avgs, exp_avg_sqs, *([] if leaves is None else [leaves])]
+        table_SC, aligned = sent_table(plan, grads, lists)
+        has_leaf = leaves is not None
+        _update(table_SC, plan.map_B2, control_C, eps, lr * weight_decay, grad_type, has_leaf, aligned)

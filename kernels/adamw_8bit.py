@@ -26,7 +26,18 @@ import triton
 import triton.language as tl
 
 from .adamw import begin, pointer, size
-from .adamw_plan import GROUP, LAUNCH, AdamwPlan, check_lists, fitting, gradients, kind, send
+from .adamw_plan import (
+    GROUP,
+    LAUNCH,
+    AdamwPlan,
+    check_lists,
+    fitting,
+    gradients,
+    kind,
+    part_plan,
+    send,
+    sent_table,
+)
 from .arguments import check_float
 
 
@@ -44,7 +55,7 @@ def _round_up(chance, low, high, value, bits):
     return tl.where((bits.to(tl.float32) + 0.5) * 1.52587890625e-05 * (high - low) < value - low, chance + 1.0, chance)
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "first"])
 def _update_8bit_kernel(
     table_ptr,
     map_ptr,
@@ -52,6 +63,7 @@ def _update_8bit_kernel(
     eps,
     decay,
     key,
+    first,
     GRAD: tl.constexpr,
     WEIGHT: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -89,7 +101,7 @@ def _update_8bit_kernel(
         root = tl.sqrt(v)
         weight -= decay * weight + tl.load(control_ptr + 3) * m / (root * tl.load(control_ptr + 4) + eps)
 
-        base = _mix(key.to(tl.uint32) + tensor.to(tl.uint32) * 0x9E3779B9, 0)
+        base = _mix(key.to(tl.uint32) + (first + tensor).to(tl.uint32) * 0x9E3779B9, 0)
         element = (tile * (ROWS * 256) + lane).to(tl.uint32)
         bits = _mix(element * 0x9E3779B1 + base, _mix(base, base))
 
@@ -128,6 +140,61 @@ def _update_8bit_kernel(
             tl.store(weight_ptr, weight, mask=inside)
 
 
+def _checked(
+    grads: Sequence[torch.Tensor | None],
+    weights: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    exp_avg_scales: Sequence[torch.Tensor],
+    exp_avg_sq_scales: Sequence[torch.Tensor],
+    key: int,
+    **beside: torch.Tensor,
+) -> tl.dtype:
+    """Triton's name of the gradients' type; ValueError as the launchers below have it."""
+    if not 0 <= key < 2**32:
+        raise ValueError(f"key: {key} is outside 0 to 2^32 - 1; pass what reference_adamw.step_key makes")
+    named, dtype = gradients(grads, weights)
+    named |= {"weights": weights, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    named |= {"exp_avg_scales": exp_avg_scales, "exp_avg_sq_scales": exp_avg_sq_scales}
+    types = {"exp_avgs": torch.int8, "exp_avg_sqs": torch.uint8}
+    types |= {"exp_avg_scales": torch.float32, "exp_avg_sq_scales": torch.float32}
+    for i, weight in enumerate(weights):
+        check_float(f"weights[{i}]", weight)
+        types["weights"] = weights[0].dtype
+    check_lists(named, types, **beside)
+    return kind(dtype)
+
+
+def _update(
+    table_SC: torch.Tensor | None,
+    map_B2: torch.Tensor,
+    control_C: torch.Tensor,
+    eps: float,
+    decay: float,
+    key: int,
+    first: int,
+    grad_type: tl.dtype,
+    weight: torch.dtype,
+    aligned: bool,
+) -> None:
+    _update_8bit_kernel[(len(map_B2),)](
+        table_SC,
+        map_B2,
+        control_C,
+        eps,
+        decay,
+        # As a signed number: it would be 64 bits wide otherwise, and the kernel compiled for either.
+        key - 2**32 if key >= 2**31 else key,
+        first,
+        GRAD=grad_type,
+        WEIGHT=kind(weight),
+        ROUNDED=weight == torch.bfloat16,
+        ALIGNED=aligned,
+        ROWS=LAUNCH.tile // GROUP,
+        num_warps=LAUNCH.num_warps,
+    )
+
+
 def adamw_8bit(
     grads: Sequence[torch.Tensor | None],
     weights: Sequence[torch.Tensor],
@@ -158,34 +225,48 @@ def adamw_8bit(
     Raises:
         ValueError: as `adamw_fp32`, or a key out of range.
     """
-    if not 0 <= key < 2**32:
-        raise ValueError(f"key: {key} is outside 0 to 2^32 - 1; pass what reference_adamw.step_key makes")
-    named, dtype = gradients(grads, weights)
-    named |= {"weights": weights, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    named |= {"exp_avg_scales": exp_avg_scales, "exp_avg_sq_scales": exp_avg_sq_scales}
-    types = {"exp_avgs": torch.int8, "exp_avg_sqs": torch.uint8}
-    types |= {"exp_avg_scales": torch.float32, "exp_avg_sq_scales": torch.float32}
-    for i, weight in enumerate(weights):
-        check_float(f"weights[{i}]", weight)
-        types["weights"] = weights[0].dtype
-    check_lists(named, types, powers)
+    state = (weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales)
+    grad_type = _checked(grads, *state, key, powers=powers)
     plan = fitting(plan, weights)
     with torch.cuda.device_of(powers):
-        aligned = send(plan, grads, [weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales])
-        control_C = begin(plan, kind(dtype), aligned, powers, lr, clip)
-        _update_8bit_kernel[(len(plan.map_B2),)](
-            plan.table_SC,
-            plan.map_B2,
-            control_C,
-            eps,
-            lr * weight_decay,
-            # As a signed number: it would be 64 bits wide otherwise, and the kernel compiled for either.
-            key - 2**32 if key >= 2**31 else key,
-            GRAD=kind(dtype),
-            WEIGHT=kind(types["weights"]),
-            ROUNDED=types["weights"] == torch.bfloat16,
-            ALIGNED=aligned,
-            ROWS=LAUNCH.tile // GROUP,
-            num_warps=LAUNCH.num_warps,
-        )
+        aligned = send(plan, grads, state)
+        control_C = begin(plan, grad_type, aligned, powers, lr, clip)
+        dtype = weights[0].dtype
+        _update(plan.table_SC, plan.map_B2, control_C, eps, lr * weight_decay, key, 0, grad_type, dtype, aligned)
     return control_C
+
+
+def update_8bit(
+    grads: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    exp_avg_scales: Sequence[torch.Tensor],
+    exp_avg_sq_scales: Sequence[torch.Tensor],
+    control_C: torch.Tensor,
+    *,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    key: int,
+    first: int,
+) -> None:
+    """The update of some tensors in a step whose control numbers are made, in place; waits for nothing.
+
+    Args:
+        control_C: of `adamw_norms.step_control`; where it says that the step is not taken nothing changes. lr: the one
+            that was passed there. first: the number that weights[0] has among all tensors of the model, which its
+            random bits depend on. What is not named here is as in `adamw_8bit`.
+
+    Raises:
+        ValueError: as `adamw_8bit`, or `first` is negative or no 32-bit number.
+    """
+    if not 0 <= first < 2**31:
+        raise ValueError(f"first: {first} is outside 0 to 2^31 - 1; pass the number of weights[0] in the model")
+    state = (weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales)
+    grad_type = _checked(grads, *state, key, control_C=control_C)
+    plan = part_plan(weights)
+    with torch.cuda.device_of(control_C):
+        table_SC, aligned = sent_table(plan, grads, state)
+        dtype, decay = weights[0].dtype, lr * weight_decay
+        _update(table_SC, plan.map_B2, control_C, eps, decay, key, first, grad_type, dtype, aligned)

@@ -2,7 +2,8 @@
 
 A kernel finds its tensor through the table, [S, COLUMNS] int64: elements, then addresses in the order of the launcher.
 The map from block to tensor and tile depends on the sizes alone, so it is made once; a new gradient sends the table
-again, 64 bytes a tensor from pinned memory, and nobody waits.
+again, 64 bytes a tensor from pinned memory, and nobody waits. A step in parts (adamw_norms.py) calls with other tensors
+each time, of few different sizes: its `PartPlan` is kept by sizes and holds nothing that a launch writes.
 
 Shapes: S tensors, B blocks, P partial sums, C control numbers.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import triton
@@ -63,6 +65,35 @@ class AdamwPlan:
     table_SC: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class PartPlan:
+    """What depends on the sizes alone, for a step in parts. No partial sum is of two tensors: a tensor's last one may
+    count tiles that lie beyond its end, and kernels do nothing there.
+
+    sizes, map_B2: as in `AdamwPlan`, 8 bytes for 2048 elements. bounds_S1: the first partial sum of each tensor, then
+    their number, int32. sums: their number.
+    """
+
+    sizes: tuple[int, ...]
+    map_B2: torch.Tensor
+    bounds_S1: torch.Tensor
+    sums: int
+
+
+def _tiles(sizes: tuple[int, ...]) -> torch.Tensor:
+    if not any(sizes):
+        raise ValueError(f"adamw: {len(sizes)} tensors with no elements; there is nothing to update, do not call it")
+    if max(sizes) > MOST_ELEMENTS:
+        raise ValueError(f"adamw: a tensor of {max(sizes)} elements exceeds {MOST_ELEMENTS}; pass it in two halves")
+    return torch.tensor([triton.cdiv(size, LAUNCH.tile) for size in sizes])
+
+
+def _map(tiles_S: torch.Tensor) -> torch.Tensor:
+    tensor_B = torch.arange(len(tiles_S)).repeat_interleave(tiles_S)
+    first_S = tiles_S.cumsum(0) - tiles_S
+    return torch.stack((tensor_B, torch.arange(len(tensor_B)) - first_S[tensor_B]), dim=1).int()
+
+
 def adamw_plan(tensors: Sequence[torch.Tensor]) -> AdamwPlan:
     """The plan for tensors of these sizes on their device.
 
@@ -70,17 +101,29 @@ def adamw_plan(tensors: Sequence[torch.Tensor]) -> AdamwPlan:
         ValueError: no tensors, no elements, or a tensor of more than 2^32 - 1.
     """
     sizes = tuple(tensor.numel() for tensor in tensors)
-    if not any(sizes):
-        raise ValueError(f"adamw: {len(sizes)} tensors with no elements; there is nothing to update, do not call it")
-    if max(sizes) > MOST_ELEMENTS:
-        raise ValueError(f"adamw: a tensor of {max(sizes)} elements exceeds {MOST_ELEMENTS}; pass it in two halves")
-    tiles_S = torch.tensor([triton.cdiv(size, LAUNCH.tile) for size in sizes])
-    tensor_B = torch.arange(len(sizes)).repeat_interleave(tiles_S)
-    first_S = tiles_S.cumsum(0) - tiles_S
-    map_B2 = torch.stack((tensor_B, torch.arange(len(tensor_B)) - first_S[tensor_B]), dim=1).int()
+    map_B2 = _map(_tiles(sizes))
     device = tensors[0].device
     sums_P = torch.empty(triton.cdiv(len(map_B2), LAUNCH.tiles_per_sum), dtype=torch.float32, device=device)
     return AdamwPlan(sizes, map_B2.to(device), sums_P)
+
+
+def part_plan(tensors: Sequence[torch.Tensor]) -> PartPlan:
+    """The plan of some tensors by their sizes and device; sizes that were asked for lately have theirs already, new
+    ones are copied to the device and waited for.
+
+    Raises:
+        ValueError: as `adamw_plan`.
+    """
+    sizes = tuple(tensor.numel() for tensor in tensors)
+    return _part_plan(sizes, tensors[0].device if tensors else torch.device("cpu"))
+
+
+@lru_cache(maxsize=16)  # layers, embedding and head differ, one layer and the next do not
+def _part_plan(sizes: tuple[int, ...], device: torch.device) -> PartPlan:
+    each = LAUNCH.tiles_per_sum
+    sums_S = (_tiles(sizes) + each - 1) // each
+    bounds_S1 = torch.cat((torch.zeros(1, dtype=torch.int64), sums_S.cumsum(0)))
+    return PartPlan(sizes, _map(sums_S * each).to(device), bounds_S1.int().to(device), int(bounds_S1[-1]))
 
 
 def adamw_powers(betas: tuple[float, float], device: torch.device | str) -> torch.Tensor:
@@ -88,9 +131,14 @@ def adamw_powers(betas: tuple[float, float], device: torch.device | str) -> torc
     return torch.tensor([1.0, 1.0, 0.0, *betas], dtype=torch.float64, device=device)
 
 
-def check_lists(named: dict[str, Sequence[torch.Tensor]], types: dict[str, torch.dtype], powers: torch.Tensor) -> None:
-    """Every list beside `weights`: as many tensors, contiguous, of the right size and type, on one device."""
+def check_lists(
+    named: dict[str, Sequence[torch.Tensor]], types: dict[str, torch.dtype], **beside: torch.Tensor
+) -> None:
+    """Every list and `weights`: as many tensors, contiguous, of the right size and type, on the device of the one
+    tensor `beside` them, which is checked by its name.
+    """
     weights = named["weights"]
+    ((_, one),) = beside.items()
     for name, tensors in named.items():
         if len(tensors) != len(weights):
             raise ValueError(f"{name}: {len(tensors)} tensors for {len(weights)} weights; pass one for each")
@@ -105,11 +153,21 @@ def check_lists(named: dict[str, Sequence[torch.Tensor]], types: dict[str, torch
                 raise ValueError(
                     f"{label}: strides {tensor.stride()}; it must be contiguous, pass {label}.contiguous()"
                 )
-            if tensor.device != powers.device:
-                check_device(powers=powers, **{label: tensor})
-    if powers.shape != (5,) or powers.dtype != torch.float64:
-        raise ValueError(f"powers: {tuple(powers.shape)} of {powers.dtype}; pass the vector that adamw_powers made")
-    check_device(powers=powers)
+            if tensor.device != one.device:
+                check_device(**beside, **{label: tensor})
+    check_vectors(**beside)
+
+
+def check_vectors(**vectors: torch.Tensor) -> None:
+    """The vectors that launches share, by their names, are what they were made as; all on one device that a kernel
+    reaches.
+    """
+    made = {"powers": ((5,), torch.float64, "adamw_powers"), "control_C": ((CONTROL,), torch.float32, "step_control")}
+    for name, vector in vectors.items():
+        shape, dtype, maker = made.get(name, (vector.shape, vector.dtype, ""))
+        if vector.shape != shape or vector.dtype != dtype:
+            raise ValueError(f"{name}: {tuple(vector.shape)} of {vector.dtype}; pass the vector that {maker} made")
+    check_device(**vectors)
 
 
 def gradients(
@@ -133,17 +191,41 @@ def send(plan: AdamwPlan, grads: Sequence[torch.Tensor | None], lists: Sequence[
 
     A tensor without a gradient is sent as one of no elements.
     """
+    rows = _rows(plan.sizes, grads, lists)
+    if rows != plan.sent or plan.table_SC is None:
+        plan.table_SC = _table(rows, plan.map_B2.device)
+        plan.sent = rows
+    return _aligned(rows)
+
+
+def sent_table(
+    plan: PartPlan, grads: Sequence[torch.Tensor | None], lists: Sequence[Sequence[torch.Tensor]]
+) -> tuple[torch.Tensor, bool]:
+    """A table of these addresses, sent anew, since another stream may read the last one; True if all is divisible by
+    16.
+    """
+    rows = _rows(plan.sizes, grads, lists)
+    return _table(rows, plan.map_B2.device), _aligned(rows)
+
+
+def _rows(
+    sizes: tuple[int, ...], grads: Sequence[torch.Tensor | None], lists: Sequence[Sequence[torch.Tensor]]
+) -> list[list[int]]:
     rows = []
     for i, grad in enumerate(grads):
-        row = [0, 0] if grad is None else [plan.sizes[i], grad.data_ptr()]
+        row = [0, 0] if grad is None else [sizes[i], grad.data_ptr()]
         row += [tensors[i].data_ptr() for tensors in lists]
         rows.append(row + [0] * (COLUMNS - len(row)))
-    if rows != plan.sent or plan.table_SC is None:
-        device = plan.map_B2.device
-        # torch gives pinned memory out again only when the copy that reads it is done.
-        table_SC = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        plan.table_SC = table_SC.to(device, non_blocking=True)
-        plan.sent = rows
+    return rows
+
+
+def _table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    # torch gives pinned memory out again only when the copy that reads it is done.
+    table_SC = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table_SC.to(device, non_blocking=True)
+
+
+def _aligned(rows: list[list[int]]) -> bool:
     return all(number % 16 == 0 for row in rows for number in row)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import triton.language as tl
 
-from . import adamw, adamw_8bit, adamw_plan, linear_cross_entropy, rms_norm, rotary, rotary_norm, swiglu
+from . import adamw, adamw_8bit, adamw_norms, adamw_plan, linear_cross_entropy, rms_norm, rotary, rotary_norm, swiglu
 from .compiled import Specimen
 
 H, K, E, R = 32, 8, 128, 64
@@ -107,10 +107,12 @@ def _loss(floats: str) -> list[Specimen]:
 def _adamw() -> list[Specimen]:
     launch = adamw_plan.LAUNCH
     pointers = {"table_ptr": "i64", "map_ptr": "i32", "sums_ptr": "fp32", "control_ptr": "fp32", "powers_ptr": "fp64"}
+    pointers |= {"bounds_ptr": "i32", "norms_ptr": "fp64"}
     scalars = {"eps": "fp32", "decay": "fp32", "clip": "fp32", "lr": "fp32"}
 
-    def step(name: str, kernel: Any, warps: int, *ragged: str, **constants: Any) -> Specimen:
-        return Specimen(name, kernel, constants, warps, pointers=pointers, scalars=scalars, ragged=ragged)
+    def step(name: str, kernel: Any, warps: int, *ragged: str, sums: str = "fp32", **constants: Any) -> Specimen:
+        types = {**pointers, "sums_ptr": sums}
+        return Specimen(name, kernel, constants, warps, pointers=types, scalars=scalars, ragged=ragged)
 
     return [
         step(
@@ -118,15 +120,23 @@ def _adamw() -> list[Specimen]:
             ALIGNED=True, TILES=launch.tiles_per_sum, TILE=launch.tile,
         ),
         step(
-            "adamw norm, clip, powers", adamw._control_kernel, launch.fold_warps, "P", CLIP=True,
+            "adamw norm, clip, powers", adamw._control_kernel, launch.fold_warps, "P", NORMS=False, CLIP=True,
             BLOCK_P=launch.sums_per_round,
+        ),
+        step(
+            "adamw norm of each tensor", adamw_norms._norms_kernel, launch.fold_warps,
+            BLOCK_P=launch.sums_per_round,
+        ),
+        step(
+            "adamw norm, clip, powers, of norms", adamw._control_kernel, launch.fold_warps, "P", sums="fp64",
+            NORMS=True, CLIP=True, BLOCK_P=launch.sums_per_round,
         ),
         step(
             "adamw, fp32 state, bf16 copy", adamw._update_fp32_kernel, launch.fp32_warps, GRAD=tl.bfloat16,
             HAS_LEAF=True, ALIGNED=True, TILE=launch.tile,
         ),
         step(
-            "adamw, 8-bit state, bf16 weight", adamw_8bit._update_8bit_kernel, launch.num_warps, "key",
+            "adamw, 8-bit state, bf16 weight", adamw_8bit._update_8bit_kernel, launch.num_warps, "key", "first",
             GRAD=tl.bfloat16, WEIGHT=tl.bfloat16, ROUNDED=True, ALIGNED=True, ROWS=launch.tile // adamw_plan.GROUP,
         ),
     ]  # fmt: skip

@@ -6,20 +6,27 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+# Workers of pytest-xdist, and the processes that tests start, share the cores: a thread that waits for one whose core
+# another worker has costs more than it brings. Before torch is imported, whose OpenMP reads it once.
+_WORKERS = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
+if _WORKERS != "1":
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(_WORKERS))))
+
+import torch  # noqa: E402
 
 sys.path.insert(
     0, str(Path(__file__).parent)
 )  # the fixture modules beside the tests; the repository root stays off the path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from store_fixture import make_store_folder
-from tokenizer_fixture import make_tokenizer
+from store_fixture import make_store_folder  # noqa: E402
+from tokenizer_fixture import make_tokenizer  # noqa: E402
 
 VOCABULARY = 320
 WORDS = (
@@ -27,6 +34,37 @@ WORDS = (
     "house", "word", "king", "son", "field", "seed", "star",
 )  # fmt: skip
 SYLLABLES = list("かきくけこさしすせそたちつてとなにぬねのはひふへほ")
+
+
+# Those that take longest, first: at the end a worker with one of them left would keep the others waiting.
+SLOWEST = (
+    "test_kernels_and_references_train_alike", "test_planted_errors_make_the_losses_part",
+    "test_the_same_under_tritons_interpreter", "test_gradients_are_closer_to_the_truth_than_those_of_transformers",
+    "test_speedup_of_a_checkpoint_keeps_a_record", "test_killed_without_warning_resumes_bit_for_bit",
+    "test_demo_with_own_model_and_text", "test_the_loader_runs_under_pytest_benchmark",
+    "test_memory_does_not_depend_on_sizes", "test_memory_does_not_grow_with_the_input",
+)  # fmt: skip
+# What computes in several threads is tested with several, however few a worker is given; the beginnings of ids.
+IN_THREADS = (
+    "test_cpu_", "test_csrc.py", "test_tensor_trace.py",
+    "test_loop.py::test_interrupted_and_resumed_twice_equals_uninterrupted_bit_for_bit",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest tests come first, the others in their order."""
+    items.sort(key=lambda item: getattr(item, "originalname", item.name) not in SLOWEST)
+
+
+@pytest.fixture(autouse=True)
+def _several_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Two threads at least for the tests of IN_THREADS, whatever OMP_NUM_THREADS says."""
+    before = torch.get_num_threads()
+    if before == 1 and request.node.nodeid.rpartition("tests/")[2].startswith(IN_THREADS):
+        torch.set_num_threads(2)
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", name="make_tokenizer")

@@ -21,6 +21,7 @@ from elo_engine.model.shallow import shallow_names
 from elo_engine.model.spec import ModelSpec, RopeSpec
 from elo_engine.train.loop import Hooks, Progress, train
 from elo_engine.train.optim import MasterAdamW
+from elo_engine.train.resident import ResidentEngine
 
 CPU = torch.device("cpu")
 
@@ -75,7 +76,7 @@ def engine_step(setting: Setting) -> Callable[[], None]:
 
     def step() -> None:
         train(
-            decoder, optimizer, rows, section,  # type: ignore[arg-type]
+            ResidentEngine(decoder, optimizer, section.micro_batch), rows, section,  # type: ignore[arg-type]
             steps=progress.step + 1, sequence_length=setting.sequence_length, progress=progress, hooks=Hooks(),
         )  # fmt: skip
         optimizer.zero_grad()  # as the loop does first of all in the next step

@@ -184,7 +184,7 @@ def test_8bit_refuses(launch: Launcher) -> None:
     "planted",
     [
         ("x ^ (x >> 13) ^ key", "x ^ (x >> 13)"),
-        ("tensor.to(tl.uint32) * 0x9E3779B9", "tensor.to(tl.uint32)"),
+        ("tensor).to(tl.uint32) * 0x9E3779B9", "tensor).to(tl.uint32)"),
         ("tile * (ROWS * 256) + lane).to", "lane).to"),
         ("+ 0.5) * 1.52587890625e-05 * (high - low)", "+ 0.5) * 1.52587890625e-05 * high"),
         ("m_code * tl.abs(m_code)", "m_code"),

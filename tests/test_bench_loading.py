@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from elo_engine.benchmarks import bench_loading, loading_arms, loading_report, synthetic
+from elo_engine.benchmarks import bench_loading, loading_arms, loading_report, loading_table, synthetic
+from elo_engine.benchmarks.compare import compare
+from elo_engine.benchmarks.recording import read_record
 from elo_engine.checkpoint import open_checkpoint
 from elo_engine.errors import FailedError, RefusedError
 
@@ -178,32 +178,79 @@ def test_verdicts_follow_the_ratios_of_the_rounds() -> None:
     assert loading_report.verdicts("warm", much)[0].startswith("warm: **no**: the engine reads 1.021")
 
 
-def test_records_are_never_written_over(
-    plan: bench_loading.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "raw.json").write_text("{}")
-    monkeypatch.setattr(sys, "argv", ["bench_loading.py", "--model", str(plan.folder), "--record", str(tmp_path)])
-    with pytest.raises(SystemExit) as stopped:
-        bench_loading.main()
-    assert stopped.value.code == RefusedError.exit_status and "never written over" in capsys.readouterr().err
+def test_an_arm_that_there_is_not_is_refused() -> None:
     with pytest.raises(RefusedError, match="no such arm: nobody"):
         bench_loading.choose_arms(["engine", "nobody"], "cpu", None)
 
 
-def test_the_program_measures_and_keeps_a_record(
-    plan: bench_loading.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def measured(
+    plan: bench_loading.Plan, monkeypatch: pytest.MonkeyPatch, *more: str, command: list[str] | None = None
 ) -> None:
-    arguments = ["--rounds", "1", "--states", "warm", "--arms", "engine", "safetensors_pread"]
-    command = ["bench_loading.py", "--model", str(plan.folder), "--record", str(tmp_path), *arguments]
-    monkeypatch.setattr(sys, "argv", command)
     # The arms are processes of their own and find the package where this one does.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    bench_loading.main()
-    record = json.loads((tmp_path / "raw.json").read_text())
-    assert [(row["arm"], row["resident_before"]) for row in record["measurements"]].count(("engine", 1.0)) == 1
-    assert {row["checksum"] for row in record["measurements"]} == {truth(plan)}
-    assert record["wanted_bytes"] == plan.wanted_bytes and record["environment"]["cpu_cores"]
-    text = (tmp_path / "results.md").read_text()
-    assert "| safetensors_pread | " in text and "## Warm" in text and "## Cold" not in text
-    assert str(plan.folder) not in text + (tmp_path / "raw.json").read_text()
+    options = ["--rounds", "1", "--states", "warm", "--arms", "engine", "safetensors_pread"]
+    bench_loading.main(["--model", str(plan.folder), *options, *more], command)
+
+
+def test_the_program_measures_and_keeps_a_record(
+    plan: bench_loading.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A record as every benchmark's: sealed, append-only, with tables of its own, comparable with another."""
+    records = tmp_path / "records"
+    measured(plan, monkeypatch, "--records", str(records), command=["elo", "bench", "loading", "--model", "x"])
+    shown = capsys.readouterr().out
+    (path,) = records.iterdir()
+    kept = read_record(path)
+    assert kept.theme == "loading" and kept.config and kept.config["command"][:3] == ["elo", "bench", "loading"]
+    results, rows = (kept.result or {})["results"], kept.raw()["measurements"]
+    assert [(row["arm"], row["resident_before"]) for row in rows].count(("engine", 1.0)) == 1
+    assert {row["checksum"] for row in rows} == {truth(plan)}
+    assert results["wanted_bytes"] == plan.wanted_bytes and (kept.environment or {})["cpu_cores"]
+    assert {row["arm"]: row["seconds"] for row in results["measurements"]} == {r["arm"]: r["seconds"] for r in rows}
+    assert "| safetensors_pread | " in shown and "Warm:" in shown and "Cold:" not in shown
+    assert str(plan.folder) not in "".join(file.read_text() for file in path.iterdir())
+    assert any("warm engine" in line for line in compare(path, path))
+    measured(plan, monkeypatch, "--no-record", "--records", str(records))
+    assert list(records.iterdir()) == [path]
+
+
+def result_of(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    described = {
+        "model": "tiny", "device": "cpu", "device_name": "Imaginary CPU", "peers": {"safetensors": "0.8"}, "rounds": 2,
+        "seed": 0, "ceiling_threads": 2, "memory_primed": True, "filesystem": "ext4", "shards": 1,
+        "checkpoint_bytes": 4000, "wanted_bytes": 1000, "tensors": 3, "ranges": 1,
+    }  # fmt: skip
+    rows = [*rows_of(seconds), *rows_of(seconds, "cold")]
+    rows.append({"arm": "gone", "state": "warm", "round": 0, "failed": "not installed"})
+    return loading_table.make_result(described, loading_report.summarise(rows, [*seconds, "gone"], 1000), rows)
+
+
+def test_a_result_that_does_not_fit_is_not_kept() -> None:
+    made = result_of({"engine": [1.0, 2.0]})["results"]
+    rows, summary = made["measurements"], made["summary"]
+    described = {name: value for name, value in made.items() if name not in ("summary", "measurements")}
+    for field, wrong in (("wanted_bytes", 1.5), ("device_name", None), ("colour", "red")):
+        with pytest.raises(FailedError, match=f"does not fit its schema: {field}"):
+            loading_table.make_result(described | {field: wrong}, summary, rows)
+    with pytest.raises(FailedError, match=r"measurements\.0\.state"):
+        loading_table.make_result(described, summary, [rows[0] | {"state": "tepid"}])
+
+
+def test_the_tables_and_the_picture_of_a_result(tmp_path: Path) -> None:
+    result = result_of({"engine": [1.0, 2.0], "peer": [2.0, 4.0], "ceiling_disk": [0.5, 1.0]})
+    text = "\n".join(loading_table.loading_tables(result))
+    assert "3 tensors in 1 ranges" in text and "Imaginary CPU" in text and "Cold:" in text and "Warm:" in text
+    assert "| peer | 3.000" in text and "2.00 (2.00 to 2.00)" in text and "not measured: not installed" in text
+    assert "primed" in text and loading_table.has_picture(result)
+    early = {"schema": 1, "theme": "loading", "results": {"model": "tiny"}}
+    assert loading_table.loading_tables(early) == [] and not loading_table.has_picture(early)
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    loading_table.draw_loading(figure, result)
+    figure.savefig(tmp_path / "loading.png")
+    panels = figure.get_axes()
+    assert [axis.get_title(loc="left") for axis in panels] == ["cold", "warm"]
+    assert [tick.get_text() for tick in panels[0].get_yticklabels()] == ["peer", "engine", "ceiling_disk"]

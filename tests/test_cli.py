@@ -100,6 +100,17 @@ def test_eval_equals_a_direct_computation(tied: Path, shards: dict[str, str], el
     assert result["text_bytes"] == sum(len(text.encode()) for text in texts)
 
 
+def test_eval_gives_the_same_by_every_engine(untied: Path, shards: dict[str, str], elo: Elo) -> None:
+    arguments = ("eval", untied, "--tokens", shards["en-heldout"], "--sequence-length", 64)
+    found = [elo(*arguments, "--json", "--engine", engine) for engine in ("resident", "streamed", "auto")]
+    assert found[0][0] == 0 and found[0] == found[1] == found[2], found
+    status, shown = elo(*arguments, "--engine", "streamed")
+    assert status == 0 and f"evaluate {untied}: streamed, asked for" in shown and "nats/token" in shown
+    assert "resident, the whole model takes" in elo(*arguments)[1]
+    status, shown = elo(*arguments, "--engine", "some")
+    assert status == 2 and "--engine some: use auto, resident, streamed" in shown
+
+
 def test_data_is_made_once_and_refused_twice(tied: Path, tmp_path: Path, elo: Elo) -> None:
     (tmp_path / "text.txt").write_text("light and water\n\nnight and day\n")
     arguments = (

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "model": {"errors", "config", "native", "checkpoint", "data"},
     "measure": {"errors", "config", "model.spec"},
     "train": {"errors", "config", "checkpoint", "data", "model", "measure"},
-    "verbs": {"errors", "config", "checkpoint", "data", "model", "measure", "train"},
-    "cli": {"errors", "config", "checkpoint", "data", "model", "measure", "train", "verbs"},
+    "stream": {"errors", "config", "checkpoint", "data", "model", "measure", "train"},
+    "verbs": {"errors", "config", "checkpoint", "data", "model", "measure", "train", "stream"},
+    "cli": {"errors", "config", "checkpoint", "data", "model", "measure", "train", "stream", "verbs"},
 }
 GROUP_OF_TOP = {
     "errors": "errors",

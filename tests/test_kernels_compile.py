@@ -37,7 +37,7 @@ def test_the_readme_holds_the_compiled_numbers(table: str) -> None:
 
 def test_nothing_spills_at_the_width_of_the_table(table: str) -> None:
     cells = re.findall(r"(\d+) / (\d+) / (\d+)", table)
-    assert len(cells) == len(specimens.specimens()) * len(compiled.TARGETS) == 110
+    assert len(cells) == len(specimens.specimens()) * len(compiled.TARGETS) == 120
     assert {spilled for _, spilled, _ in cells} == {"0"}
     # 48 KiB is what a program may use on every card without asking.
     assert max(int(shared) for _, _, shared in cells) <= 48 * 1024
@@ -69,7 +69,8 @@ def test_no_atomics_and_wide_loads() -> None:
     for specimen in specimens.specimens():
         ptx = compiled.ptx_for(specimen, 90)
         assert not re.search(r"\b(atom|red)\.(global|shared)?", ptx), f"{specimen.name} has atomics"
-        if specimen.name != "adamw norm, clip, powers":  # a single program, which reads a few thousand sums
+        # The others are a single program, or one a tensor, which reads a few thousand sums.
+        if not specimen.name.startswith("adamw norm"):
             assert re.search(r"ld\.global\.v4\.b32", ptx), f"{specimen.name} loads less than 16 bytes at once"
 
 

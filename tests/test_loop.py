@@ -24,8 +24,9 @@ from elo_engine.data import Mixture, TokenStore
 from elo_engine.errors import FailedError
 from elo_engine.model.shallow import load_shallow
 from elo_engine.model.spec import read_spec
-from elo_engine.train.loop import Hooks, Progress, check_first_gradients, micro_batches, to_batch, train
+from elo_engine.train.loop import Hooks, Progress, micro_batches, to_batch, train
 from elo_engine.train.optim import MasterAdamW
+from elo_engine.train.resident import ResidentEngine, check_first_gradients
 from elo_engine.train.schedule import learning_rate
 
 CPU = torch.device("cpu")
@@ -101,7 +102,10 @@ def test_frozen_parts_get_no_gradient_and_do_not_change(untied: Path, mixture: M
     assert set(before) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     section = StageConfig(tokens=256, tokens_per_step=128, micro_batch=2)
     optimizer = MasterAdamW(model, section.optimizer)
-    assert train(model, optimizer, mixture, section, steps=2, sequence_length=32, progress=Progress(), hooks=Hooks())
+    assert train(
+        ResidentEngine(model, optimizer, 2), mixture, section, steps=2, sequence_length=32, progress=Progress(),
+        hooks=Hooks(),
+    )  # fmt: skip
     for name, tensor in model.frozen().items():
         assert tensor.grad is None and torch.equal(tensor, before[name]), name
 
@@ -122,8 +126,7 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped_then_stop(tied: Pa
 
     with pytest.raises(FailedError, match="4 times in a row"):
         train(
-            model,
-            optimizer,
+            ResidentEngine(model, optimizer, section.micro_batch),
             mixture,
             section,
             steps=9,

@@ -17,6 +17,7 @@ from elo_engine.benchmarks.memory import Options
 from elo_engine.benchmarks.processes import ArmFailed
 from elo_engine.errors import Interrupted
 from elo_engine.measure.cards import CONTEXT_BYTES
+from elo_engine.measure.components import REST
 from elo_engine.measure.machine import Room
 from elo_engine.measure.planner import fits, largest_micro_batch, predict_memory
 from elo_engine.measure.setting import ArmName, Setting
@@ -27,6 +28,7 @@ SMALL = Options(
     "llama-3.1-8b-mini", "cpu", dtype="fp32", sequence_lengths=(32, 16), micro_batches=(2, 1),
     caps=(100 * 2**20,), arms=("engine_full", "elo_pretrain", "elo_align"),
 )  # fmt: skip
+HOLDS = {"weights": 300, "gradients": 200, "optimizer": 400}  # of a process of which nothing is known
 Tried = list[tuple[ArmName, int, int, int | None]]  # arm, rows, tokens of a row, bytes that tensors may take
 
 
@@ -62,7 +64,7 @@ class StandIn:
         return {"tensor_peak_bytes": 1000}
 
     def finish(self) -> dict[str, Any]:
-        return {"peak_allocated_bytes": 2000}
+        return {"peak_allocated_bytes": 2000, "evidence": {"held": HOLDS}}
 
 
 @pytest.fixture
@@ -149,6 +151,10 @@ def test_a_process_that_fails_is_its_point_and_no_other(stand_in: type[StandIn])
         assert (point["measured_bytes"], point["measured_what"]) == (
             (1000, "traced tensor bytes") if status == "ran" else (None, None)
         )
+        assert (point.get("components") is None) == (status != "ran")
+        if status == "ran":
+            assert point["components"]["measured"] == HOLDS | {REST: 100}
+            assert sum(point["components"]["predicted"].values()) == point["predicted_bytes"]
         assert point.get("why") == ("ended with status 1: an illegal memory access" if status == "failed" else None)
     assert len(said) == 4 and all("engine_full" in line and "illegal memory access" in line for line in said)
 

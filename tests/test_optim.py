@@ -80,16 +80,16 @@ def test_one_micro_batch_is_not_widened_and_a_second_adds_in_fp32() -> None:
     made = model(torch.bfloat16)
     optimizer = MasterAdamW(made, OptimizerConfig())
     first = backward(made, 1)
-    kept = optimizer._gradients()
+    kept = optimizer._grads.of_one_type()
     assert all(g is not None and g.dtype == torch.bfloat16 for g in kept)
     assert all(leaf.tensor.grad is None for leaf in made.leaves)
     assert all(torch.equal(g, f) for g, f in zip(kept, first, strict=True) if g is not None)
     second, third = backward(made, 2), backward(made, 3)
-    for i, found in enumerate(optimizer._gradients()):
+    for i, found in enumerate(optimizer._grads.of_one_type()):
         assert found is not None and found.dtype == torch.float32
         assert torch.equal(found, first[i].float() + second[i].float() + third[i].float())
     optimizer.zero_grad()
-    assert optimizer._gradients() == [None] * 3
+    assert optimizer._grads.of_one_type() == [None] * 3
 
 
 def steps_of(optimizer: MasterAdamW, made: Any, first: int, last: int) -> None:

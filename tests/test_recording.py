@@ -15,7 +15,7 @@ from test_compare import ENVIRONMENT, keep, kernels, loss, memory, speedup
 
 from elo_engine.benchmarks import recording
 from elo_engine.benchmarks.recording import new_record, read_record, read_records, withdraw
-from elo_engine.benchmarks.tables import check_result
+from elo_engine.benchmarks.schemas import check_result
 from elo_engine.errors import FailedError, RefusedError, UsageError
 
 

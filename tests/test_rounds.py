@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,24 +32,38 @@ class Scripted:
     """Stands where an arm's process would: the real one is started in the tests above and in test_bench_cli.py."""
 
     made: ClassVar[list[Scripted]] = []
+    said: ClassVar[list[tuple[str, Scripted]]] = []
     fails: ClassVar[tuple[str, int]] = ("", 0)  # arm, and the visit in which it does
 
     def __init__(self, contestant: Contestant, spec: dict[str, Any], scratch: Path) -> None:
         self.contestant, self.steps, self.ended = contestant, 0, False
         self.visit = sum(other.contestant.name == contestant.name for other in self.made)
+        self.waits = spec["wait"]
         self.made.append(self)
+        self.said.append(("made", self))
 
     def __enter__(self) -> Scripted:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
         self.ended = True
+
+    def ready(self) -> dict[str, Any]:
+        self.said.append(("stands still", self))
+        return {"on_device": False}
+
+    def go(self) -> None:
+        assert self.waits
 
     def described(self) -> dict[str, Any]:
         return {"optimizer": "AdamW"}
 
     def step(self, command: str = "step") -> dict[str, Any]:
         self.steps += 1
+        self.said.append((f"step {self.steps}", self))
         if self.fails == (self.contestant.name, self.visit):
             raise ArmFailed("out of memory: no", True)
         if self.fails == ("Ctrl-C", self.visit):
@@ -70,6 +85,7 @@ class Scripted:
 
 def visits(monkeypatch: pytest.MonkeyPatch, fails: tuple[str, int], together: bool = False) -> rounds.Run:
     monkeypatch.setattr(Scripted, "made", [])
+    monkeypatch.setattr(Scripted, "said", [])
     monkeypatch.setattr(Scripted, "fails", fails)
     monkeypatch.setattr(rounds, "ArmProcess", Scripted)
     present = [Contestant(setting(arm)) for arm in ARMS]
@@ -85,6 +101,18 @@ def test_a_visit_is_a_fresh_process_with_its_own_evidence(monkeypatch: pytest.Mo
     assert ["lora" in turn for turn in run.rounds] == [True, False, False], "in no ratio, so visited once"
     assert run.taken["elo_align"].last["peak_allocated_bytes"] == 100, "the larger one of all visits"
     assert not run.refused and not run.interrupted
+
+
+def test_the_next_visit_is_started_ahead_and_stands_still_while_steps_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two steps warm up here and two are timed; across rounds as within one, and after the last visit none waits."""
+    visits(monkeypatch, ("", 0))
+    assert len(Scripted.made) == 3 * len(ARMS) - 2, "lora is visited once"
+    said = Scripted.said
+    for now, after in pairwise(Scripted.made):
+        made, still = said.index(("made", after)), said.index(("stands still", after))
+        assert made < said.index(("step 1", now)) and said.index(("step 2", now)) < still < said.index(("step 3", now))
 
 
 def test_an_arm_that_fails_in_its_second_visit_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

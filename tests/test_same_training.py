@@ -96,11 +96,15 @@ kernel.rotary_forward = lambda *args, **kwargs: None if kwargs.get("inverse") el
 }
 
 
-@pytest.mark.parametrize("plant", PLANTS)
-def test_a_planted_error_makes_the_losses_part(plant: str, tree: dict[str, Any], tmp_path: Path) -> None:
-    wrong = train(tree, tmp_path, "fused", verb="pretrain", steps=6, plant=PLANTS[plant])
+def test_planted_errors_make_the_losses_part(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Each for itself, against one run of the references."""
     right = train(tree, tmp_path, "reference", verb="pretrain", steps=6)
-    assert furthest(wrong, right) > RELATIVE
+    parted = {}
+    for number, (name, plant) in enumerate(PLANTS.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        parted[name] = furthest(train(tree, folder, "fused", verb="pretrain", steps=6, plant=plant), right)
+    assert min(parted.values()) > RELATIVE, parted
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: real widths")

@@ -4,18 +4,28 @@ offline.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_parity import CPU, assert_close, gradients, whole_rows
 
 from elo_engine import demo_assets
 from elo_engine.checkpoint import open_checkpoint, verify_commit
+from elo_engine.config import OptimizerConfig, StageConfig
+from elo_engine.data import RowBatch
 from elo_engine.errors import FailedError
+from elo_engine.measure.setting import Streaming
 from elo_engine.model.full import load_full
 from elo_engine.model.shallow import load_shallow
 from elo_engine.model.spec import read_spec
+from elo_engine.stream.engine import open_streamed
+from elo_engine.train.loop import StepOutcome
+from elo_engine.train.optim import MasterAdamW
+from elo_engine.train.resident import ResidentEngine
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +121,40 @@ def test_bible_documents_are_chapters_without_notes(bible: dict[str, list[str]])
     assert bible["ja"][0].startswith("元始に神天地を創造たまへり\n地は定形なく")
     assert bible["en"][0].startswith("In the beginning God created the heavens and the earth.\n")
     assert not any("{" in chapter or "}" in chapter for chapter in bible["en"])
+
+
+def test_streamed_training_of_the_real_model_is_resident_training_bit_for_bit(
+    smollm2: Path, bible: dict[str, list[str]]
+) -> None:
+    """The whole model, tied, clipped, two micro-batches a step. A few steps, so that the suite stays short;
+    ELO_TEST_STEPS=20 was equal to the last bit too.
+    """
+    from transformers import AutoTokenizer
+
+    index, steps, T = open_checkpoint(smollm2), int(os.environ.get("ELO_TEST_STEPS", "4")), 16
+    spec = read_spec(index.config)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids = tokenizer("".join(bible["ja"][:40])).input_ids
+    optimizer = OptimizerConfig(lr=1e-4, clip=1.0)
+    section = StageConfig(tokens=10**6, tokens_per_step=2 * T, micro_batch=1, optimizer=optimizer)
+
+    def run(engine: Any) -> list[StepOutcome]:
+        found = []
+        for number in range(steps):
+            ids_BT = np.array(ids[number * 2 * T : (number + 1) * 2 * T]).reshape(2, T)
+            labels_BT = np.concatenate((ids_BT[:, 1:], np.full((2, 1), -100)), axis=1)
+            rows = RowBatch(ids_BT, labels_BT, np.tile(np.arange(T), (2, 1)), np.arange(3) * T, ("ja", "ja"))
+            found.append(engine.step(rows, 2 * (T - 1), 1e-4, first=number == 0, should_stop=lambda: False))
+        return found
+
+    model, _ = load_full(index, spec, device=CPU, dtype=torch.float32, recompute=True)
+    resident = ResidentEngine(model, MasterAdamW(model, optimizer), 1)
+    outcomes = run(resident)
+    expected = resident.optimizer.weights()
+    streamed = open_streamed(spec, torch.float32, section, CPU, Streaming(), T)
+    streamed.store.load(index)
+    assert run(streamed) == outcomes
+    assert sum(outcome.norm > 1.0 for outcome in outcomes) >= steps // 2, "clipping is to act"
+    found = streamed.optimizer.weights()
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []

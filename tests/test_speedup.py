@@ -33,8 +33,9 @@ MODEL = BenchModel("tiny", TINY | {"head_dim": 16, "num_attention_heads": 4, "nu
 
 @pytest.fixture(autouse=True)
 def _undo_watching(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Watching wraps a function of the decoder module for the life of a process."""
+    """Watching wraps functions of the decoder module for the life of a process."""
     monkeypatch.setattr(decoder, "decoder_layer", decoder.decoder_layer)
+    monkeypatch.setattr(decoder, "layer_gradient", decoder.layer_gradient)
 
 
 def setting(arm: ArmName, **changes: Any) -> Setting:
@@ -143,6 +144,26 @@ def test_a_tensor_that_moves_without_a_gradient_is_caught(monkeypatch: pytest.Mo
         evidence.require_engagement(setting("elo_pretrain"), found)
 
 
+def test_an_embedding_without_a_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient does not come through autograd, and is counted where it does come from."""
+
+    def build(*args: Any, **options: Any) -> Any:
+        model = engine_model(*args, **options)
+        gradients = model.outer_gradients
+
+        def head_alone(scale: float) -> Any:
+            return (pair for pair in gradients(scale) if pair[0] is model.head_VD)
+
+        model.outer_gradients = head_alone
+        return model
+
+    monkeypatch.setattr("elo_engine.benchmarks.arm.engine_model", build)
+    monkeypatch.setattr("elo_engine.train.resident.check_first_gradients", lambda *_: None)
+    found, _ = run_arm(setting("engine_full"), "step\nfinish\n")
+    with pytest.raises(FailedError, match="197184 parameters got a gradient, not 229952"):
+        evidence.require_engagement(setting("engine_full"), found)
+
+
 def test_labels_that_are_left_out_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head's work is only done for tokens with a label, and their mean loss is the same."""
 
@@ -246,7 +267,7 @@ FAULTS = ["two layers that changed places", "attention that sees what comes", "p
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_arm_that_computes_something_else_starts_elsewhere(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights give a loss near ln V whatever the layers do: the checks see the fault all the same."""
-    honest, build = decoder.decoder_layer, engine_model
+    honest, build = (decoder.decoder_layer, decoder.layer_gradient), engine_model
 
     def wrong(*args: Any, **options: Any) -> Any:
         model = build(*args, **options)
@@ -267,7 +288,8 @@ def test_an_arm_that_computes_something_else_starts_elsewhere(fault: str, monkey
         return model
 
     there = run_arm(setting("engine_full"), "step\nfinish\n")[1][0]
-    monkeypatch.setattr(decoder, "decoder_layer", honest)
+    monkeypatch.setattr(decoder, "decoder_layer", honest[0])
+    monkeypatch.setattr(decoder, "layer_gradient", honest[1])
     monkeypatch.setattr("elo_engine.benchmarks.arm.engine_model", wrong)
     here = run_arm(setting("engine_full"), "step\nfinish\n")[1][0]
     run = one_run({"transformers_full": [1.0] * 5, "engine_full": [1.0] * 5})

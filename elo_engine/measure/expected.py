@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from elo_engine.measure.cards import Card
+from elo_engine.measure.components import PeakWhat, by_component
 from elo_engine.measure.flops import arm_flops
 from elo_engine.measure.machine import resident_bytes
-from elo_engine.measure.planner import MemoryPlan, predict_memory
+from elo_engine.measure.memory_streamed import host_parts, loading_bytes, standing_bytes, store_bytes
+from elo_engine.measure.planner import STREAMED, MemoryPlan, predict_memory
 from elo_engine.measure.setting import SHALLOW, Setting
 
 # Training 7 to 8 billion parameters is published at some 0.27 of the peak on an H100 (MegaTrain, 272 TFLOP/s) and at
@@ -99,36 +101,79 @@ def stage_seconds(setting: Setting, steps: int, rate: Rate) -> float:
 def snapshot_host_bytes(setting: Setting) -> int:
     """Host memory that saving a snapshot takes beside the training state.
 
-    From a GPU all of it is copied. On a CPU tensors are written from where they are, but those stacked in one tensor
+    From a GPU all of it is copied. On a CPU tensors are written from where they are, but those that share memory
     (query, key and value; gate and up) are cloned, all but the first of each, file by file: the moments' file has two
-    of each in fp32, and whole codes with 8-bit state.
+    of each in fp32, and whole codes with 8-bit state. A streamed model's tensors lie in two pieces of memory: of one
+    kind, the weights or the moments, all are cloned.
     """
+    spec = setting.spec
+    if setting.arm == STREAMED:
+        parameters = trainable_parameters(setting)
+        if setting.state == "fp32":
+            return 8 * parameters
+        return max(setting.width * parameters, 2 * parameters + 8 * parameters // GROUP)
     if setting.device == "cuda":
         return snapshot_bytes(setting)
-    spec = setting.spec
     layers = len(setting.layers) if setting.arm in SHALLOW else spec.layers
     cloned = layers * (2 * spec.D * spec.K * spec.E + spec.D * spec.F)
     return cloned * (8 if setting.state == "fp32" else setting.width)
 
 
-def host_bytes(setting: Setting, memory: MemoryPlan) -> int:
-    """Host memory of a stage at its highest moment, on top of a process that has torch loaded.
+def host_by_part(setting: Setting, memory: MemoryPlan) -> dict[str, int]:
+    """Host memory of a stage at its highest moment by part, on top of a process that has torch loaded.
 
     On a CPU that is the step itself, or a snapshot taken after it: weights, gradients and optimizer state are there
-    then, activations are not.
+    then, activations are not. What a streamed model keeps on a disk is not in it: the system takes back what it holds
+    of a file.
     """
+    found, saving = {"reading": READING_BYTES}, snapshot_host_bytes(setting)
+    standing = loading = 0
+    if setting.arm == STREAMED:
+        if setting.streaming.store == "memory":
+            found |= host_parts(setting)
+        standing, loading = standing_bytes(setting), loading_bytes(setting)
     if setting.device == "cuda":
-        return READING_BYTES + snapshot_host_bytes(setting)
+        return found | {"snapshot": max(saving, loading)}
     parts = memory.components
-    gradients = 4 * trainable_parameters(setting)  # in bf16 with one micro-batch half of that
-    state = parts["weights"] + parts["optimizer"] + gradients
+    if setting.arm != STREAMED:
+        gradients = 4 * trainable_parameters(setting)  # in bf16 with one micro-batch half of that
+        standing = parts["weights"] + parts["optimizer"] + gradients
     gaps = int(GAPS_SHARE * (parts["activations"] + parts["loss workspace"]))
-    return READING_BYTES + LIBRARIES_BYTES + max(memory.peak_bytes + gaps, state + snapshot_host_bytes(setting))
+    highest = max(memory.peak_bytes + gaps, standing + max(saving, loading))
+    return found | {"libraries": LIBRARIES_BYTES, "step or snapshot": highest}
+
+
+def host_bytes(setting: Setting, memory: MemoryPlan) -> int:
+    """The sum of `host_by_part`."""
+    return sum(host_by_part(setting, memory).values())
+
+
+def store_disk_bytes(setting: Setting) -> int:
+    """Disk that a streamed model takes while it is trained, in files without a name."""
+    if setting.arm != STREAMED or setting.streaming.store == "memory":
+        return 0
+    return store_bytes(setting) + host_parts(setting)["layers' inputs"]
 
 
 def device_bytes(setting: Setting, memory: MemoryPlan) -> int:
     """What must be free on the device for a stage: on a GPU its tensors, on a CPU all that the process will hold."""
     return memory.peak_bytes if setting.device == "cuda" else host_bytes(setting, memory)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a stage must find; on a CPU `device` and `host` are the same memory and the same number."""
+
+    memory: MemoryPlan
+    device: int
+    host: int
+    disk: int
+
+    @classmethod
+    def of(cls, setting: Setting) -> Needs:
+        """Of a stage at this setting."""
+        memory = stage_memory(setting)
+        return cls(memory, device_bytes(setting, memory), host_bytes(setting, memory), store_disk_bytes(setting))
 
 
 @dataclass(frozen=True)
@@ -145,8 +190,12 @@ class StageMemory:
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
         return cls(predicted, held, device.type)
 
-    def against(self, peak_bytes: int) -> dict[str, Any]:
-        """The prediction by component, the peak of the stage above what was held before, and their ratio."""
+    def against(
+        self, peak_bytes: int, setting: Setting | None = None, held: dict[str, int] | None = None
+    ) -> dict[str, Any]:
+        """The prediction by component, the peak of the stage above what was held before, and their ratio; with what the
+        stage `held` (of `components.held_bytes`), both sides in four parts that can be compared.
+        """
         measured = max(0, peak_bytes - self.before_bytes)
         compared = (
             "peak allocated GPU memory, less what was allocated before the model was loaded"
@@ -155,7 +204,11 @@ class StageMemory:
             "tensors alone, so what libraries load and snapshots clone is on the measured side only"
         )
         predicted = self.predicted.peak_bytes
-        return {
+        parts: dict[str, Any] = {}
+        if setting is not None and held:
+            peak: PeakWhat = "allocated" if self.device == "cuda" else "resident"
+            parts = {"components": by_component(setting, predicted, held, measured, peak)}
+        return parts | {
             "predicted_bytes": predicted,
             "predicted_components": self.predicted.components,
             "predicted_moment": self.predicted.moment,

@@ -11,8 +11,7 @@ more forward pass":
 * torch's non-reentrant checkpoint stops a recomputation once the last saved tensor is there again. A layer of
   transformers ends in `down_proj`, which saves its input before it multiplies, so that product is not run again. With
   adapters the layer ends in the B of `down_proj`'s adapter, and it is that small product which is not.
-* This engine's layer ends in an autograd.Function of its own, whose saved tensors count only when its forward pass has
-  returned: its last product is run again.
+* This engine does not run that product again either: `layers.layer_gradient` takes its gradient without its value.
 * Below the first trained layer autograd forms dX of the query, key and value projections, because the norm before them
   has a weight that learns; the engine forms none. Adapters alone need none.
 * With checkpointing switched on, transformers makes the embedding's output require a gradient, whatever learns: the
@@ -128,12 +127,12 @@ def arm_flops(setting: Setting) -> ArmFlops:
 
 def _run_again(setting: Setting, layers: int) -> TokenFlops:
     """The recomputed forward passes of `layers` layers; see the top of this file for what is left out of them."""
-    if not setting.recompute:
+    if not setting.recompute and setting.arm != "elo_align_streamed":
         return TokenFlops(0.0, 0.0, 0.0)
     spec = setting.spec
-    skipped = 0.0 if setting.arm in ENGINE else 2.0 * spec.D * spec.F
+    down = spec.D * spec.F
     return TokenFlops(
-        layers * (2.0 * _layer_matrices(spec) - skipped),
+        layers * 2.0 * (_layer_matrices(spec) - down),
         layers * _attention_forward(spec, setting.sequence_length),
         0.0,
     )

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_attention import flash_backward_bytes
-from elo_engine.measure.memory_gradients import GRAD, Gradients
+from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
 from elo_engine.measure.memory_shapes import coded_bytes, projections
 from elo_engine.measure.setting import SHALLOW, Setting
 
 ACT = "activations"
-_RNG_BYTES = 5056  # a CPU generator's state, which `checkpoint` keeps for every layer
 _ADAMW_TILE, _TILES_PER_SUM = 2048, 8  # kernels/adamw_plan.py: a map entry (two int32) a tile, an fp32 sum for eight
 
 
@@ -26,7 +25,6 @@ class SavedLayer:
 
     hidden: Held  # what entered
     rest: dict[str, Held] | None
-    rng: Held | None = None
 
 
 class EngineStep:
@@ -45,6 +43,8 @@ class EngineStep:
         self.rope_NR = 4 * N * (spec.E // 2)
         self.parts = projections(spec)
         self.gradients = Gradients(ledger, widens=self.w == 2, copies=not self.cuda)
+        self.outer = None if self.shallow else OuterSums(setting, ledger)
+        self._graph = ledger.add(ACT, 0)
 
     # -- what is there before the step
 
@@ -110,8 +110,23 @@ class EngineStep:
 
     # -- a layer
 
-    def forward_layer(self, hidden: Held, *, again: bool = False) -> tuple[dict[str, Held], Held | None]:
-        """-> what is saved, and the output; `again`: the recomputation, which stops before the last add."""
+    def forward_layer(self, *, graph: bool) -> tuple[dict[str, Held], Held]:
+        """-> what is saved, nothing without a graph, and the output."""
+        ledger = self.ledger
+        kept = self.until_down()
+        if not graph:  # the rest takes these two alone
+            ledger.drop(*(kept.pop(name) for name in [*kept] if name not in ("sum", "gate_up")))
+        product = ledger.add(ACT, self.NF)
+        down = ledger.add(ACT, self.ND)
+        ledger.drop(product)
+        out = ledger.add(ACT, self.ND)
+        ledger.drop(down)
+        if not graph:
+            ledger.drop(*(kept.pop(name) for name in [*kept]))
+        return kept, out
+
+    def until_down(self) -> dict[str, Held]:
+        """The layer without its last product: all that a recomputation runs. -> what is saved."""
         ledger, kept = self.ledger, dict[str, Held]()
         normed, kept["rstd1"] = self.norm()
         kept["qkv"] = ledger.add(ACT, self.NC)
@@ -122,13 +137,8 @@ class EngineStep:
         kept["sum"] = ledger.add(ACT, self.ND)
         normed, kept["rstd2"] = self.norm()
         kept["gate_up"] = ledger.add(ACT, 2 * self.NF)
-        ledger.drop(normed)
-        product = ledger.add(ACT, self.NF)
-        down = ledger.add(ACT, self.ND)
-        ledger.drop(product)
-        out = None if again else ledger.add(ACT, self.ND)
-        ledger.drop(down, update)
-        return kept, out
+        ledger.drop(normed, update)
+        return kept
 
     def turn(self) -> None:
         """Rotary in place; on the CPU half of the turned heads once more, and the tables in the heads' type."""
@@ -140,24 +150,32 @@ class EngineStep:
     def backward_layer(self, index: int, saved: SavedLayer, d_out: Held, *, below: bool) -> Held | None:
         """-> gradient of what entered; None where nothing below learns."""
         ledger, p = self.ledger, self.parts
-        kept = saved.rest
+        kept, lasting = saved.rest, [saved.hidden]
         if kept is None:
             ledger.moment = f"recomputation of layer {index}"
-            kept, _ = self.forward_layer(saved.hidden, again=True)
+            kept = self.until_down()
+            # `layer_gradient` and autograd, its caller, have names for these until the layer is through
+            lasting += [d_out, kept["sum"], kept["gate_up"]]
         ledger.moment = f"backward of layer {index}"
-        if saved.rng is not None:
-            ledger.drop(saved.rng)
+
+        def pass_by(held: Held) -> None:
+            if held not in lasting:
+                ledger.drop(held)
+
         # down projection and SwiGLU
         d_product, d_packed = ledger.add(ACT, self.NF), ledger.add(ACT, 2 * self.NF)
         active = ledger.add(ACT, 0 if self.cuda else self.NF)  # the kernel writes it over d_product
         if not self.cuda:
             ledger.spike(ACT, self.NF)
         self.gradient(index, "down", p["down"].size + p["down"].biases)
-        ledger.drop(d_product, active, kept.pop("gate_up"))
+        ledger.drop(d_product, active)
+        pass_by(kept.pop("gate_up"))
         self.gradients.settle()
         # the second norm with gate and up
         residual = self.norm_linear_backward(index, "gate_up", 2 * (p["gate"].size + p["gate"].biases))
-        ledger.drop(d_packed, d_out, kept.pop("sum"), kept.pop("rstd2"))
+        ledger.drop(d_packed, kept.pop("rstd2"))
+        pass_by(d_out)
+        pass_by(kept.pop("sum"))
         self.gradients.settle()
         # output projection and attention
         d_mixed = ledger.add(ACT, self.NHE)
@@ -171,7 +189,7 @@ class EngineStep:
         # the first norm with the packed projection
         packed = sum(p[name].size + p[name].biases for name in "qkv")
         d_hidden = self.norm_linear_backward(index, "qkv", packed) if below else self.below_nothing(index, packed)
-        ledger.drop(d_qkv, saved.hidden, kept.pop("rstd1"), d_hidden)  # added into the residual's gradient
+        ledger.drop(d_qkv, kept.pop("rstd1"), d_hidden, *lasting)  # d_hidden: added into the residual's gradient
         self.gradients.settle()
         assert not kept
         return residual if below else None
@@ -223,33 +241,28 @@ class EngineStep:
     def micro_batch(self) -> None:
         """Forward and backward."""
         ledger = self.ledger
-        batch = ledger.add(ACT, 3 * 8 * self.N)  # ids, labels, positions
-        # tables by token: those of the micro-batch before live in its graph until the loss is replaced
-        rope = [ledger.add(ACT, 0 if self.cuda else 2 * self.rope_NR) for _ in range(2)]
+        # ids, positions and rotary tables by token live with the graph, and that until the next loss replaces this one
+        graph = ledger.add(ACT, 2 * 8 * self.N + (0 if self.cuda else 2 * self.rope_NR))
+        labels = ledger.add(ACT, 8 * self.N)
         hidden = ledger.add(ACT, self.ND)
         saved: list[SavedLayer] = []
         for index in self.indices:
             ledger.moment = f"forward of layer {index}"
-            kept, out = self.forward_layer(hidden)
-            assert out is not None
-            if self.setting.recompute:
-                ledger.drop(*kept.values())
-                saved.append(SavedLayer(hidden, None, ledger.add(ACT, 0 if self.cuda else _RNG_BYTES)))
-            else:
-                saved.append(SavedLayer(hidden, kept))
+            kept, out = self.forward_layer(graph=not self.setting.recompute)
+            saved.append(SavedLayer(hidden, None if self.setting.recompute else kept))
             hidden = out
         ledger.moment = "final norm"
         normed, rstd = self.norm()
         ledger.moment = "loss"
-        d_hidden, d_head = head.forward(self.setting, ledger, learns=not self.shallow)
-        ledger.drop(normed, rope[0])
+        if self.outer is not None:
+            self.outer.begin()
+        d_hidden = head.forward(self.setting, ledger, learns=not self.shallow)
+        ledger.drop(normed, labels, self._graph)
+        self._graph = graph
         ledger.moment = "backward of the loss"
         d_normed = ledger.add(ACT, self.ND)  # scaled by one over the tokens of the step
         if not self.cuda and self.w == 2:  # torch multiplies two types on the CPU by way of fp32 copies
             ledger.spike(ACT, 2 * self.wide_ND)
-        tied = None
-        if d_head is not None:
-            tied = self.head_gradient(d_head)
         ledger.drop(d_hidden)
         ledger.moment = "backward of the final norm"
         d_out: Held | None = self.norm_backward()
@@ -260,41 +273,19 @@ class EngineStep:
         for at in reversed(range(len(saved))):
             assert d_out is not None
             d_out = self.backward_layer(self.indices[at], saved[at], d_out, below=at > 0 or not self.shallow)
-        if d_out is not None:
-            self.embedding_gradient(d_out, tied)
-        ledger.drop(batch, rope[1])
-
-    def head_gradient(self, d_head: Held) -> Held | None:
-        """The fp32 sum becomes a gradient in the weights' type; a tied one waits for the embedding's."""
-        ledger, size = self.ledger, self.spec.V * self.spec.D
-        waits = None
-        if self.w == 4:
-            ledger.drop(d_head)
-        if self.spec.tied:
-            waits = ledger.add(GRAD, self.w * size)
-        else:
-            self.gradient(-1, "head", size)
-        if self.w == 2:
-            ledger.drop(d_head)
-        self.gradients.settle()
-        return waits
-
-    def embedding_gradient(self, d_out: Held, tied: Held | None) -> None:
-        """Dense, of the whole vocabulary."""
-        ledger, size = self.ledger, self.spec.V * self.spec.D
-        ledger.moment = "backward of the embedding"
-        if tied is not None:
-            ledger.spike(GRAD, self.w * size)
-            ledger.drop(tied)
-        self.gradient(-1, "embedding", size)
-        ledger.drop(d_out)
-        self.gradients.settle()
+        if d_out is not None and self.outer is not None:
+            ledger.moment = "backward of the embedding"
+            self.outer.add_rows()
+            ledger.drop(d_out)
 
     def update(self) -> None:
         """AdamW writes in place. On the CPU torch's takes fp32 copies of bf16 gradients, and the norm before the 8-bit
         one makes such copies one by one.
         """
         ledger, setting = self.ledger, self.setting
+        if self.outer is not None:
+            ledger.moment = "gradients of embedding and head"
+            self.outer.finish()
         ledger.moment = "optimizer step"
         if not self.cuda and self.w == 2 and setting.micro_batches == 1:
             ledger.spike(GRAD, 4 * (sum if setting.state == "fp32" else max)(self.leaves()))
@@ -304,6 +295,6 @@ def run_step(setting: Setting, ledger: Ledger) -> None:
     """Enter one steady optimizer step of arm (c), (f) or (g)."""
     step = EngineStep(setting, ledger)
     step.standing()
-    for _ in range(setting.micro_batches):
+    for _ in range(min(3, setting.micro_batches)):  # a third micro-batch finds what the second found
         step.micro_batch()
     step.update()

@@ -30,17 +30,16 @@ def gpu_chunk(N: int, V: int, width: int) -> int:
     return min(N, most, _round_up(-(-N // chunks), _ROW_STEP))
 
 
-def forward(setting: Setting, ledger: Ledger, *, learns: bool) -> tuple[Held, Held | None]:
-    """-> gradients of the hidden states and, where it learns, of the head in fp32, which live until the backward."""
+def forward(setting: Setting, ledger: Ledger, *, learns: bool) -> Held:
+    """-> gradient of the hidden states, which lives until the backward. That of the head is added to the step's sum."""
     spec, N, w = setting.spec, setting.N, setting.width
-    d_head = ledger.add(LOSS, 4 * spec.V * spec.D) if learns else None
     losses, d_hidden = ledger.add(LOSS, 4 * N), ledger.add(LOSS, N * spec.D * w)
     if setting.device == "cuda":
         ledger.spike(LOSS, gpu_chunk(N, spec.V, w) * _round_up(spec.V, _ALIGN) * w)
     else:
         _cpu_rows(setting, ledger, learns=learns)
     ledger.drop(losses)
-    return d_hidden, d_head
+    return d_hidden
 
 
 def _cpu_rows(setting: Setting, ledger: Ledger, *, learns: bool) -> None:
@@ -56,9 +55,13 @@ def _cpu_rows(setting: Setting, ledger: Ledger, *, learns: bool) -> None:
     cols = _COLS if learns else min(_MOST_COLS, max(_COLS, _ROWS * _COLS // rows))
     wide = min(cols, spec.V)
     tile = 0
-    if w == 2:  # the processor's bf16 products take a copy of the tile; fp32 products copies of the head's rows, two
-        units = has_bf16(torch.device("cpu"))  # tiles of them, because one lives until the next is made
-        tile = 2 * rows * (wide + spec.D) if units else 4 * spec.D * min(2 * cols, spec.V)
+    if w == 2:  # the processor's bf16 products take a copy of the tile, and their results are of bf16 too
+        tile = 2 * (rows * wide + max(rows, wide if learns else 0) * spec.D)
+        if not has_bf16(torch.device("cpu")):
+            # fp32 products take copies of the head's rows, two tiles of them, because one lives until the next is made;
+            # where the head learns the last one lives while all are made again, a single tile too
+            again = learns and cols >= spec.V
+            tile = 4 * spec.D * (2 * spec.V if again else min(2 * cols, spec.V))
     buffer = ledger.add(LOSS, 4 * rows * spec.V if learns else 0)
     before: list[Held] = []
     for _ in range(min(chunks, 2)):

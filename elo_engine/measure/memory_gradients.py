@@ -1,10 +1,13 @@
-"""Gradients of weights: how they arrive from a node of the backward pass and add up over micro-batches."""
+"""Gradients of weights: how they arrive from a node of the backward pass and add up over micro-batches. Sizes in bytes.
+"""
 
 from __future__ import annotations
 
 from elo_engine.measure.ledger import Held, Ledger
+from elo_engine.measure.setting import Setting
 
 GRAD = "gradients"
+_UNIQUE = 3  # times the ids of a step: what torch.unique takes on a CPU, its result among it
 
 
 class Gradients:
@@ -41,3 +44,49 @@ class Gradients:
                 self._ledger.spike(GRAD, 2 * arrived.bytes)
             self._ledger.drop(arrived, *([before] if wide else []))
         self._arrived.clear()
+
+
+class OuterSums:
+    """Gradients of embedding and head of a whole model, which `model/outer.py` adds up beside autograd: an fp32 matrix
+    for the head from the first loss of a step on, fp32 rows for the embedding from its first backward pass on. A step
+    has no more different ids than tokens, nor than the vocabulary: that many rows are counted, an upper bound.
+    """
+
+    def __init__(self, setting: Setting, ledger: Ledger) -> None:
+        spec = setting.spec
+        self._setting, self._ledger = setting, ledger
+        self._size, self._tokens = spec.V * spec.D, setting.tokens_per_step
+        self._U = min(spec.V, self._tokens)
+        self._sum: Held | None = None
+        self._rows: list[Held] = []
+
+    def begin(self) -> None:
+        """A loss is about to be made, and with it the head's gradient."""
+        if self._sum is None:
+            self._sum = self._ledger.add(GRAD, 4 * self._size)
+
+    def add_rows(self) -> None:
+        """The embedding's backward pass of a micro-batch."""
+        ledger, setting = self._ledger, self._setting
+        if not self._rows:
+            if setting.device == "cpu":  # a GPU's are found on the host
+                ledger.spike("activations", _UNIQUE * 8 * self._tokens)
+            self._rows = [ledger.add("activations", 8 * self._U), ledger.add(GRAD, 4 * self._U * setting.spec.D)]
+        wide = 4 * setting.N * setting.spec.D if setting.width == 2 else 0
+        ledger.spike("activations", 8 * setting.N + wide)  # where the rows are, and the gradient in fp32
+
+    def finish(self) -> None:
+        """The end of the step: the weights' gradients, one after the other; bf16 after a single micro-batch of it."""
+        ledger, tied = self._ledger, self._setting.spec.tied
+        assert self._sum is not None and self._rows
+        if tied:
+            ledger.drop(*self._rows)  # added to the sum
+        narrow = self._setting.width == 2 and self._setting.micro_batches == 1
+        if narrow:
+            ledger.add(GRAD, 2 * self._size)
+            ledger.drop(self._sum)
+        if not tied:
+            ledger.add(GRAD, (2 if narrow else 4) * self._size)
+            if narrow:
+                ledger.spike(GRAD, 2 * self._U * self._setting.spec.D)
+            ledger.drop(*self._rows)

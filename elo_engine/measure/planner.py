@@ -1,8 +1,9 @@
 """Peak memory of one optimizer step, predicted from shapes alone, by component.
 
 The step is gone through as the code goes through it, op by op, with a ledger of what each allocates and frees:
-`memory_engine` for this engine's arms, `memory_transformers` for the others. `tests/test_planner.py` holds the result
-against every byte that torch's CPU allocator hands out.
+`memory_engine` for this engine's arms, `memory_streamed` for the one with a few layers on the device,
+`memory_transformers` for the others. `tests/test_planner.py` holds the result against every byte that torch's CPU
+allocator hands out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from elo_engine.measure.ledger import COMPONENTS, Ledger
-from elo_engine.measure.setting import ENGINE, Setting
+from elo_engine.measure.setting import ENGINE, ArmName, Setting
+
+STREAMED: ArmName = "elo_align_streamed"
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,22 @@ class MemoryPlan:
         return asdict(self) | {"peak_bytes": self.peak_bytes}
 
 
+def run_step(setting: Setting, ledger: Ledger) -> None:
+    """Enter one steady optimizer step of any arm: what lives when it ends stays on the device."""
+    from elo_engine.measure import memory_engine, memory_streamed, memory_transformers
+
+    if setting.arm == STREAMED:
+        memory_streamed.run_step(setting, ledger)
+    else:
+        (memory_engine if setting.arm in ENGINE else memory_transformers).run_step(setting, ledger)
+
+
 def predict_memory(setting: Setting) -> MemoryPlan:
     """Peak of one steady step (moments and masters there, no gradient yet when it begins)."""
-    from elo_engine.measure import memory_engine, memory_transformers
     from elo_engine.measure.memory_slack import slack_bytes
 
-    # a third micro-batch finds what the second found
-    setting = replace(setting, micro_batches=min(3, setting.micro_batches))
     ledger = Ledger()
-    (memory_engine if setting.arm in ENGINE else memory_transformers).run_step(setting, ledger)
+    run_step(setting, ledger)
     components = {name: ledger.at_peak[name] for name in COMPONENTS}
     components["slack"] += slack_bytes(setting, ledger)
     return MemoryPlan(components, ledger.peak_moment)

@@ -1,8 +1,9 @@
 """What is measured and predicted: one arm of the comparison at one size. Named by letters in the reports, as here:
 
 (a) transformers_full, (b) liger_full, (c) engine_full, (d) lora, (e) outer_unfrozen, (f) elo_pretrain, (g) elo_align,
-and (x) transformers_shallow, which is (f) made of transformers' parts. On a CPU (k) transformers_full_kept is (a) in a
-process whose C library keeps freed memory, as the engine tells its own to (elo_engine/model/cpu_memory.py).
+(s) elo_align_streamed, which is (g) with a few layers on the device and the rest on the host, and (x)
+transformers_shallow, which is (f) made of transformers' parts. On a CPU (k) transformers_full_kept is (a) in a process
+whose C library keeps freed memory, as the engine tells its own to (elo_engine/model/cpu_memory.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ ArmName = Literal[
     "outer_unfrozen",
     "elo_pretrain",
     "elo_align",
+    "elo_align_streamed",
     "transformers_shallow",
     "transformers_full_kept",
 ]
@@ -28,7 +30,16 @@ ARMS: tuple[ArmName, ...] = get_args(ArmName)
 SHALLOW: frozenset[ArmName] = frozenset({"elo_pretrain", "transformers_shallow"})  # without the middle layers
 # everything learns, in transformers
 WHOLE_PEERS: frozenset[ArmName] = frozenset({"transformers_full", "transformers_full_kept", "liger_full"})
-ENGINE: frozenset[ArmName] = frozenset({"engine_full", "elo_pretrain", "elo_align"})
+ENGINE: frozenset[ArmName] = frozenset({"engine_full", "elo_pretrain", "elo_align", "elo_align_streamed"})
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How (s) keeps what is not on the device; see `elo_engine.config.StreamConfig`."""
+
+    store: Literal["memory", "disk"] = "memory"
+    inputs: Literal["device", "host"] = "device"
+    update: Literal["lazy", "at_once"] = "lazy"
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ class Setting:
         state: moments of 8 bits, or in fp32 (in transformers' arms: in the weights' own type).
         recompute: gradient checkpointing, layer by layer.
         lora_rank: r of arm (d), on all seven projections of a layer.
+        streaming: of arm (s), whose layers are always run again, whatever `recompute` says.
     """
 
     arm: ArmName
@@ -57,6 +69,7 @@ class Setting:
     recompute: bool = False
     device: Literal["cpu", "cuda"] = "cuda"
     lora_rank: int = 16
+    streaming: Streaming = Streaming()
 
     @property
     def width(self) -> int:

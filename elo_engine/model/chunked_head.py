@@ -17,14 +17,16 @@ CHUNK_ROWS = 1024  # 1024 x 128256 fp32 logits are 0.5 GB
 @torch.no_grad()
 def head_loss(
     hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, softcap: float | None = None, need_d_hidden: bool,
-    need_d_head: bool,
+    need_d_head: bool, d_head_out_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """-> losses_N (fp32, 0 where the label is -100), and the gradients of their sum by the hidden states (their
-    dtype) and by the head (fp32), each None unless needed.
+    dtype) and by the head (fp32, added to `d_head_out_VD` where given), each None unless needed.
     """
     losses_N = torch.zeros(labels_N.shape, dtype=torch.float32, device=hidden_ND.device)
     d_hidden_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if need_d_hidden else None
-    d_head_VD = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device) if need_d_head else None
+    d_head_VD = d_head_out_VD if need_d_head else None
+    if need_d_head and d_head_VD is None:
+        d_head_VD = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device)
     for start in range(0, len(labels_N), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         labels_R, logits_RV = labels_N[rows], F.linear(hidden_ND[rows], head_VD).float()

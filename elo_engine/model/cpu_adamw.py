@@ -5,7 +5,7 @@ Both give the same bits, so it does not matter to a run which of them made a ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,28 @@ def adamw_8bit(
         return reference_adamw.adamw_8bit(
             grads, *state, powers, lr=lr, eps=eps, weight_decay=weight_decay, clip=clip, key=key
         )
-    result, numbers = reference_adamw.control(grads, powers, lr, clip)
+    result, numbers = reference_adamw.control(reference_adamw.leaf_norms(grads), powers, lr, clip)
     if numbers:
         cpu_native.adamw_8bit(grads, *state, numbers, eps=eps, decay=lr * weight_decay, key=key)
     return result
+
+
+@torch.no_grad()
+def update_8bit(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    numbers: Mapping[str, float],
+    *,
+    eps: float,
+    decay: float,
+    key: int,
+    first: int = 0,
+) -> None:
+    """The update of some tensors in place; arguments as of `reference_adamw.update_8bit`."""
+    update = cpu_native.adamw_8bit if cpu_native.fits_adamw(grads, weights) else reference_adamw.update_8bit
+    state = (weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales)
+    update(grads, *state, numbers, eps=eps, decay=decay, key=key, first=first)

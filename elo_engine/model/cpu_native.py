@@ -213,14 +213,16 @@ def fits_adamw(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> boo
 def adamw_8bit(
     grads: Sequence[Tensor | None], weights: Sequence[Tensor], exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor], exp_avg_scales: Sequence[Tensor], exp_avg_sq_scales: Sequence[Tensor],
-    numbers: Mapping[str, float], *, eps: float, decay: float, key: int,
+    numbers: Mapping[str, float], *, eps: float, decay: float, key: int, first: int = 0,
 ) -> None:  # fmt: skip
-    """The update of `reference_adamw.adamw_8bit`, in place and bit for bit. `numbers` are those of its `control`;
-    `decay` is the learning rate times the weight decay. A tensor whose gradient is None stays as it is.
+    """The update of `reference_adamw.update_8bit`, in place and bit for bit. `numbers` are those of `control` there;
+    `decay` is the learning rate times the weight decay; the tensors are number `first`, first + 1, ... in the model. A
+    tensor whose gradient is None stays as it is.
     """
     native = _native()
     assert native is not None
     assert 0 <= key < 2**32, f"key: {key} is outside 0 to 2^32 - 1"
+    assert first >= 0, f"first: {first} is negative"
     lists = (grads, weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales)
     assert len({len(part) for part in lists}) == 1, f"lists of {[len(part) for part in lists]} tensors"
     there = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
@@ -241,7 +243,7 @@ def adamw_8bit(
     native.adamw_8bit(
         [tuple(tensor.data_ptr() for tensor in row) for row in rows],
         [row[1].numel() for row in rows],
-        [i for i, _ in there],
+        [first + i for i, _ in there],
         *(kind == torch.bfloat16 for kind in kinds),
         (*(numbers[name] for name in ("factor", "step", "root", "rate1", "rate2")), eps, decay),
         key,

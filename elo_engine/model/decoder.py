@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from elo_engine.model import names, ops
-from elo_engine.model.layers import LayerWeights, Packing, RopeTable, decoder_layer
+from elo_engine.model.layers import LayerWeights, Packing, Rope, RopeTable, decoder_layer, layer_gradient
+from elo_engine.model.outer import OuterGradients, embed
 from elo_engine.model.spec import ModelSpec
 
 
@@ -91,6 +93,7 @@ class Decoder:
         self.device = self.embedding_VD.device
         self.dtype = self.embedding_VD.dtype
         self._rope = RopeTable(spec, self.device)
+        self._outer: OuterGradients | None = None
 
     def _leaf(self, tensor: Tensor, full: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], train: bool) -> Tensor:
         leaf = tensor.detach().requires_grad_(train)
@@ -117,15 +120,38 @@ class Decoder:
                     kept.update(leaf.split(leaf.tensor))
         return kept
 
+    def begin_step(self, ids: Tensor) -> None:
+        """Collect the gradients of embedding and head outside autograd from here on, for one optimizer step that is fed
+        these token ids; `outer_gradients` hands them out and ends it. Nothing where the outer weights are frozen, or
+        where the definitions compute (`kernels: reference`).
+        """
+        if self.embedding_VD.requires_grad and not ops.use_reference():
+            self._outer = OuterGradients(self.embedding_VD, self.head_VD, ids)
+
+    def outer_gradients(self, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Embedding and head, each with its gradient of the step in fp32; none where autograd has them, or nobody.
+
+        scale: what the losses were multiplied with before the backward pass.
+        """
+        outer, self._outer = self._outer, None
+        return iter(()) if outer is None else outer.finish(scale)
+
+    def drop_step(self) -> None:
+        """A step is given up: what was collected of it is let go."""
+        self._outer = None
+
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final-norm output [N, D] for every token."""
         rope = self._rope.gather(batch.packing.positions_N, batch.longest)
-        hidden_ND = F.embedding(batch.ids_N, self.embedding_VD)
+        outer = self._outer if torch.is_grad_enabled() else None
+        if outer is None:
+            hidden_ND = F.embedding(batch.ids_N, self.embedding_VD)
+        else:
+            hidden_ND = embed(batch.ids_N, self.embedding_VD, outer)
         for weights in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                hidden_ND = checkpoint(
-                    decoder_layer, self.spec, weights, hidden_ND, rope, batch.packing, use_reentrant=False
-                )
+                anchor = weights["norm_attention"]
+                hidden_ND = _RunAgain.apply(hidden_ND, anchor, self.spec, weights, rope, batch.packing)
             else:
                 hidden_ND = decoder_layer(self.spec, weights, hidden_ND, rope, batch.packing)
         return ops.rms_norm(hidden_ND, self.norm_D, self.spec.norm_eps)
@@ -134,7 +160,12 @@ class Decoder:
         """Sum of the cross-entropies in nats over the tokens with a label: fp32 scalar, to be divided by the step's
         count.
         """
-        return ops.linear_cross_entropy(self.hidden_states(batch), self.head_VD, batch.labels_N)
+        return self.head_loss(self.hidden_states(batch), batch.labels_N)
+
+    def head_loss(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """`loss_sum` of the final norm's output."""
+        head_sum_VD = None if self._outer is None or not torch.is_grad_enabled() else self._outer.head_sum_VD
+        return ops.linear_cross_entropy(hidden_ND, self.head_VD, labels_N, d_head_sum_VD=head_sum_VD)
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
@@ -145,3 +176,29 @@ class Decoder:
     def logits(self, batch: Batch) -> Tensor:
         """All logits [N, V] in the compute dtype: for tests and small inputs only."""
         return F.linear(self.hidden_states(batch), self.head_VD)
+
+
+class _RunAgain(torch.autograd.Function):
+    """A layer that keeps its input alone and is run again in the backward pass; its weights get their gradients then.
+
+    `anchor` is a weight of the layer: where no hidden state needs a gradient it tells autograd that this node does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, anchor: Tensor, spec: ModelSpec, weights: LayerWeights, rope: Rope,
+        packing: Packing,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(hidden_ND)
+        ctx.layer = spec, weights, rope, packing
+        return decoder_layer(spec, weights, hidden_ND, rope, packing)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden_ND,) = ctx.saved_tensors
+        spec, weights, rope, packing = ctx.layer
+        d_hidden_ND = layer_gradient(
+            spec, weights, hidden_ND, rope, packing, grads[0], need_d_hidden=ctx.needs_input_grad[0]
+        )
+        return d_hidden_ND, *[None] * 5

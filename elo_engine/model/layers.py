@@ -7,6 +7,7 @@ the data in `spec` and `names`; a layer's weights are a dictionary with the keys
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -116,6 +117,42 @@ def decoder_layer(spec: ModelSpec, weights: LayerWeights, hidden_ND: Tensor, rop
 
     Where the hidden state that enters needs no gradient (the first layer above a frozen embedding), none is formed.
     """
+    sum_ND, gate_up_N2F = _until_down(spec, weights, hidden_ND, rope, packing)
+    return sum_ND + ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"))
+
+
+def layer_gradient(
+    spec: ModelSpec,
+    weights: LayerWeights,
+    hidden_ND: Tensor,
+    rope: Rope,
+    packing: Packing,
+    d_out_ND: Tensor,
+    *,
+    need_d_hidden: bool,
+    before: Callable[[], None] | None = None,
+) -> Tensor | None:
+    """Run a layer again from its input, and its output's gradient back through it (Chen et al. 2016, arXiv 1604.06174).
+
+    The weights' gradients arrive at their leaves; returned is the input's, None where it is not needed. The last
+    product is not run again, no gradient needing its value: at Llama's ratios a quarter of the forward pass.
+
+    before: called between the two, when no gradient of a weight is there yet.
+    """
+    entered_ND = hidden_ND.detach().requires_grad_(need_d_hidden)
+    with torch.enable_grad():
+        sum_ND, gate_up_N2F = _until_down(spec, weights, entered_ND, rope, packing)
+        update_ND = ops.gated_linear_unrun(gate_up_N2F, weights["down"], weights.get("down_bias"))
+    if before is not None:
+        before()
+    torch.autograd.backward((sum_ND, update_ND), (d_out_ND, d_out_ND))
+    return entered_ND.grad
+
+
+def _until_down(
+    spec: ModelSpec, weights: LayerWeights, hidden_ND: Tensor, rope: Rope, packing: Packing
+) -> tuple[Tensor, Tensor]:
+    """-> the residual stream after attention, and the packed gate and up projections."""
     heads = ops.Heads(spec.H, spec.K, spec.E)
     qkv_NC = ops.norm_linear(
         hidden_ND, weights["norm_attention"], weights["qkv"], weights.get("qkv_bias"), spec.norm_eps
@@ -123,7 +160,6 @@ def decoder_layer(spec: ModelSpec, weights: LayerWeights, hidden_ND: Tensor, rop
     q_NHE, k_NKE, v_NKE = ops.rotary_packed(qkv_NC, heads, rope)
     mixed_NHE = ops.attention(q_NHE, k_NKE, v_NKE, packing, spec.E**-0.5, spec.window)
     update_ND = ops.linear(mixed_NHE.flatten(1), weights["output"], weights.get("output_bias"))
-    hidden_ND, gate_up_N2F = ops.add_norm_linear(
+    return ops.add_norm_linear(
         hidden_ND, update_ND, weights["norm_mlp"], weights["gate_up"], weights.get("gate_up_bias"), spec.norm_eps
     )
-    return hidden_ND + ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"))

@@ -11,7 +11,7 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -131,15 +131,21 @@ def empty_codes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return codes, codes.to(torch.uint8), scales, scales.clone()
 
 
+def leaf_norms(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The norm of each gradient that is there: fp32 scalars, whatever type the gradients have."""
+    return [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads if grad is not None]
+
+
 def control(
-    grads: Sequence[Tensor | None], powers: Tensor, lr: float, clip: float | None
+    norms: Sequence[Tensor], powers: Tensor, lr: float, clip: float | None
 ) -> tuple[Tensor, dict[str, float]]:
     """The fp32 pair [norm, 1 if the step is taken], and the numbers that the update needs; {} if it is not taken.
 
+    norms are the `leaf_norms` of all gradients in the order of the leaves, from however many lists.
     powers is the fp64 vector [beta1^t, beta2^t, t, beta1, beta2]; it is advanced unless the norm is not finite.
     """
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32).double() for grad in grads if grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
+    parts = [norm.double() for norm in norms]
+    norm = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros((), dtype=torch.float64)
     finite = bool(torch.isfinite(norm))
     result = torch.stack((norm.float(), norm.new_tensor(finite).float()))
     if not finite:
@@ -173,7 +179,7 @@ def adamw_fp32(
     clip: float | None,
 ) -> Tensor:
     """One step in place; arguments and result as of kernels/adamw.py `adamw_fp32`, and any float type will do."""
-    result, numbers = control(grads, powers, lr, clip)
+    result, numbers = control(leaf_norms(grads), powers, lr, clip)
     for i, grad in enumerate(grads if numbers else []):
         if grad is None:
             continue
@@ -204,23 +210,47 @@ def adamw_8bit(
     key: int,
 ) -> Tensor:
     """One step in place; arguments and result as of kernels/adamw_8bit.py `adamw_8bit`. Temporaries are bounded."""
-    result, numbers = control(grads, powers, lr, clip)
-    for i, grad in enumerate(grads if numbers else []):
+    result, numbers = control(leaf_norms(grads), powers, lr, clip)
+    if numbers:
+        state = (weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales)
+        update_8bit(grads, *state, numbers, eps=eps, decay=lr * weight_decay, key=key)
+    return result
+
+
+@torch.no_grad()
+def update_8bit(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    numbers: Mapping[str, float],
+    *,
+    eps: float,
+    decay: float,
+    key: int,
+    first: int = 0,
+) -> None:
+    """The update of `adamw_8bit` with the numbers that `control` made, of tensors that are `first`, first + 1, ... in
+    the model. `decay` is the learning rate times the weight decay. A tensor whose gradient is None stays as it is.
+    """
+    for i, grad in enumerate(grads):
         if grad is None:
             continue
         flat = [tensor.view(-1) for tensor in (grad, weights[i], exp_avgs[i], exp_avg_sqs[i])]
-        for first in range(0, flat[0].numel(), _CHUNK):
-            g, weight, m_codes, v_codes = (tensor[first : first + _CHUNK] for tensor in flat)
-            groups = slice(first // GROUP, (first + g.numel() - 1) // GROUP + 1)
+        for start in range(0, flat[0].numel(), _CHUNK):
+            g, weight, m_codes, v_codes = (tensor[start : start + _CHUNK] for tensor in flat)
+            groups = slice(start // GROUP, (start + g.numel() - 1) // GROUP + 1)
             m_scales, v_scales = exp_avg_scales[i][groups], exp_avg_sq_scales[i][groups]
             m, v = decode_signed(m_codes, m_scales), decode_unsigned(v_codes, v_scales)
             g = g.float() * numbers["factor"]
             m += (g - m) * numbers["rate1"]
             v += (g * g - v) * numbers["rate2"]
             exact = weight.float()
-            change = exact * (lr * weight_decay) + numbers["step"] * m / (_root(v) * numbers["root"] + eps)
+            change = exact * decay + numbers["step"] * m / (_root(v) * numbers["root"] + eps)
             exact = exact - change
-            bits = random_bits(key, i, first, g.numel(), g.device)
+            bits = random_bits(key, first + i, start, g.numel(), g.device)
             for value, codes, scales, encode, chance in (
                 (m, m_codes, m_scales, encode_signed, bits >> 16),
                 (v, v_codes, v_scales, encode_unsigned, ((bits * _GOLDEN_PRIME) & _MASK) >> 16),
@@ -229,4 +259,3 @@ def adamw_8bit(
                 codes.copy_(new_codes)
                 scales.copy_(new_scales)
             weight.copy_(round_to_bf16(exact, bits & 0xFFFF) if weight.dtype == torch.bfloat16 else exact)
-    return result

@@ -1,20 +1,20 @@
 """The only training loop: ELO pretraining, alignment and the full continual pretraining baseline all run through
 `train`.
 
-A step is: its rows from the mixture (a pure function of seed and step), forward and backward per micro-batch with the
-loss divided by the loss tokens of the whole step (so that k micro-batches of b equal one of k x b), clip, AdamW. The
-loop knows nothing of files: what it should evaluate, save and show is passed in.
+A step is: its rows from the mixture (a pure function of seed and step), forward and backward with the loss divided by
+the loss tokens of the whole step (so that k micro-batches of b equal one of k x b), clip, AdamW. How that is done is an
+engine's: `train/resident.py` holds the whole model on the device, `stream/` a few of its layers. The loop knows nothing
+of files: what it should evaluate, save and show is passed in.
 """
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,9 +22,8 @@ import torch
 from elo_engine.config import StageConfig
 from elo_engine.data import Mixture, RowBatch
 from elo_engine.errors import FailedError
-from elo_engine.model.decoder import Batch, Decoder
+from elo_engine.model.decoder import Batch
 from elo_engine.model.layers import Packing
-from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.schedule import learning_rate
 
 NON_FINITE_LIMIT = 4  # steps in a row that may be skipped before the run stops
@@ -48,6 +47,32 @@ class Hooks:
     on_step: Callable[[Progress, dict[str, Any]], None] = lambda progress, metrics: None
     every: dict[int, list[Callable[[Progress], Any]]] = field(default_factory=dict)  # steps -> callbacks
     should_stop: Callable[[], bool] = lambda: False
+
+
+class StepOutcome(NamedTuple):
+    """One optimizer step as numbers on the host."""
+
+    loss_sum: float  # nats, over the tokens with a label
+    norm: float  # of all gradients, before clipping
+    updated: bool  # False: the norm was not finite and nothing was changed
+
+
+class Engine(Protocol):
+    """Whoever takes a model through one optimizer step."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def step(
+        self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
+    ) -> StepOutcome | None:
+        """Forward, backward and update for the rows of one step, of which `tokens_loss` positions carry a loss. None
+        where `should_stop` ended it early: then the model stands as if the step had not begun.
+
+        Raises:
+            FailedError: on the `first` step, when gradients are missing, zero, not finite, or where none should be.
+        """
 
 
 class StopSignal:
@@ -104,31 +129,8 @@ def micro_batches(rows: RowBatch, micro_batch: int) -> Iterator[RowBatch]:
         )
 
 
-def check_first_gradients(model: Decoder, optimizer: MasterAdamW) -> None:
-    """After the first backward pass: everything that should learn has a finite, non-zero gradient, nothing else has
-    one.
-
-    Raises:
-        FailedError: naming the first tensor for which this does not hold.
-    """
-    for name, gradient in optimizer.gradients():
-        if gradient is None:
-            raise FailedError(f"first step: {name} should learn and got no gradient")
-        largest = float(torch.linalg.vector_norm(gradient, torch.inf))  # makes no copy, as abs() would
-        if not math.isfinite(largest):
-            raise FailedError(
-                f"first step: the gradient of {name} is not finite; check the checkpoint and the learning data"
-            )
-        if largest == 0.0:
-            raise FailedError(f"first step: the gradient of {name} is zero everywhere, so it would never learn")
-    for name, tensor in model.frozen().items():
-        if tensor.grad is not None:
-            raise FailedError(f"first step: {name} is frozen and got a gradient")
-
-
 def train(
-    model: Decoder,
-    optimizer: MasterAdamW,
+    engine: Engine,
     mixture: Mixture,
     config: StageConfig,
     *,
@@ -152,22 +154,12 @@ def train(
         rows = mixture.rows(first_row + progress.step * rows_per_step, rows_per_step)
         tokens_loss = int((rows.labels_BT >= 0).sum())
         data_s = time.perf_counter() - started
-        optimizer.zero_grad()
-        loss_sum = torch.zeros((), dtype=torch.float32, device=model.device)
-        for piece in micro_batches(rows, config.micro_batch):
-            if hooks.should_stop():
-                optimizer.zero_grad()
-                return False
-            loss = model.loss_sum(to_batch(piece, model.device))
-            (loss / max(1, tokens_loss)).backward()
-            loss_sum += loss.detach()
-        if progress.step == 0:
-            check_first_gradients(model, optimizer)
         lr = learning_rate(progress.step, steps, config.optimizer.lr, config.schedule)
-        result = optimizer.step(lr)
-        # the step's only wait for the device
-        total, norm, taken = torch.stack((loss_sum, result.norm, result.updated)).tolist()
-        loss_mean, updated = total / max(1, tokens_loss), taken == 1.0
+        outcome = engine.step(rows, tokens_loss, lr, first=progress.step == 0, should_stop=hooks.should_stop)
+        if outcome is None:
+            return False
+        total, norm, updated = outcome
+        loss_mean = total / max(1, tokens_loss)
         seconds = time.perf_counter() - started
         progress.step += 1
         progress.tokens_total += rows.ids_BT.size

@@ -26,8 +26,8 @@ from elo_engine.checkpoint import (
     write_safetensors,
 )
 from elo_engine.errors import FailedError, RefusedError
+from elo_engine.train.leaf_state import LeafState
 from elo_engine.train.loop import Progress
-from elo_engine.train.optim import MasterAdamW
 
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -46,7 +46,7 @@ def _steps(stage_folder: Path) -> list[tuple[int, Path]]:
 
 def save_snapshot(
     stage_folder: Path,
-    optimizer: MasterAdamW,
+    optimizer: LeafState,
     progress: Progress,
     identity: dict[str, Any],
     numerics: dict[str, Any],
@@ -116,7 +116,7 @@ def read_progress(folder: Path, identity: dict[str, Any]) -> tuple[Progress, dic
     return Progress(**state["progress"]), state["numerics"]
 
 
-def restore(folder: Path, optimizer: MasterAdamW) -> None:
+def restore(folder: Path, optimizer: LeafState) -> None:
     """Load weights and moments of a verified snapshot into the optimizer and its model."""
     optimizer.load(load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors"))
 

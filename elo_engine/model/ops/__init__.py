@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elo_engine.model.ops.attention import attention
-from elo_engine.model.ops.choice import configure, describe
+from elo_engine.model.ops.choice import configure, describe, use_reference
 from elo_engine.model.ops.linear_cross_entropy import linear_cross_entropy, token_losses
 from elo_engine.model.ops.rms_norm import add_norm_linear, add_rms_norm, norm_linear, rms_norm
 from elo_engine.model.ops.rotary import HeadNorm, Heads, rotary_packed
-from elo_engine.model.ops.swiglu import gated_linear
+from elo_engine.model.ops.swiglu import gated_linear, gated_linear_unrun
 
 __all__ = [
     "HeadNorm",
@@ -27,12 +27,14 @@ __all__ = [
     "configure",
     "describe",
     "gated_linear",
+    "gated_linear_unrun",
     "linear",
     "linear_cross_entropy",
     "norm_linear",
     "rms_norm",
     "rotary_packed",
     "token_losses",
+    "use_reference",
 ]
 
 

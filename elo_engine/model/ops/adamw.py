@@ -2,13 +2,17 @@
 
 fp32 state: Triton on a GPU; elsewhere torch's own fused AdamW, which is what the CPU has always run.
 8-bit state: Triton on a GPU, `cpu_adamw` on a CPU, which is the definition `reference_adamw` bit for bit.
+
+`adamw_step` is the whole step. Where the gradients come a layer at a time and a layer's weights are not always on the
+device, the same step is made in parts: `leaf_norms` of each layer, `step_numbers` when all are known, `adamw_update` of
+each layer whenever it is there, if need be in the middle of the next step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,8 +62,33 @@ class AdamwState:
 
     def set_count(self, count: int) -> None:
         """Stand after `count` steps."""
-        betas = self.powers[3:].tolist()
-        self.powers[:3] = torch.tensor([*(beta**count for beta in betas), count], dtype=torch.float64)
+        _set_count(self.powers, count)
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What one step does to every element, made once a step; under Triton what depends on the norm stays on the device.
+
+    result: the norm of all gradients, and whether the step is taken.
+    bits: of the moments. key: of the random rounding.
+    control_C: Triton's vector of norm, whether it is taken, clip factor and bias corrections; None on other paths.
+    host: the clip factor and what else depends on norm and count, by names of the path's own; {} where the step is not
+        taken, and under Triton.
+    """
+
+    result: StepResult
+    bits: Literal[8, 32]
+    lr: float
+    eps: float
+    weight_decay: float
+    key: int
+    control_C: Tensor | None
+    host: Mapping[str, float]
+
+
+def _set_count(powers: Tensor, count: int) -> None:
+    betas = powers[3:].tolist()
+    powers[:3] = torch.tensor([*(beta**count for beta in betas), count], dtype=torch.float64)
 
 
 def adamw_step(
@@ -101,38 +130,154 @@ def adamw_step(
 
 
 @torch.no_grad()
+def leaf_norms(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each leaf's gradient, as the step makes it on its way to the norm of all: scalars on the device.
+
+    Nothing waits for the device, but under Triton the first call with tensors of new sizes, which sends their plan.
+
+    Args:
+        grads: contiguous, all fp32 or all bf16.
+    """
+    if grads and choice.use_triton(grads[0]):
+        from elo_engine.kernels import adamw_norms
+
+        return list(adamw_norms.leaf_norms(grads).unbind())
+    return reference_adamw.leaf_norms(grads)
+
+
+@torch.no_grad()
+def step_numbers(
+    powers: Tensor,
+    norms: Sequence[Tensor],
+    *,
+    bits: Literal[8, 32],
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    clip: float | None,
+    key: int = 0,
+) -> StepNumbers:
+    """What the step does to every element; advances `powers` unless the norm is not finite. Under Triton nothing waits
+    for the device.
+
+    Args:
+        powers: of `AdamwState`, one vector for all leaves of the model.
+        norms: `leaf_norms` of all leaves that have a gradient, in the order of the leaves, from however many calls.
+        bits: of the moments. The others are as in `adamw_step`.
+    """
+    given: dict[str, Any] = {"bits": bits, "lr": lr, "eps": eps, "weight_decay": weight_decay, "key": key}
+    if choice.use_triton(powers):
+        from elo_engine.kernels import adamw_norms
+
+        norms_S = torch.stack(list(norms)) if norms else powers.new_empty(0)
+        control_C = adamw_norms.step_control(norms_S, powers, lr=lr, clip=clip)
+        return StepNumbers(StepResult(control_C[0], control_C[1]), control_C=control_C, host={}, **given)
+    if bits == 8:
+        pair, host = reference_adamw.control(norms, powers, lr, clip)
+        return StepNumbers(StepResult(*pair), control_C=None, host=host, **given)
+    # What torch.nn.utils.get_total_norm does with the norms of a list.
+    norm = torch.linalg.vector_norm(torch.stack(list(norms))) if norms else torch.tensor(0.0)
+    result, host = _torch_control(norm, powers, clip)
+    return StepNumbers(result, control_C=None, host=host, **given)
+
+
+@torch.no_grad()
+def adamw_update(state: AdamwState, grads: Sequence[Tensor], numbers: StepNumbers, *, first: int = 0) -> None:
+    """Update some leaves in place, as `adamw_step` over all leaves does; nothing changes where the step is not taken.
+
+    On the CPU every bit is the whole step's. Under Triton it is too where the norm does not clip; where it does, the
+    norm was added up in another order and may differ in its last place. Nothing waits for the device, but as in
+    `leaf_norms`.
+
+    Args:
+        state: of these leaves; its `powers` are neither read nor advanced, as `step_numbers` did both.
+        grads: one a weight, contiguous, all fp32 or all bf16. May be scaled in place.
+        first: the number of the first of these leaves in the model; the random bits of 8-bit state depend on it.
+
+    Raises:
+        ValueError: not one gradient for each weight, or numbers made for moments of other bits.
+    """
+    if len(grads) != len(state.weights):
+        raise ValueError(f"grads: {len(grads)} for {len(state.weights)} weights; pass one for each")
+    if (numbers.bits == 8) != (state.scales is not None):
+        raise ValueError(f"numbers: made for moments of {numbers.bits} bits, and these are others; pass their bits")
+    lists = (state.weights, state.exp_avgs, state.exp_avg_sqs)
+    options = {"lr": numbers.lr, "eps": numbers.eps, "weight_decay": numbers.weight_decay}
+    if numbers.control_C is not None:
+        from elo_engine.kernels import adamw, adamw_8bit
+
+        if state.scales is None:
+            adamw.update_fp32(grads, *lists, state.leaves, numbers.control_C, **options)
+        else:
+            key = numbers.key
+            adamw_8bit.update_8bit(grads, *lists, *state.scales, numbers.control_C, key=key, first=first, **options)
+    elif numbers.host and state.scales is not None:
+        update = cpu_adamw.update_8bit if choice.use_cpu(state.powers) else reference_adamw.update_8bit
+        decay, rest = numbers.lr * numbers.weight_decay, (*state.scales, numbers.host)
+        update(grads, *lists, *rest, eps=numbers.eps, decay=decay, key=numbers.key, first=first)
+    elif numbers.host:
+        _torch_update([grad.float() for grad in grads], *lists, numbers.host, options)
+        _copy_to_leaves(state)
+
+
+def _torch_control(norm: Tensor, powers: Tensor, clip: float | None) -> tuple[StepResult, dict[str, float]]:
+    """As `reference_adamw.control`, for torch's fused AdamW, from the norm of all; the host waits for it."""
+    updated = torch.isfinite(norm)
+    result = StepResult(norm, updated.float())
+    if not updated:
+        return result, {}
+    value = float(norm)
+    factor = clip / value if clip is not None and value > clip else 1.0
+    count, beta1, beta2 = powers[2:].tolist()
+    _set_count(powers, int(count) + 1)
+    return result, {"factor": factor, "count": count, "beta1": beta1, "beta2": beta2}
+
+
+def _torch_update(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    host: Mapping[str, float],
+    options: Mapping[str, float],
+) -> None:
+    """torch's fused AdamW, of fp32 gradients, which are scaled in place. options: lr, eps, weight_decay."""
+    if host["factor"] != 1.0:
+        torch._foreach_mul_(grads, host["factor"])
+    torch_adamw(
+        weights,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [torch.tensor(host["count"], dtype=torch.float32, device=grad.device) for grad in grads],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=host["beta1"],
+        beta2=host["beta2"],
+        lr=options["lr"],
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+    )
+
+
+def _copy_to_leaves(state: AdamwState) -> None:
+    if state.leaves is not None:
+        for leaf, master in zip(state.leaves, state.weights, strict=True):
+            leaf.copy_(master)
+
+
+@torch.no_grad()
 def _torch_step(
-    state: AdamwState, grads: Sequence[Tensor | None], *, lr: float, eps: float, weight_decay: float, clip: float | None
+    state: AdamwState, grads: Sequence[Tensor | None], *, clip: float | None, **options: float
 ) -> StepResult:
     """torch's fused AdamW; the host waits for the norm."""
     there = [i for i, grad in enumerate(grads) if grad is not None]
     present = [grad.float() for grad in grads if grad is not None]
-    norm = torch.nn.utils.get_total_norm(present)
-    updated = torch.isfinite(norm)
-    if not updated:
-        return StepResult(norm, updated.float())
-    value = float(norm)
-    if clip is not None and value > clip:
-        torch._foreach_mul_(present, clip / value)
-    count, beta1, beta2 = state.powers[2:].tolist()
-    torch_adamw(
-        [state.weights[i] for i in there],
-        present,
-        [state.exp_avgs[i] for i in there],
-        [state.exp_avg_sqs[i] for i in there],
-        [],
-        [torch.tensor(count, dtype=torch.float32, device=norm.device) for _ in there],
-        fused=True,
-        amsgrad=False,
-        maximize=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-    )
-    state.set_count(int(count) + 1)
-    if state.leaves is not None:
-        for leaf, master in zip(state.leaves, state.weights, strict=True):
-            leaf.copy_(master)
-    return StepResult(norm, updated.float())
+    result, host = _torch_control(torch.nn.utils.get_total_norm(present), state.powers, clip)
+    if host:
+        weights, m, v = ([part[i] for i in there] for part in (state.weights, state.exp_avgs, state.exp_avg_sqs))
+        _torch_update(present, weights, m, v, host, options)
+        _copy_to_leaves(state)
+    return result

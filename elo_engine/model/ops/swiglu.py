@@ -47,15 +47,17 @@ def gated_backward(
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate_up_N2F: Tensor, down_DF: Tensor, bias_D: Tensor | None, activation: Activation
+        ctx: Any, gate_up_N2F: Tensor, down_DF: Tensor, bias_D: Tensor | None, activation: Activation, run: bool
     ) -> Tensor:
         ctx.save_for_backward(gate_up_N2F, down_DF)
         ctx.activation = activation
+        if not run:
+            return gate_up_N2F.new_empty(()).expand(len(gate_up_N2F), len(down_DF))
         return F.linear(gated(gate_up_N2F, activation), down_DF, bias_D)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d_out_ND,) = grads
         gate_up_N2F, down_DF = ctx.saved_tensors
         needs_gate_up, needs_down, needs_bias = ctx.needs_input_grad[:3]
@@ -65,7 +67,7 @@ class _GatedLinear(torch.autograd.Function):
             d_packed_N2F, y_NF = gated_backward(d_y_NF, gate_up_N2F, ctx.activation, needs_down)
         if needs_down:
             d_down_DF = torch.mm(d_out_ND.t(), gated(gate_up_N2F, ctx.activation) if y_NF is None else y_NF)
-        return d_packed_N2F, d_down_DF, d_out_ND.sum(0) if needs_bias else None, None
+        return d_packed_N2F, d_down_DF, d_out_ND.sum(0) if needs_bias else None, None, None
 
 
 def gated_linear(
@@ -75,4 +77,16 @@ def gated_linear(
     if choice.use_reference():
         product = reference.swiglu if activation == "silu" else reference.geglu
         return F.linear(product(gate_up_N2F), down_DF, bias_D)
-    return _GatedLinear.apply(gate_up_N2F, down_DF, bias_D, activation)  # type: ignore[no-any-return]
+    return _GatedLinear.apply(gate_up_N2F, down_DF, bias_D, activation, True)  # type: ignore[no-any-return]
+
+
+def gated_linear_unrun(
+    gate_up_N2F: Tensor, down_DF: Tensor, bias_D: Tensor | None = None, activation: Activation = "silu"
+) -> Tensor:
+    """`gated_linear` for its gradient alone: the values of the result, [N, D], are not computed and must not be read.
+
+    For a layer that is run again in the backward pass: its last product is what no gradient needs.
+    """
+    if choice.use_reference():
+        return gated_linear(gate_up_N2F, down_DF, bias_D, activation)
+    return _GatedLinear.apply(gate_up_N2F, down_DF, bias_D, activation, False)  # type: ignore[no-any-return]

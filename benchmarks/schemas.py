@@ -1,0 +1,222 @@
+"""What a result.json and the raw steps beside it hold: one schema a theme, and what must hold among its fields.
+
+Themes: `speedup` (the arms' steps), `memory` (predicted and measured peaks, the frontier under caps), `kernels` (the
+contests of contest.py), `loading` (as bench_loading.py writes it), `loss` (held-out loss of the whole model against
+seconds of training).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from elo_engine.errors import FailedError
+from elo_engine.measure.components import PeakWhat, component_faults
+from elo_engine.measure.planner import STREAMED
+from elo_engine.measure.setting import ArmName
+
+SCHEMA = 1
+COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss workspace", "slack")
+# `measured_what` of a point -> `peak` of its components
+MEASURED_WHAT: dict[str | None, PeakWhat] = {"traced tensor bytes": "tensors", "max_memory_allocated": "allocated"}
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _part(optional: dict[str, Any] | None = None, /, **fields: Any) -> type[BaseModel]:
+    """An object with exactly these fields; `optional` ones may be left out and are then null."""
+    required = {name: (kind, ...) for name, kind in fields.items()}
+    maybe = {name: (kind | None, None) for name, kind in (optional or {}).items()}
+    return create_model("Part", __config__=_STRICT, **required, **maybe)  # type: ignore[no-any-return,call-overload]
+
+
+_DEVICE = _part(type=Literal["cpu", "cuda"], name=str)
+_MODEL = _part(name=str, parameters=int, layers=int, V=int, D=int, F=int, H=int, K=int, E=int, tied=bool)
+_CEILINGS = _part({"matmul_dtype": str}, matmul_flop_per_s=float, copy_bytes_per_s=float)
+_STEPS = _part(median=float, p10=float, p90=float, count=int)
+_SPEED = _part({"count": int}, median=float, p10=float, p90=float)
+_COMPONENTS = _part(predicted=dict[str, int], measured=dict[str, int], peak=PeakWhat)  # components.by_component
+_ARM_MEMORY = _part(
+    {"components": _COMPONENTS},
+    peak_allocated_bytes=int | None, peak_reserved_bytes=int | None, host_peak_bytes=int | None,
+    tensor_peak_bytes=int | None, predicted_bytes=int | None, predicted=dict[str, int],
+)  # fmt: skip
+_NEEDED = {
+    "tokens_per_step": int, "step_s": _STEPS, "tokens_per_s": _SPEED, "model_gflop_per_token": float,
+    "executed_gflop_per_token": float, "ceiling_share": float, "memory": _ARM_MEMORY, "parameters_trained": int,
+}  # fmt: skip  # of an arm that ran
+_ARM = _part(
+    _NEEDED | {"mfu": float, "energy_j_per_token": float, "loss_first": float, "loss_last": float,
+               "options": dict[str, Any], "clocks": dict[str, Any]},
+    letter=str, label=str, status=Literal["ran", "failed", "not here"], why=str,
+)  # fmt: skip
+_INTERVAL = _part(median=float, low=float | None, high=float | None, confidence=float)
+_SPEEDUP = _part(median=float, low=float | None, high=float | None, confidence=float, ideal=float)
+_STREAMED = _part(  # over_resident: seconds a token over those of `resident`, which runs its layers again as well
+    {"over_resident": _part(median=float, low=float | None, high=float | None, confidence=float, resident=ArmName)},
+    pipeline=dict[ArmName, _SPEEDUP],
+)
+_POINT = _part(
+    # the cap it ran under; why it failed; of the streamed arm, where its layers' inputs are
+    {"cap_bytes": int, "why": str, "components": _COMPONENTS, "inputs": Literal["device", "host"]},
+    arm=ArmName, sequence_length=int, micro_batch=int, predicted_bytes=int, predicted=dict[str, int],
+    measured_bytes=int | None, measured_what=Literal["traced tensor bytes", "max_memory_allocated"] | None,
+    status=Literal["ran", "out of memory", "not run", "failed"], recompute=bool, state=Literal["fp32", "8bit"],
+)  # fmt: skip
+_CAP = _part(cap_bytes=int, arm=ArmName, largest=dict[str, int])
+_CONTEST = _part(
+    contest=str, shape=str, flops=float, bytes=float, floor_ms=float, rounds=int, arms=dict[str, dict[str, Any]]
+)
+_STAGE_MEMORY = _part(label=str, stage=str, predicted_bytes=int, measured_bytes=int, components=_COMPONENTS)
+_LOSS_POINT = _part(seconds=float, tokens=int, language=str, loss_nats=float, stage=str)
+
+SCHEMAS = {
+    "speedup": _part(
+        {"streamed": _STREAMED}, model=_MODEL, device=_DEVICE, dtype=str, sequence_length=int,
+        micro_batch=dict[str, int], split=float, rounds=int, warmup_steps=int, ceilings=_CEILINGS,
+        peak_flop_per_s=float | None, arms=dict[ArmName, _ARM], stage_ratio=dict[ArmName, _INTERVAL],
+        pipeline_speedup=dict[ArmName, _SPEEDUP], checks=list[str],
+    ),
+    "memory": _part(
+        {"dtype": str}, device=_DEVICE, model=_MODEL, points=list[_POINT], caps=list[_CAP]
+    ),
+    "kernels": _part({"dtype": str}, device=_DEVICE, ceilings=_CEILINGS, contests=list[_CONTEST]),
+    "loading": _part(results=dict[str, Any]),
+    "loss": _part(
+        {"memory": list[_STAGE_MEMORY]}, conditions=str, series=list[_part(label=str, points=list[_LOSS_POINT])]
+    ),
+}  # fmt: skip
+
+
+def _speedup_faults(result: dict[str, Any]) -> list[str]:
+    faults = []
+    arms = result["arms"]
+    for name, arm in arms.items():
+        if arm["status"] == "ran":
+            missing = [field for field in _NEEDED if arm.get(field) is None]
+            faults += [f"arms.{name}: it ran, so it needs {', '.join(missing)}"] if missing else []
+        elif not arm["why"]:
+            faults.append(f"arms.{name}: its status is {arm['status']!r}, and `why` says nothing")
+        for field in ("step_s", "tokens_per_s"):
+            spread = arm.get(field)
+            if spread and not 0 < spread["p10"] <= spread["median"] <= spread["p90"]:
+                faults.append(f"arms.{name}.{field}: 0 < p10 <= median <= p90 does not hold")
+        memory = arm.get("memory") or {}
+        peak = measured_peak(memory) if memory else None
+        measured, what = (None, None) if peak is None else peak[:2]
+        faults += _component_faults(f"arms.{name}.memory", memory, measured, what)
+    over = {name: "stage_ratio" for name in result["stage_ratio"]}
+    over |= {name: "pipeline_speedup" for name in result["pipeline_speedup"]}
+    faults += [f"{field}.{name}: that arm did not run" for name, field in over.items() if not _ran(arms, name)]
+    if over and not _ran(arms, "elo_pretrain"):
+        faults.append("ratios are given, and elo_pretrain did not run")
+    return faults + list(_streamed_faults(result.get("streamed"), arms))
+
+
+def _streamed_faults(streamed: dict[str, Any] | None, arms: dict[str, Any]) -> Iterator[str]:
+    """What is said of (s) needs it and what it is held against; a resident arm that recomputes, as it does."""
+    if streamed is None:
+        return
+    needed = {STREAMED, *streamed["pipeline"], *(["elo_pretrain"] if streamed["pipeline"] else [])}
+    if over := streamed.get("over_resident"):
+        needed.add(over["resident"])
+        if not (arms.get(over["resident"], {}).get("options") or {}).get("recompute"):
+            yield f"streamed.over_resident: {over['resident']} does not recompute, as the streamed arm does"
+    missing = sorted(name for name in needed if not _ran(arms, name))
+    if missing:
+        yield f"streamed: it needs {', '.join(missing)}, which did not run"
+
+
+def _component_faults(where: str, beside: dict[str, Any], measured: int | None, what: str | None) -> Iterator[str]:
+    """`components` of an object against the peaks: its `predicted_bytes`, and `measured` bytes, which are `what`."""
+    found = beside.get("components")
+    if not found:
+        return
+    if found["peak"] != what:
+        yield f"{where}.components: they are of {found['peak']} bytes, and the peak is {what or 'not measured'}"
+    for fault in component_faults(found, beside["predicted_bytes"], measured):
+        yield f"{where}.components: {fault}"
+
+
+def _ran(arms: dict[str, Any], name: str) -> bool:
+    return name in arms and arms[name]["status"] == "ran"
+
+
+def _memory_faults(result: dict[str, Any]) -> list[str]:
+    faults = []
+    for number, point in enumerate(result["points"]):
+        measured, what = point["measured_bytes"], point["measured_what"]
+        if (measured is None) != (what is None):
+            faults.append(f"points.{number}: measured_bytes and measured_what come together")
+        faults += _component_faults(f"points.{number}", point, measured, MEASURED_WHAT.get(what))
+    return faults
+
+
+def _loss_faults(result: dict[str, Any]) -> list[str]:
+    faults = []
+    for number, stage in enumerate(result.get("memory") or []):
+        # a stage's peak is resident memory on a CPU and allocated memory on a GPU, and a loss record names no device
+        what = stage["components"]["peak"]
+        faults += _component_faults(f"memory.{number}", stage, stage["measured_bytes"], what)
+    return faults
+
+
+def _kernel_faults(result: dict[str, Any]) -> list[str]:
+    needed = {"median_ms", "p20_ms", "p80_ms", "floor_share", "raw_ms"}
+    return [
+        f"contests.{number}.arms.{name}: neither its times nor `skipped`"
+        for number, contest in enumerate(result["contests"])
+        for name, row in contest["arms"].items()
+        if "skipped" not in row and not needed <= row.keys()
+    ]
+
+
+_FAULTS = {"speedup": _speedup_faults, "memory": _memory_faults, "kernels": _kernel_faults, "loss": _loss_faults}
+
+
+def check_raw(theme: str, raw: Any, where: str) -> None:
+    """Raises FailedError unless raw steps have the form that intervals are computed from; more fields may be there."""
+    if theme != "speedup":
+        return
+    rounds = raw.get("rounds") if isinstance(raw, dict) else None
+    if not isinstance(rounds, list) or not rounds:
+        raise FailedError(f"{where}: has no list `rounds`")
+    for number_, turn in enumerate(rounds):
+        for arm, steps in turn.items() if isinstance(turn, dict) else [("?", None)]:
+            seconds = steps.get("seconds") if isinstance(steps, dict) else None
+            if not isinstance(seconds, list) or not all(isinstance(s, int | float) and s > 0 for s in seconds):
+                raise FailedError(f"{where}: rounds.{number_}.{arm} has no list `seconds` of positive numbers")
+
+
+def check_result(result: Any, where: str) -> None:
+    """Raises FailedError naming the fields that do not fit the schema of the result's theme, or contradict others."""
+    theme = result.get("theme") if isinstance(result, dict) else None
+    if theme not in SCHEMAS:
+        raise FailedError(f"{where}: theme {theme!r} is none of {', '.join(SCHEMAS)}")
+    if result.get("schema") != SCHEMA:
+        raise FailedError(f"{where}: schema {result.get('schema')!r}; this version reads {SCHEMA}")
+    fields = {name: value for name, value in result.items() if name not in ("schema", "theme")}
+    try:
+        SCHEMAS[theme].model_validate_json(json.dumps(fields))
+        said = _FAULTS[theme](result) if theme in _FAULTS else []
+    except ValidationError as error:
+        said = [f"{'.'.join(map(str, e['loc'])) or 'as a whole'}: {e['msg']}" for e in error.errors()]
+    if said:
+        more = f" (and {len(said) - 5} more)" if len(said) > 5 else ""
+        raise FailedError(f"{where} does not fit the schema of {theme!r}: {'; '.join(said[:5])}{more}")
+
+
+def measured_peak(memory: dict[str, Any]) -> tuple[int, PeakWhat, bool] | None:
+    """(bytes, what they are, whether the prediction is of the same thing) of an arm; None when nothing was measured."""
+    fields: tuple[tuple[str, PeakWhat, bool], ...] = (
+        ("peak_allocated_bytes", "allocated", True),
+        ("tensor_peak_bytes", "tensors", True),
+        ("host_peak_bytes", "resident", False),
+    )
+    for field, what, same in fields:
+        if memory[field] is not None:
+            return memory[field], what, same
+    return None

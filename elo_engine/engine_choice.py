@@ -1,0 +1,154 @@
+"""Which engine aligns the whole model (`align.engine`), and how it keeps what is not on the device: chosen from what is
+predicted and from what the machine has, with the reason in one line.
+
+What the configuration says is honoured, whether it fits or not; a plan then refuses it by name. Of what it leaves open:
+* the whole model stays on the device where its predicted peak fits, else a few layers at a time do;
+* the layers' inputs stay on the device where they fit, else they go to the host;
+* the model's store is host memory where there is room for it, else a file on the output's disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any, Literal, get_args
+
+from elo_engine.config import RunConfig, StreamConfig
+from elo_engine.levers import stage_setting
+from elo_engine.measure.expected import Needs
+from elo_engine.measure.machine import Room
+from elo_engine.measure.meter import human_bytes
+from elo_engine.measure.planner import STREAMED
+from elo_engine.measure.setting import Setting, Streaming
+from elo_engine.model.spec import ModelSpec
+
+EngineName = Literal["resident", "streamed"]
+Inputs = Literal["device", "host"]
+StoreName = Literal["memory", "disk"]
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """What alignment will use.
+
+    Attributes:
+        streaming: None for the whole model on the device. setting: as the counts and the memory planner take it.
+        why: one line with numbers. resident_bytes: what the whole model would need of the device, where that decided.
+    """
+
+    engine: EngineName
+    streaming: Streaming | None
+    setting: Setting
+    why: str
+    resident_bytes: int | None = None
+
+
+class Predictions:
+    """`Needs.of`, asked once for each setting of one model."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, Needs] = {}
+
+    def __call__(self, setting: Setting) -> Needs:
+        """What the setting needs."""
+        spec = setting.spec  # has no hash
+        key = tuple(getattr(setting, field.name) for field in fields(setting) if field.name != "spec")
+        found = self._found.get((id(spec), *key))
+        if found is None:
+            found = self._found[id(spec), *key] = Needs.of(setting)
+        return found
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """What a machine has; None: not known, so nothing is left out for it."""
+
+    device: Room | None = None
+    host: Room | None = None
+    disk: Room | None = None
+
+    def shortage(self, needs: Needs) -> str | None:
+        """What does not fit, with numbers; None where all does."""
+        for name, need, room in (
+            ("device memory", needs.device, self.device), ("host memory", needs.host, self.host),
+            ("disk", needs.disk, self.disk),
+        ):  # fmt: skip
+            if room is not None and need > room.bytes:
+                return f"{human_bytes(need)} of {name} of the {human_bytes(room.bytes)} {room.what}"
+        return None
+
+    def has_device(self, needs: Needs) -> bool:
+        """Whether the device's part fits."""
+        return self.device is None or needs.device <= self.device.bytes
+
+
+def choose(
+    config: RunConfig,
+    spec: ModelSpec,
+    device: str,
+    auto_dtype: str,
+    device_room: Room | None,
+    host_room: Room | None,
+    disk_room: Room | None,
+    *,
+    needs_of: Callable[[Setting], Needs] = Needs.of,
+) -> EngineChoice:
+    """The engine of a run's alignment.
+
+    Args:
+        device: cuda or cpu; on a CPU `device_room` and `host_room` are the same memory.
+        auto_dtype: what `dtype: auto` means there.
+        needs_of: where predictions come from, for a caller that asks for many and keeps them.
+    """
+    resident = stage_setting(config, "align", spec, device, auto_dtype)
+    wanted, rooms = config.align.engine, Rooms(device_room, host_room, disk_room)
+    if wanted == "resident":
+        return EngineChoice("resident", None, resident, "as align.engine says")
+    said, resident_bytes = "as align.engine says", None
+    if wanted == "auto":
+        needs = needs_of(resident)
+        resident_bytes = needs.device
+        takes = f"resident needs {human_bytes(needs.device)}"
+        if device_room is None:
+            why = f"{takes}, and nothing is known of the device's memory"
+            return EngineChoice("resident", None, resident, why, resident_bytes)
+        there = f"{takes}, and there are {human_bytes(device_room.bytes)} ({device_room.what})"
+        if rooms.has_device(needs):
+            return EngineChoice("resident", None, resident, there, resident_bytes)
+        said = f"{there}: streamed"
+    streaming, rest = _streaming(config.align.stream, resident, rooms, needs_of)
+    setting = streamed_setting(resident, streaming)
+    return EngineChoice("streamed", streaming, setting, f"{said}, {rest}", resident_bytes)
+
+
+def streamed_setting(resident: Setting, streaming: Streaming) -> Setting:
+    """The same alignment with a few layers on the device; they are always run again in the backward pass."""
+    return replace(resident, arm=STREAMED, streaming=streaming, recompute=True)
+
+
+def _streaming(
+    config: StreamConfig, resident: Setting, rooms: Rooms, needs_of: Callable[[Setting], Needs]
+) -> tuple[Streaming, str]:
+    """How it is streamed, and a few words. Where nothing fits: what fits the device, in memory if that is open; and
+    where that is nothing either, what takes the least of it.
+    """
+    inputs: tuple[Inputs, ...] = get_args(Inputs) if config.inputs == "auto" else (config.inputs,)
+    stores: tuple[StoreName, ...] = get_args(StoreName) if config.store == "auto" else (config.store,)
+    tried = []
+    for where, store in product(inputs, stores):
+        streaming = Streaming(store, where, config.update)
+        needs = needs_of(streamed_setting(resident, streaming))
+        tried.append((streaming, needs))
+        if rooms.shortage(needs) is None:
+            return streaming, _words(streaming, resident.device)
+    on_device = [streaming for streaming, needs in tried if rooms.has_device(needs)]
+    streaming = on_device[0] if on_device else min(tried, key=lambda item: item[1].device)[0]
+    return streaming, f"{_words(streaming, resident.device)}, which is too large as well"
+
+
+def _words(streaming: Streaming, device: str) -> str:
+    on_disk = streaming.store == "disk"
+    kept = "on the disk" if on_disk else "in host memory" if device == "cuda" else "in memory"
+    inputs = "device" if streaming.inputs == "device" else "disk" if on_disk else "host"
+    return f"the model {kept}, layers' inputs on the {inputs}"

@@ -1,0 +1,362 @@
+"""What one optimizer step of arm (s) allocates and frees on the device, in the order of `stream/step.py`, and what the
+model takes on the host. The layer itself is `memory_engine`'s; on a CPU the store is host memory that torch's allocator
+does not hand out, so it is on the host's side there too.
+
+Suffixes as in the shape legend; all sizes here are bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elo_engine.measure import memory_engine_head as head
+from elo_engine.measure.ledger import Held, Ledger
+from elo_engine.measure.memory_engine import ACT, EngineStep, SavedLayer
+from elo_engine.measure.memory_gradients import GRAD, Gradients
+from elo_engine.measure.memory_shapes import SCALE_GROUP
+from elo_engine.measure.setting import Setting
+
+_ALIGN = 256  # of a tensor in a unit's block: stream/layout.py
+_AHEAD = 4  # buffers on the device for hidden states that are kept on the host: stream/hidden.py
+_SLOTS = 2  # layers on the device: stream/device.py
+_DETAILED = 3  # micro-batches gone through op by op: the first makes the gradients, the second widens their sums
+_ADAMW_TILE = 2048  # kernels/adamw_plan.py: a map entry (two int32) a tile, kept for each kind of unit
+
+
+def _block(sizes: Sequence[int], width: int) -> int:
+    return sum(-(-size * width // _ALIGN) * _ALIGN for size in sizes)
+
+
+@dataclass(frozen=True)
+class UnitBytes:
+    """A decoder layer, the embedding, or final norm and head.
+
+    Attributes:
+        sizes: elements of its leaves. weights, state: of its blocks; a waiting gradient takes what the weights do.
+    """
+
+    sizes: tuple[int, ...]
+    weights: int
+    state: int
+
+    @property
+    def elements(self) -> int:
+        """Of all leaves."""
+        return sum(self.sizes)
+
+
+def _unit(setting: Setting, sizes: Sequence[int]) -> UnitBytes:
+    if setting.state == "8bit":
+        state = 2 * _block(sizes, 1) + 2 * _block([-(-size // SCALE_GROUP) for size in sizes], 4)
+    else:  # moments, and masters of bf16 weights
+        state = (2 if setting.width == 4 else 3) * _block(sizes, 4)
+    return UnitBytes(tuple(sizes), _block(sizes, setting.width), state)
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of a model; its layers are alike."""
+
+    layer: UnitBytes
+    embedding: UnitBytes
+    last: UnitBytes
+
+    @classmethod
+    def of(cls, setting: Setting) -> Units:
+        """Laid out as `stream/layout.py` lays them out."""
+        spec = setting.spec
+        leaves = EngineStep(setting, Ledger()).leaves()
+        matrix, ends = spec.V * spec.D, 2 if spec.tied else 3
+        last = [spec.D] if spec.tied else [spec.D, matrix]
+        each = (len(leaves) - ends) // spec.layers
+        return cls(_unit(setting, leaves[:each]), _unit(setting, [matrix]), _unit(setting, last))
+
+    def all(self, layers: int) -> list[UnitBytes]:
+        """In the order of the store."""
+        return [*itertools.repeat(self.layer, layers), self.embedding, self.last]
+
+
+def host_parts(setting: Setting) -> dict[str, int]:
+    """What the streamed model takes on the host by part; with `store: disk` all of it is on the disk."""
+    spec, streaming = setting.spec, setting.streaming
+    units = Units.of(setting).all(spec.layers)
+    weights = sum(unit.weights for unit in units)
+    return {
+        "weights": weights,
+        "optimizer state": sum(unit.state for unit in units),
+        "waiting gradients": weights if streaming.update == "lazy" else 0,
+        "layers' inputs": inputs_bytes(setting) if streaming.inputs == "host" else 0,
+    }
+
+
+def inputs_bytes(setting: Setting) -> int:
+    """Hidden states of a step: what enters each layer and the final norm, and the gradient on its way down."""
+    spec = setting.spec
+    return (spec.layers + 2) * setting.tokens_per_step * spec.D * setting.width
+
+
+def store_bytes(setting: Setting) -> int:
+    """Of the store, wherever it is: `Store.nbytes`."""
+    parts = host_parts(setting)
+    return parts["weights"] + parts["optimizer state"] + parts["waiting gradients"]
+
+
+def standing_bytes(setting: Setting) -> int:
+    """What stays on the device between two steps."""
+    ledger = Ledger()
+    StreamedStep(setting, ledger).standing()
+    return ledger.live_bytes
+
+
+def loading_bytes(setting: Setting) -> int:
+    """The unit that is read from the checkpoint, before it is in its place."""
+    return max(unit.weights for unit in Units.of(setting).all(1))
+
+
+class _Sums(Gradients):
+    """Gradients of one unit, until they are let go of."""
+
+    def gone(self) -> list[Held]:
+        """The sums, which are its caller's from now on."""
+        sums, self._sums = [*self._sums.values()], {}
+        return sums
+
+
+class StreamedStep(EngineStep):
+    """One step, as entries of a ledger."""
+
+    def __init__(self, setting: Setting, ledger: Ledger) -> None:
+        super().__init__(setting, ledger)
+        self.units = Units.of(setting)
+        self.lazy, self.here = setting.streaming.update == "lazy", setting.streaming.inputs == "device"
+        self.detailed = min(_DETAILED, setting.micro_batches)
+        self.rest = setting.micro_batches - self.detailed
+        self.matrix = self.spec.V * self.spec.D
+        self.leaving: list[Held] = []
+        self.passing: Held | None = None  # a GPU's memory that is still on its way to the host
+        self.tied_sum: Held | None = None
+
+    def standing(self) -> None:
+        """Room for layers, for one layer's state and for its waiting gradient."""
+        ledger, layer = self.ledger, self.units.layer
+        ledger.add("weights", _SLOTS * layer.weights)
+        ledger.add("optimizer", layer.state)
+        ledger.add(GRAD, layer.weights)
+        ledger.add(ACT, 2 * 4 * self.setting.sequence_length * (self.spec.E // 2))  # rotary tables
+        if not self.here:
+            ledger.add(ACT, _AHEAD * self.ND)
+        if self.cuda:
+            sizes = [size for unit in self.units.all(1) for size in unit.sizes]
+            ledger.add("optimizer", 8 * sum(-(-size // _ADAMW_TILE) for size in sizes))
+
+    # -- hidden states
+
+    def put(self, made: Held) -> Held:
+        """-> what a place holds from now on. On its way to the host it lives until the next one is made."""
+        if self.here:
+            return made
+        if self.passing is not None:
+            self.ledger.drop(self.passing)
+        self.passing = made if self.cuda else None
+        if not self.cuda:
+            self.ledger.drop(made)
+        return self.ledger.add(ACT, 0)
+
+    def lump(self) -> Held:
+        """A place of the micro-batches that are not gone through one by one."""
+        return self.ledger.add(ACT, self.rest * self.ND if self.here else 0)
+
+    # -- a unit's update and its gradients
+
+    def update_unit(self, unit: UnitBytes) -> None:
+        """AdamW in place. torch's, on a CPU, takes fp32 copies of bf16 gradients."""
+        if not self.cuda and self.w == 2 and self.setting.state == "fp32":
+            self.ledger.spike(GRAD, 4 * unit.elements)
+
+    def enter(self, unit: UnitBytes, name: str, *, waits: bool) -> Held:
+        """An outer unit comes; what waits for its update comes with it and goes again. -> its weights."""
+        ledger = self.ledger
+        weights = ledger.add("weights", unit.weights)
+        if waits:
+            ledger.moment = f"update of {name}"
+            with ledger.during("optimizer", unit.state), ledger.during(GRAD, unit.weights):
+                self.update_unit(unit)
+        return weights
+
+    def send(self, unit: UnitBytes, grads: list[Held], cast: int) -> None:
+        """Gradients go to the store, in its type: of `cast` elements a copy is made. They are gone when they are
+        there: at once on a CPU, when something waits for it on a GPU.
+        """
+        ledger = self.ledger
+        copies = [ledger.add(GRAD, self.w * cast)]
+        self.norms(unit)
+        if self.cuda:
+            self.leaving += copies if cast else [*copies, *grads]
+        if cast or not self.cuda:
+            ledger.drop(*grads, *([] if self.cuda else copies))
+
+    def norms(self, unit: UnitBytes) -> None:
+        """On a CPU the norm of a bf16 gradient is that of an fp32 copy."""
+        if not self.cuda and self.w == 2:
+            self.ledger.spike(GRAD, 4 * max(unit.sizes))
+
+    def update_now(self, unit: UnitBytes, grads: list[Held], cast: int, *, state: bool) -> None:
+        """Update with gradients that are here; `state`: in memory of its own. The gradients go."""
+        ledger = self.ledger
+        self.norms(unit)
+        with ledger.during("optimizer", unit.state if state else 0), ledger.during(GRAD, self.w * cast):
+            self.update_unit(unit)
+        ledger.drop(*grads)
+
+    def until_down(self) -> dict[str, Held]:
+        """After a recomputation what was leaving is gone."""
+        kept = super().until_down()
+        self.let_leave()
+        return kept
+
+    def let_leave(self) -> None:
+        """See `DeviceUnits`."""
+        self.ledger.drop(*self.leaving)
+        self.leaving.clear()
+
+    # -- the step
+
+    def step(self) -> None:
+        """Forward, head, backward, the embedding's rows."""
+        ledger, L, setting = self.ledger, self.spec.layers, self.setting
+        ids = ledger.add(ACT, 3 * 8 * setting.tokens_per_step)  # ids, labels, positions
+        # rotary tables by token stay on a CPU from the first layer on
+        ropes = 0 if self.cuda else setting.micro_batches * 2 * self.rope_NR
+        ledger.moment = "embedding"
+        embedding = self.enter(self.units.embedding, "the embedding", waits=self.lazy)
+        ledger.moment = "embedding"
+        places = [[self.lump(), *(self.put(ledger.add(ACT, self.ND)) for _ in range(self.detailed))]]
+        tables: Held | None = None
+        for number in range(L):
+            if self.lazy:
+                ledger.moment = f"update of layer {number}"
+                self.update_unit(self.units.layer)
+            if number == 0:
+                ledger.drop(embedding)
+                tables = ledger.add(ACT, ropes)
+            ledger.moment = f"forward of layer {number}"
+            made = [self.lump()]
+            for _ in range(self.detailed):
+                _, out = self.forward_layer(graph=False)
+                made.append(self.put(out))
+            places.append(made)
+        turn = self.head(places.pop())
+        for number in reversed(range(L)):
+            turn = self.backward(number, places.pop(), turn)
+        self.embedding_rows(turn)
+        assert tables is not None
+        ledger.drop(ids, tables, *([] if self.passing is None else [self.passing]))
+        self.let_leave()
+
+    def head(self, places: list[Held]) -> list[Held]:
+        """-> the gradients of the hidden states."""
+        ledger, tied, units = self.ledger, self.spec.tied, self.units
+        last = self.enter(units.last, "final norm and head", waits=self.lazy)
+        here = [last, *([self.enter(units.embedding, "the embedding", waits=False)] if tied else [])]
+        total = ledger.add(GRAD, 4 * self.matrix)
+        self.gradients = sums = _Sums(ledger, widens=self.w == 2, copies=not self.cuda)
+        turn = [self.lump_of(places.pop(0)), *(self.loss(place) for place in places)]
+        ledger.moment = "gradients of the head"
+        cast = self.matrix if self.w == 2 else 0
+        if tied:
+            if self.lazy:
+                self.send(units.embedding, [total], cast)
+                self.let_leave()
+            else:
+                self.tied_sum = total
+            self.take(units.last, sums.gone(), 0, state=True)
+        else:
+            self.take(units.last, [*sums.gone(), total], cast, state=True)
+        ledger.drop(*here)
+        return turn
+
+    def lump_of(self, place: Held) -> Held:
+        """The same micro-batches' gradients in their states' place."""
+        self.ledger.drop(place)
+        return self.lump()
+
+    def loss(self, entered: Held) -> Held:
+        """End of one micro-batch and its backward pass."""
+        ledger = self.ledger
+        ledger.moment = "final norm"
+        normed, rstd = self.norm()
+        ledger.moment = "loss"
+        d_hidden = head.forward(self.setting, ledger, learns=True)
+        ledger.drop(normed)
+        ledger.moment = "backward of the loss"
+        d_normed = ledger.add(ACT, self.ND)
+        if not self.cuda and self.w == 2:  # torch multiplies two types on the CPU by way of fp32 copies
+            ledger.spike(ACT, 2 * self.wide_ND)
+        ledger.drop(d_hidden)
+        ledger.moment = "backward of the final norm"
+        d_out = self.norm_backward()
+        self.gradient(-1, "norm", self.spec.D)
+        ledger.drop(d_normed, rstd)
+        self.gradients.settle()
+        d_out = self.put(d_out)
+        ledger.drop(entered)
+        return d_out
+
+    def backward(self, number: int, places: list[Held], turn: list[Held]) -> list[Held]:
+        """A layer, all micro-batches. -> gradients of what entered it."""
+        ledger = self.ledger
+        self.gradients = sums = _Sums(ledger, widens=self.w == 2, copies=not self.cuda)
+        below = []
+        for entered, d_out in zip(places[1:], turn[1:], strict=True):
+            d_hidden = self.backward_layer(number, SavedLayer(entered, None), d_out, below=True)
+            assert d_hidden is not None
+            below.append(self.put(d_hidden))
+        ledger.drop(places[0])
+        ledger.moment = f"gradients of layer {number}"
+        cast = self.units.layer.elements if self.w == 2 and self.setting.micro_batches > 1 else 0
+        self.take(self.units.layer, sums.gone(), cast, state=False)
+        return [turn[0], *below]
+
+    def take(self, unit: UnitBytes, grads: list[Held], cast: int, *, state: bool) -> None:
+        """Complete gradients: they wait, or update their unit."""
+        if self.lazy:
+            self.send(unit, grads, cast)
+        else:
+            self.update_now(unit, grads, cast, state=state)
+
+    def embedding_rows(self, turn: list[Held]) -> None:
+        """The embedding's gradient: rows of the step's tokens, on top of the head's where the two are tied."""
+        ledger, unit, tokens = self.ledger, self.units.embedding, self.setting.tokens_per_step
+        self.let_leave()
+        ledger.moment = "backward of the embedding"
+        U = min(self.spec.V, tokens)  # no more different ids than that
+        if not self.cuda:  # a GPU's are found on the host
+            ledger.spike(ACT, 3 * 8 * tokens)
+        rows = [ledger.add(ACT, 8 * U), ledger.add(GRAD, 4 * U * self.spec.D)]
+        for d_hidden in turn:
+            ledger.spike(ACT, 8 * self.N + (self.wide_ND if self.w == 2 else 0))
+            ledger.drop(d_hidden)
+        ledger.moment = "gradients of the embedding"
+        cast = self.matrix if self.w == 2 else 0
+        whole, self.tied_sum = self.tied_sum, None
+        if self.spec.tied and self.lazy:
+            whole, cast = ledger.add(GRAD, unit.weights), 0
+            ledger.spike(GRAD, 2 * U * self.spec.D if self.w == 2 else 0)
+        whole = whole or ledger.add(GRAD, 4 * self.matrix)
+        if self.lazy:
+            self.send(unit, [whole], cast)
+        else:
+            weights = self.enter(unit, "the embedding", waits=False)
+            self.update_now(unit, [whole], cast, state=True)
+            ledger.drop(weights)
+        ledger.drop(*rows)
+        self.let_leave()
+
+
+def run_step(setting: Setting, ledger: Ledger) -> None:
+    """Enter one steady optimizer step of arm (s); what is live after it stays on the device between steps."""
+    step = StreamedStep(setting, ledger)
+    step.standing()
+    step.step()

@@ -1,0 +1,215 @@
+"""The units that are on the device: two slots for decoder layers that take turns, and what the ends of the model need
+while they are used.
+
+Before a unit is used, the update that waits for it is made (the lazy step): clipping by the norm of all gradients is
+exact, although no gradient but one layer's was ever on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elo_engine.model.decoder import Leaf
+from elo_engine.model.ops.adamw import AdamwState, StepNumbers, adamw_update, leaf_norms
+from elo_engine.stream.lanes import Fence, Lanes
+from elo_engine.stream.layout import BlockName, Unit, adamw_state
+from elo_engine.stream.store import Store
+from elo_engine.train.gradients import Gradients
+
+
+class Piece:
+    """Memory of the device for one block of a unit."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.fence = Fence()
+
+
+@dataclass
+class Present:
+    """A unit that is on the device.
+
+    Attributes:
+        weights: by key, as leaves that learn. piece: their memory. grads: where their gradients add up.
+    """
+
+    number: int
+    unit: Unit
+    weights: dict[str, Tensor]
+    piece: Piece
+    grads: Gradients
+
+    def leaves(self) -> list[Leaf]:
+        """With the checkpoint's names."""
+        return self.unit.leaves(self.weights)
+
+
+class _Slot:
+    """Room for the weights of a layer; all layers are laid out alike, so its leaves stay the same tensors."""
+
+    def __init__(self, unit: Unit, device: torch.device) -> None:
+        self.piece = Piece(unit.weights.nbytes, device)
+        self.views = unit.weights.views(self.piece.flat)
+        self.leaves = {key: view.detach().requires_grad_() for key, view in self.views.items()}
+        self.grads = Gradients(unit.leaves(self.leaves))
+
+
+class DeviceUnits:
+    """Brings units of a store to the device, updates them there, and sends them and their gradients back.
+
+    Attributes:
+        numbers: of the last completed step, for the updates that wait. waiting: the units whose gradient waits in the
+            store for them.
+    """
+
+    def __init__(self, store: Store, lanes: Lanes) -> None:
+        self._store, self._lanes = store, lanes
+        device, unit = store.device, store.units[0]
+        self._slots = [_Slot(unit, device) for _ in range(2)]
+        self._state = Piece(unit.state.nbytes, device)
+        self._gradients = Piece(unit.gradients.nbytes, device)
+        self._adamw = [
+            adamw_state(unit, slot.views, unit.state.views(self._state.flat), store.powers) for slot in self._slots
+        ]
+        self._waiting_gradients = unit.gradients.views(self._gradients.flat)
+        self._turn = 0
+        self._coming: tuple[int, int] | None = None  # layer, slot
+        self._leaving: tuple[Fence, list[Tensor]] | None = None
+        self.numbers: StepNumbers | None = None
+        self.waiting: set[int] = set()
+
+    def held(self) -> dict[str, int]:
+        """Bytes that stay on the device, by component."""
+        return {
+            "weights": sum(slot.piece.flat.numel() for slot in self._slots),
+            "gradients": self._gradients.flat.numel(),
+            "optimizer": self._state.flat.numel(),
+        }
+
+    # -- to the device
+
+    def soon(self, number: int | None) -> None:
+        """Begin to bring a layer; None: nothing."""
+        if number is None or (self._coming is not None and self._coming[0] == number):
+            return
+        slot, self._turn = self._turn, (self._turn + 1) % len(self._slots)
+        self._down(number, "weights", self._slots[slot].piece)
+        if number in self.waiting:
+            self._down(number, "state", self._state)
+            self._down(number, "gradients", self._gradients)
+        self._coming = number, slot
+
+    def _down(self, number: int, block: BlockName, piece: Piece) -> None:
+        self._store.soon(number, block)
+        with self._lanes.on("down", reads=[self._store.fences[number][block]], writes=[piece.fence]):
+            piece.flat.copy_(self._store.flat(number, block), non_blocking=True)
+
+    def _up(self, number: int, block: BlockName, piece: Piece) -> None:
+        with self._lanes.on("up", reads=[piece.fence], writes=[self._store.fences[number][block]]):
+            self._store.flat(number, block).copy_(piece.flat, non_blocking=True)
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[Present]:
+        """A decoder layer, updated; what is queued in the block may read it."""
+        self.soon(number)
+        assert self._coming is not None
+        slot = self._slots[self._coming[1]]
+        if number in self.waiting:
+            adamw, grads = self._adamw[self._coming[1]], list(self._waiting_gradients.values())
+            self._update(number, adamw, grads, self.numbers, slot.piece, self._state, self._gradients)
+        self._coming = None
+        with self._lanes.on("compute", reads=[slot.piece.fence]):
+            yield Present(number, self._store.units[number], slot.leaves, slot.piece, slot.grads)
+
+    @contextmanager
+    def outer(self, number: int) -> Iterator[Present]:
+        """As `layer`, for the embedding or for final norm and head: memory of their own while they are here."""
+        unit, device = self._store.units[number], self._store.device
+        piece = Piece(unit.weights.nbytes, device)
+        self._down(number, "weights", piece)
+        views = unit.weights.views(piece.flat)
+        if number in self.waiting:
+            state, gradients = Piece(unit.state.nbytes, device), Piece(unit.gradients.nbytes, device)
+            self._down(number, "state", state)
+            self._down(number, "gradients", gradients)
+            adamw = adamw_state(unit, views, unit.state.views(state.flat), self._store.powers)
+            grads = list(unit.gradients.views(gradients.flat).values())
+            self._update(number, adamw, grads, self.numbers, piece, state, gradients)
+            self._lanes.keep_until_read(state, gradients)
+            del state, gradients, adamw, grads
+        leaves = {key: view.detach().requires_grad_() for key, view in views.items()}
+        with self._lanes.on("compute", reads=[piece.fence]):
+            yield Present(number, unit, leaves, piece, Gradients(unit.leaves(leaves)))
+        self._lanes.keep_until_read(piece)
+
+    def _update(
+        self, number: int, adamw: AdamwState, grads: list[Tensor], numbers: StepNumbers | None, weights: Piece,
+        state: Piece, gradients: Piece,
+    ) -> None:  # fmt: skip
+        assert numbers is not None
+        with self._lanes.on("compute", writes=[weights.fence, state.fence, gradients.fence]):
+            adamw_update(adamw, grads, numbers, first=self._store.units[number].first)
+        self._up(number, "weights", weights)
+        self._up(number, "state", state)
+        self.waiting.discard(number)
+
+    # -- gradients
+
+    def send(self, number: int, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Start the gradients of a unit, one a leaf, on their way to the store, in the type they wait in; returns the
+        norm of each. They stay on the device until `let_leave`.
+        """
+        fields, there = self._store.units[number].gradients.fields, self._store.views[number]["gradients"]
+        leaving = [grad.to(field.dtype) for grad, field in zip(grads, fields, strict=True)]
+        norms, made = leaf_norms(leaving), Fence()
+        with self._lanes.on("compute", writes=[made]):
+            pass
+        with self._lanes.on("up", reads=[made], writes=[self._store.fences[number]["gradients"]]):
+            for grad, field in zip(leaving, fields, strict=True):
+                there[field.key].copy_(grad, non_blocking=True)
+        if self._lanes.streams:
+            self._leaving = made, leaving
+        return norms
+
+    def gradients_back(self, number: int) -> dict[str, Tensor]:
+        """The gradients that were sent, on the device once more."""
+        block = self._store.units[number].gradients
+        piece = Piece(block.nbytes, self._store.device)
+        self._down(number, "gradients", piece)
+        with self._lanes.on("compute", writes=[piece.fence]):
+            return block.views(piece.flat)
+
+    def forget(self) -> None:
+        """Nothing that was begun will be used."""
+        self.let_leave()
+        self._coming = None
+
+    def let_leave(self) -> None:
+        """Order what follows after the gradients that are on their way, and let go of their memory."""
+        if self._leaving is not None:
+            made, self._leaving = self._leaving[0], None
+            with self._lanes.on("compute", writes=[made]):
+                pass
+
+    def state_soon(self, number: int) -> None:
+        """Begin to bring the state of a layer that `update_now` will update."""
+        self._down(number, "state", self._state)
+
+    def update_now(self, present: Present, grads: Sequence[Tensor], numbers: StepNumbers) -> None:
+        """Update a unit with gradients that are here, at once, and send it back: nothing waits."""
+        unit, device = present.unit, self._store.device
+        state = self._state
+        if present.number >= self._store.layers:
+            state = Piece(unit.state.nbytes, device)
+            self._down(present.number, "state", state)
+        views = {key: leaf.detach() for key, leaf in present.weights.items()}
+        adamw = adamw_state(unit, views, unit.state.views(state.flat), self._store.powers)
+        fields = unit.gradients.fields
+        of_type = [grad.to(field.dtype) for grad, field in zip(grads, fields, strict=True)]
+        self._update(present.number, adamw, of_type, numbers, present.piece, state, Piece(0, device))
+        self._lanes.keep_until_read(state, present.piece)

@@ -1,0 +1,151 @@
+"""Whole-model training in layer-major order: layers outside, micro-batches inside.
+
+A resident step takes each micro-batch through all layers; here each layer is brought to the device once for the
+forward and once for the backward pass of ALL micro-batches of a step (L2L, Pudipeddi et al. 2020, arXiv 2002.05645), so
+the link carries a layer's weights twice a step and not twice a micro-batch. The operations and their order within every
+sum are the resident engine's, so on a CPU in fp32 a run is the same to the last bit.
+
+`update: lazy` (default): a layer's gradient waits on the host until the norm of all is known, and its update is made
+when the layer is brought for the next step. A step that is given up, or whose norm is not finite, has changed nothing.
+`update: at_once`: a layer is updated when its gradient is complete; clipping, if any, is by each unit's own norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elo_engine.config import OptimizerConfig, StageConfig
+from elo_engine.data import RowBatch
+from elo_engine.errors import FailedError
+from elo_engine.measure.setting import Streaming
+from elo_engine.model.layers import RopeTable
+from elo_engine.model.spec import ModelSpec
+from elo_engine.stream.device import DeviceUnits
+from elo_engine.stream.hidden import DeviceHidden, Hidden, HostHidden
+from elo_engine.stream.lanes import Lanes
+from elo_engine.stream.scoring import LayerMajorScorer, store_scorer
+from elo_engine.stream.slabs import Slab
+from elo_engine.stream.state import StreamedState
+from elo_engine.stream.step import Step, Stopped
+from elo_engine.stream.store import Store
+from elo_engine.train.loop import StepOutcome, micro_batches, to_batch
+
+
+def open_streamed(
+    spec: ModelSpec, dtype: torch.dtype, section: StageConfig, device: torch.device, streaming: Streaming,
+    sequence_length: int, *, seed: int = 42, folder: Path | None = None,
+) -> StreamedEngine:  # fmt: skip
+    """An engine with an empty store, for a stage of this configuration; `engine.store.load` fills it.
+
+    folder: on whose disk the store is, where it is on one.
+
+    Raises:
+        RefusedError: the host does not have the memory, or the disk the room. FailedError: it cannot be registered.
+    """
+    lanes = Lanes(device)
+    at_once = streaming.update == "at_once"
+    where = folder if streaming.store == "disk" else None
+    store = Store(spec, dtype, section.optimizer, device, folder=where, waits=not at_once)
+    hidden: Hidden = DeviceHidden()
+    if streaming.inputs == "host":
+        tokens, places = section.tokens_per_step, spec.layers + 2
+        slab = Slab(places * tokens * spec.D * dtype.itemsize, folder=where, pin=device.type == "cuda")
+        hidden = HostHidden(lanes, places, tokens, spec.D, dtype, slab)
+    return StreamedEngine(
+        store, lanes, hidden, section.optimizer, micro_batch=section.micro_batch, seed=seed, at_once=at_once
+    )
+
+
+class StreamedEngine:
+    """A model in a store and AdamW, as `train` takes them.
+
+    Args:
+        hidden: where the layers' inputs are kept.
+        micro_batch: rows that go through a layer at once.
+        at_once: see above.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        lanes: Lanes,
+        hidden: Hidden,
+        optimizer: OptimizerConfig,
+        *,
+        micro_batch: int,
+        seed: int = 42,
+        at_once: bool = False,
+    ) -> None:
+        self.store, self.spec = store, store.spec
+        self._lanes, self.hidden, self.config = lanes, hidden, optimizer
+        self._micro_batch, self.seed, self.at_once = micro_batch, seed, at_once
+        self.device_units = DeviceUnits(store, lanes)
+        self._rope = RopeTable(store.spec, store.device)
+        self.optimizer = StreamedState(store, self.flush)
+        self.broken = ""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.store.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes."""
+        return self.store.dtype
+
+    @property
+    def scorer(self) -> LayerMajorScorer:
+        """Whose held-out losses are scored: the model as it is after the last step."""
+        return store_scorer(self)
+
+    def held(self) -> dict[str, int]:
+        """Bytes on the device by component, between the steps."""
+        return self.device_units.held()
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Checkpoint names of what learns -> the weights on the host, as they are there now."""
+        return self.optimizer.leaf_views()
+
+    def flush(self) -> None:
+        """Make every update that waits, so that the store holds the model as it is.
+
+        Raises:
+            FailedError: a step of `update: at_once` broke off half-way.
+        """
+        if self.broken:
+            raise FailedError(self.broken)
+        for number in sorted(self.device_units.waiting):
+            with self.device_units.layer(number) if number < self.store.layers else self.device_units.outer(number):
+                pass
+        self._lanes.finish()
+
+    def step(
+        self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
+    ) -> StepOutcome | None:
+        """See `Engine`. With `update: at_once` a step can be given up only before its backward pass."""
+        if self.broken:
+            raise FailedError(self.broken)
+        pieces = [to_batch(piece, self.device) for piece in micro_batches(rows, self._micro_batch)]
+        batches = [(batch, self._rope.gather(batch.packing.positions_N, batch.longest)) for batch in pieces]
+        step = Step(self, batches, tokens_loss, lr, first=first, should_stop=should_stop)
+        with torch.no_grad():
+            try:
+                self.hidden.begin([len(batch.ids_N) for batch in pieces])
+                step.forward()
+                step.head()
+                step.backward(torch.from_numpy(rows.ids_BT))
+            except Stopped:
+                self._give_up()
+                return None
+            return step.finish()
+
+    def _give_up(self) -> None:
+        """What waited and has been made since is the step before; what waits still waits."""
+        self.hidden.begin([])
+        self.device_units.forget()
+        self._lanes.finish()
