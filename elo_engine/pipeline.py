@@ -47,7 +47,7 @@ def evaluate_once(run: RunDir, source: Source, moment: str, folder: Path) -> Non
         return
     heldout = open_heldout(run.config, source.folder, source.spec.V)
     run.status(state="running", stage=f"evaluate {moment}")
-    found = evaluate_folder(folder, heldout, device=source.device, dtype=source.dtype)
+    found = evaluate_folder(folder, heldout, device=source.device, dtype=source.dtype, say=run.say)
     results["evaluations"][moment] = {language: asdict(result) for language, result in found.items()}
     run.write_json("results.json", results)
     for language, result in found.items():

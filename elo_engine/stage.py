@@ -132,7 +132,8 @@ def run_stage(
             return
         for what, scorer in scorers.items():
             try:
-                found = evaluate_all(scorer, heldout, stop)
+                with peak.without():  # the plan is of training
+                    found = evaluate_all(scorer, heldout, stop)
             except Stopped:
                 return  # the loop sees the signal next
             for language, result in found.items():

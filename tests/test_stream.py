@@ -123,11 +123,11 @@ def test_bf16_differs_only_by_the_type_in_which_gradients_wait(state: str, micro
     assert abs(there.loss_sum - here.loss_sum) < 0.002 * there.loss_sum
 
 
-@pytest.mark.parametrize("state", ["fp32", "8bit"])
-def test_a_step_that_is_given_up_at_any_point_leaves_no_trace(state: str) -> None:
+@pytest.mark.parametrize(("state", "inputs"), [("fp32", "device"), ("8bit", "host")])
+def test_a_step_that_is_given_up_at_any_point_leaves_no_trace(state: str, inputs: str) -> None:
     """`should_stop` at every moment of the sweep: 1 question at its start, 15 forward, 3 at the head, 15 backward."""
     case = Case(optimizer=optimizer(state))
-    resident, streamed = case.resident(), case.streamed()
+    resident, streamed = case.resident(), case.streamed(inputs=inputs)
     stops = dict(zip(range(2, 36), range(34), strict=True))
     there = case.steps(resident, 0, 36)
     here = case.steps(streamed, 0, 36, stops)

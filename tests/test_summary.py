@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from elo_engine.summary import read_steps, stage_summary
 
@@ -59,3 +61,23 @@ def test_a_stage_without_steps_has_no_summary(tmp_path: Path) -> None:
     assert stage_summary(tmp_path, "align") == {}
     write(tmp_path, [step(1, 1.0, stage="pretrain")])
     assert stage_summary(tmp_path, "align") == {}
+
+
+def test_the_peak_of_a_stretch_leaves_out_what_it_is_told_to() -> None:
+    """256 MiB inside the block do not count, 32 MiB before it do."""
+    from elo_engine.measure.meter import peak_memory
+
+    def touch(size: int) -> None:
+        memory = mmap.mmap(-1, size)
+        memory.write(b"x" * size)
+        memory.close()
+
+    with peak_memory(torch.device("cpu")) as base:
+        pass
+    with peak_memory(torch.device("cpu")) as peak:
+        touch(32 << 20)
+        with peak.without():
+            touch(256 << 20)
+        touch(16 << 20)
+    assert "resident" in peak.what
+    assert 30 << 20 < peak.bytes - base.bytes < 160 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,21 @@ class Peak:
 
     bytes: int = 0
     what: str = ""
+    _read: Callable[[], tuple[int, str]] = lambda: (0, "")
+    _reset: Callable[[], object] = lambda: None
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """What happens inside this block is not the work whose peak is asked for."""
+        self._keep()
+        try:
+            yield
+        finally:
+            self._reset()
+
+    def _keep(self) -> None:
+        size, self.what = self._read()
+        self.bytes = max(self.bytes, size)
 
 
 def _read_high_water() -> int | None:
@@ -42,19 +57,28 @@ def _reset_high_water() -> bool:
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Peak of the block: allocated GPU memory on CUDA, resident memory of the process on the CPU (weights included)."""
-    peak = Peak()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    reset = device.type != "cuda" and _reset_high_water()
+    gpu = device.type == "cuda"
+
+    def reset() -> bool:
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        return gpu or _reset_high_water()
+
+    resettable = reset()
+
+    def read() -> tuple[int, str]:
+        if gpu:
+            return torch.cuda.max_memory_allocated(device), "peak allocated GPU memory"
+        high = _read_high_water() if resettable else None
+        if high is not None:
+            return high, "peak resident memory"
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "peak resident memory of the whole process"
+
+    peak = Peak(_read=read, _reset=reset)
     try:
         yield peak
     finally:
-        if device.type == "cuda":
-            peak.bytes, peak.what = torch.cuda.max_memory_allocated(device), "peak allocated GPU memory"
-        else:
-            high = _read_high_water() if reset else None
-            peak.bytes = high if high is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            peak.what = "peak resident memory" if high is not None else "peak resident memory of the whole process"
+        peak._keep()
 
 
 @dataclass(frozen=True)

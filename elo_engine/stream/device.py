@@ -25,9 +25,12 @@ from elo_engine.train.gradients import Gradients
 class Piece:
     """Memory of the device for one block of a unit."""
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self.flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    def __init__(self, nbytes: int, lanes: Lanes) -> None:
+        self.flat = torch.empty(nbytes, dtype=torch.uint8, device=lanes.device)
         self.fence = Fence()
+        # The allocator may give out what a computation that is still queued reads: a copy into it comes after that.
+        with lanes.on("compute", writes=[self.fence]):
+            pass
 
 
 @dataclass
@@ -52,8 +55,8 @@ class Present:
 class _Slot:
     """Room for the weights of a layer; all layers are laid out alike, so its leaves stay the same tensors."""
 
-    def __init__(self, unit: Unit, device: torch.device) -> None:
-        self.piece = Piece(unit.weights.nbytes, device)
+    def __init__(self, unit: Unit, lanes: Lanes) -> None:
+        self.piece = Piece(unit.weights.nbytes, lanes)
         self.views = unit.weights.views(self.piece.flat)
         self.leaves = {key: view.detach().requires_grad_() for key, view in self.views.items()}
         self.grads = Gradients(unit.leaves(self.leaves))
@@ -69,10 +72,10 @@ class DeviceUnits:
 
     def __init__(self, store: Store, lanes: Lanes) -> None:
         self._store, self._lanes = store, lanes
-        device, unit = store.device, store.units[0]
-        self._slots = [_Slot(unit, device) for _ in range(2)]
-        self._state = Piece(unit.state.nbytes, device)
-        self._gradients = Piece(unit.gradients.nbytes, device)
+        unit = store.units[0]
+        self._slots = [_Slot(unit, lanes) for _ in range(2)]
+        self._state = Piece(unit.state.nbytes, lanes)
+        self._gradients = Piece(unit.gradients.nbytes, lanes)
         self._adamw = [
             adamw_state(unit, slot.views, unit.state.views(self._state.flat), store.powers) for slot in self._slots
         ]
@@ -129,12 +132,12 @@ class DeviceUnits:
     @contextmanager
     def outer(self, number: int) -> Iterator[Present]:
         """As `layer`, for the embedding or for final norm and head: memory of their own while they are here."""
-        unit, device = self._store.units[number], self._store.device
-        piece = Piece(unit.weights.nbytes, device)
+        unit, lanes = self._store.units[number], self._lanes
+        piece = Piece(unit.weights.nbytes, lanes)
         self._down(number, "weights", piece)
         views = unit.weights.views(piece.flat)
         if number in self.waiting:
-            state, gradients = Piece(unit.state.nbytes, device), Piece(unit.gradients.nbytes, device)
+            state, gradients = Piece(unit.state.nbytes, lanes), Piece(unit.gradients.nbytes, lanes)
             self._down(number, "state", state)
             self._down(number, "gradients", gradients)
             adamw = adamw_state(unit, views, unit.state.views(state.flat), self._store.powers)
@@ -179,7 +182,7 @@ class DeviceUnits:
     def gradients_back(self, number: int) -> dict[str, Tensor]:
         """The gradients that were sent, on the device once more."""
         block = self._store.units[number].gradients
-        piece = Piece(block.nbytes, self._store.device)
+        piece = Piece(block.nbytes, self._lanes)
         self._down(number, "gradients", piece)
         with self._lanes.on("compute", writes=[piece.fence]):
             return block.views(piece.flat)
@@ -202,14 +205,14 @@ class DeviceUnits:
 
     def update_now(self, present: Present, grads: Sequence[Tensor], numbers: StepNumbers) -> None:
         """Update a unit with gradients that are here, at once, and send it back: nothing waits."""
-        unit, device = present.unit, self._store.device
+        unit, lanes = present.unit, self._lanes
         state = self._state
         if present.number >= self._store.layers:
-            state = Piece(unit.state.nbytes, device)
+            state = Piece(unit.state.nbytes, lanes)
             self._down(present.number, "state", state)
         views = {key: leaf.detach() for key, leaf in present.weights.items()}
         adamw = adamw_state(unit, views, unit.state.views(state.flat), self._store.powers)
         fields = unit.gradients.fields
         of_type = [grad.to(field.dtype) for grad, field in zip(grads, fields, strict=True)]
-        self._update(present.number, adamw, of_type, numbers, present.piece, state, Piece(0, device))
+        self._update(present.number, adamw, of_type, numbers, present.piece, state, Piece(0, lanes))
         self._lanes.keep_until_read(state, present.piece)

@@ -63,17 +63,21 @@ class HostHidden:
         self._here: dict[tuple[int, int], tuple[Tensor, Fence]] = {}
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """A step of micro-batches with these numbers of tokens."""
+        """A step of micro-batches with these numbers of tokens; [] lets go of the one before."""
         self._starts = [0]
         for count in tokens:
             self._starts.append(self._starts[-1] + count)
+        self._here.clear()
+        if not tokens:
+            return
         largest = max(tokens)
         if not self._ring or len(self._ring[0][0]) < largest:
             device = self._lanes.device
             self._ring = [
                 (torch.empty(largest, self._D, dtype=self._dtype, device=device), Fence()) for _ in range(AHEAD)
             ]
-        self._here.clear()
+            with self._lanes.on("compute", writes=[fence for _, fence in self._ring]):
+                pass  # as device.Piece
 
     def _rows(self, place: int, m: int) -> Tensor:
         return self._host[place, self._starts[m] : self._starts[m + 1]]
