@@ -84,7 +84,7 @@ def open_subject(config: RunConfig, stage: StageName) -> Subject:
     require_shards(config)
     source = open_source(config)
     mixture = make_mixture(config, source.folder, source.spec.V)
-    require_memory(config, source, stage)
+    require_memory(_resident(config), source, stage)
     section: StageConfig = getattr(config, stage)
     rows_per_step = section.tokens_per_step // config.data.sequence_length
     recompute, first_row = section.recompute == "layer", 0
@@ -104,6 +104,11 @@ def open_subject(config: RunConfig, stage: StageName) -> Subject:
         return mixture.rows(first_row + step * rows_per_step, rows_per_step)
 
     return Subject(source.folder.name, config, stage, model, optimizer, rows, source.reasons)
+
+
+def _resident(config: RunConfig) -> RunConfig:
+    """A profile takes a resident step, whatever engine the run would have."""
+    return config.model_copy(update={"align": config.align.model_copy(update={"engine": "resident"})})
 
 
 def shapes_config(name: str, stage: StageName, overrides: list[str]) -> RunConfig:
@@ -126,7 +131,7 @@ def require_room(name: str, config: RunConfig, stage: StageName, device: torch.d
     """
     give_back_freed_memory(device)
     target = Target(device.type, "bf16" if dtype == torch.bfloat16 else "fp32", device_room(device))
-    refusal = stage_refusal(make_plan(config, Planned.preset(name), target), stage)
+    refusal = stage_refusal(make_plan(_resident(config), Planned.preset(name), target), stage)
     if refusal is not None:
         raise RefusedError(f"--shapes {name}: {refusal}")
 

@@ -110,15 +110,17 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory, as the serialiser wants; copies only where it must."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().to("cpu").contiguous()
-        if plain.untyped_storage().data_ptr() in seen:
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        out[name] = plain
+    """Contiguous CPU tensors no two of which overlap, as the serialiser wants; copies only where it must. Tensors side
+    by side in one piece of memory are written from there.
+    """
+    out = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    end = 0
+    for name in sorted(out, key=lambda name: out[name].data_ptr()):
+        begin = out[name].data_ptr()
+        if begin < end and out[name].nbytes:
+            out[name] = out[name].clone()
+        else:
+            end = max(end, begin + out[name].nbytes)
     return out
 
 

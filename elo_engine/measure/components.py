@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from elo_engine.measure import memory_engine, memory_transformers
+from elo_engine.measure import planner
 from elo_engine.measure.ledger import Ledger
-from elo_engine.measure.setting import ENGINE, Setting
+from elo_engine.measure.setting import Setting
 
 HELD = ("weights", "gradients", "optimizer")
 REST = "activations and workspaces"
@@ -43,7 +43,7 @@ def predicted_held(setting: Setting) -> dict[str, int]:
     (At the predicted peak itself fewer gradients may be there: `MemoryPlan.components`.)
     """
     ledger = _StepLedger()
-    (memory_engine if setting.arm in ENGINE else memory_transformers).run_step(setting, ledger)
+    planner.run_step(setting, ledger)
     return {name: ledger.live(name) for name in HELD}
 
 

@@ -101,22 +101,9 @@ def stage_seconds(setting: Setting, steps: int, rate: Rate) -> float:
 def snapshot_host_bytes(setting: Setting) -> int:
     """Host memory that saving a snapshot takes beside the training state.
 
-    From a GPU all of it is copied. On a CPU tensors are written from where they are, but those that share memory
-    (query, key and value; gate and up) are cloned, all but the first of each, file by file: the moments' file has two
-    of each in fp32, and whole codes with 8-bit state. A streamed model's tensors lie in two pieces of memory: of one
-    kind, the weights or the moments, all are cloned.
+    From a GPU all of it is copied; what is on the host already, as a streamed model is, is written from where it lies.
     """
-    spec = setting.spec
-    if setting.arm == STREAMED:
-        parameters = trainable_parameters(setting)
-        if setting.state == "fp32":
-            return 8 * parameters
-        return max(setting.width * parameters, 2 * parameters + 8 * parameters // GROUP)
-    if setting.device == "cuda":
-        return snapshot_bytes(setting)
-    layers = len(setting.layers) if setting.arm in SHALLOW else spec.layers
-    cloned = layers * (2 * spec.D * spec.K * spec.E + spec.D * spec.F)
-    return cloned * (8 if setting.state == "fp32" else setting.width)
+    return snapshot_bytes(setting) if setting.device == "cuda" and setting.arm != STREAMED else 0
 
 
 def host_by_part(setting: Setting, memory: MemoryPlan) -> dict[str, int]:

@@ -143,7 +143,7 @@ class StreamedStep(EngineStep):
         ledger, layer = self.ledger, self.units.layer
         ledger.add("weights", _SLOTS * layer.weights)
         ledger.add("optimizer", layer.state)
-        ledger.add(GRAD, layer.weights)
+        ledger.add(GRAD, layer.weights if self.lazy else 0)
         ledger.add(ACT, 2 * 4 * self.setting.sequence_length * (self.spec.E // 2))  # rotary tables
         if not self.here:
             ledger.add(ACT, _AHEAD * self.ND)
@@ -190,12 +190,24 @@ class StreamedStep(EngineStep):
         there: at once on a CPU, when something waits for it on a GPU.
         """
         ledger = self.ledger
-        copies = [ledger.add(GRAD, self.w * cast)]
+        grads = self.cast(unit, grads, cast)
         self.norms(unit)
         if self.cuda:
-            self.leaving += copies if cast else [*copies, *grads]
-        if cast or not self.cuda:
-            ledger.drop(*grads, *([] if self.cuda else copies))
+            self.leaving += grads
+        else:
+            ledger.drop(*grads)
+
+    def cast(self, unit: UnitBytes, grads: list[Held], cast: int) -> list[Held]:
+        """Leaf by leaf: each fp32 sum is let go of before the next is cast."""
+        if not cast:
+            return grads
+        ledger = self.ledger
+        ledger.drop(*grads)
+        sums, copies = [ledger.add(GRAD, 4 * size) for size in unit.sizes], []
+        for total, size in zip(sums, unit.sizes, strict=True):
+            copies.append(ledger.add(GRAD, self.w * size))
+            ledger.drop(total)
+        return copies
 
     def norms(self, unit: UnitBytes) -> None:
         """On a CPU the norm of a bf16 gradient is that of an fp32 copy."""
@@ -206,7 +218,8 @@ class StreamedStep(EngineStep):
         """Update with gradients that are here; `state`: in memory of its own. The gradients go."""
         ledger = self.ledger
         self.norms(unit)
-        with ledger.during("optimizer", unit.state if state else 0), ledger.during(GRAD, self.w * cast):
+        grads = self.cast(unit, grads, cast)
+        with ledger.during("optimizer", unit.state if state else 0):
             self.update_unit(unit)
         ledger.drop(*grads)
 
@@ -259,12 +272,13 @@ class StreamedStep(EngineStep):
         """-> the gradients of the hidden states."""
         ledger, tied, units = self.ledger, self.spec.tied, self.units
         last = self.enter(units.last, "final norm and head", waits=self.lazy)
-        here = [last, *([self.enter(units.embedding, "the embedding", waits=False)] if tied else [])]
+        matrix = self.enter(units.embedding, "the embedding", waits=False) if tied else ledger.add("weights", 0)
         total = ledger.add(GRAD, 4 * self.matrix)
         self.gradients = sums = _Sums(ledger, widens=self.w == 2, copies=not self.cuda)
         turn = [self.lump_of(places.pop(0)), *(self.loss(place) for place in places)]
         ledger.moment = "gradients of the head"
         cast = self.matrix if self.w == 2 else 0
+        ledger.drop(matrix)
         if tied:
             if self.lazy:
                 self.send(units.embedding, [total], cast)
@@ -274,7 +288,7 @@ class StreamedStep(EngineStep):
             self.take(units.last, sums.gone(), 0, state=True)
         else:
             self.take(units.last, [*sums.gone(), total], cast, state=True)
-        ledger.drop(*here)
+        ledger.drop(last)
         return turn
 
     def lump_of(self, place: Held) -> Held:
@@ -343,15 +357,16 @@ class StreamedStep(EngineStep):
         whole, self.tied_sum = self.tied_sum, None
         if self.spec.tied and self.lazy:
             whole, cast = ledger.add(GRAD, unit.weights), 0
-            ledger.spike(GRAD, 2 * U * self.spec.D if self.w == 2 else 0)
-        whole = whole or ledger.add(GRAD, 4 * self.matrix)
+        elif whole is None:
+            whole, cast = ledger.add(GRAD, self.w * self.matrix), 0
+        ledger.spike(GRAD, 2 * U * self.spec.D if self.w == 2 and not cast else 0)
+        ledger.drop(*rows)
         if self.lazy:
             self.send(unit, [whole], cast)
         else:
             weights = self.enter(unit, "the embedding", waits=False)
             self.update_now(unit, [whole], cast, state=True)
             ledger.drop(weights)
-        ledger.drop(*rows)
         self.let_leave()
 
 

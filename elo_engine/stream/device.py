@@ -17,7 +17,7 @@ from torch import Tensor
 from elo_engine.model.decoder import Leaf
 from elo_engine.model.ops.adamw import AdamwState, StepNumbers, adamw_update, leaf_norms
 from elo_engine.stream.lanes import Fence, Lanes
-from elo_engine.stream.layout import BlockName, Unit, adamw_state
+from elo_engine.stream.layout import BlockName, Field, Unit, adamw_state
 from elo_engine.stream.store import Store
 from elo_engine.train.gradients import Gradients
 
@@ -75,11 +75,12 @@ class DeviceUnits:
         unit = store.units[0]
         self._slots = [_Slot(unit, lanes) for _ in range(2)]
         self._state = Piece(unit.state.nbytes, lanes)
-        self._gradients = Piece(unit.gradients.nbytes, lanes)
+        waits = "gradients" in store.views[0]
+        self._gradients = Piece(unit.gradients.nbytes if waits else 0, lanes)
         self._adamw = [
             adamw_state(unit, slot.views, unit.state.views(self._state.flat), store.powers) for slot in self._slots
         ]
-        self._waiting_gradients = unit.gradients.views(self._gradients.flat)
+        self._waiting_gradients = unit.gradients.views(self._gradients.flat) if waits else {}
         self._turn = 0
         self._coming: tuple[int, int] | None = None  # layer, slot
         self._leaving: tuple[Fence, list[Tensor]] | None = None
@@ -163,12 +164,12 @@ class DeviceUnits:
 
     # -- gradients
 
-    def send(self, number: int, grads: Sequence[Tensor]) -> list[Tensor]:
+    def send(self, number: int, grads: list[Tensor]) -> list[Tensor]:
         """Start the gradients of a unit, one a leaf, on their way to the store, in the type they wait in; returns the
-        norm of each. They stay on the device until `let_leave`.
+        norm of each. They stay on the device until `let_leave`; the list is empty after this.
         """
         fields, there = self._store.units[number].gradients.fields, self._store.views[number]["gradients"]
-        leaving = [grad.to(field.dtype) for grad, field in zip(grads, fields, strict=True)]
+        leaving = _cast(grads, fields)
         norms, made = leaf_norms(leaving), Fence()
         with self._lanes.on("compute", writes=[made]):
             pass
@@ -203,16 +204,22 @@ class DeviceUnits:
         """Begin to bring the state of a layer that `update_now` will update."""
         self._down(number, "state", self._state)
 
-    def update_now(self, present: Present, grads: Sequence[Tensor], numbers: StepNumbers) -> None:
-        """Update a unit with gradients that are here, at once, and send it back: nothing waits."""
+    def update_now(self, present: Present, grads: list[Tensor], numbers: StepNumbers) -> None:
+        """Update a unit with gradients that are here, at once, and send it back: nothing waits. The list is empty after
+        this.
+        """
         unit, lanes = present.unit, self._lanes
-        state = self._state
+        of_type, state = _cast(grads, unit.gradients.fields), self._state
         if present.number >= self._store.layers:
             state = Piece(unit.state.nbytes, lanes)
             self._down(present.number, "state", state)
         views = {key: leaf.detach() for key, leaf in present.weights.items()}
         adamw = adamw_state(unit, views, unit.state.views(state.flat), self._store.powers)
-        fields = unit.gradients.fields
-        of_type = [grad.to(field.dtype) for grad, field in zip(grads, fields, strict=True)]
         self._update(present.number, adamw, of_type, numbers, present.piece, state, Piece(0, lanes))
         self._lanes.keep_until_read(state, present.piece)
+
+
+def _cast(grads: list[Tensor], fields: Sequence[Field]) -> list[Tensor]:
+    """The gradients in the types of the fields, one by one: each is let go of before the next is cast."""
+    assert len(grads) == len(fields)
+    return [grads.pop(0).to(field.dtype) for field in fields]

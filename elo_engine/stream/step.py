@@ -7,7 +7,7 @@ store or to be used at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -95,16 +95,21 @@ class Step:
             if self.spec.tied:
                 with units.outer(store.embedding) as embedding:
                     d_head_VD = self._losses(last, embedding.weights["embedding"])
+                del embedding
                 if self.engine.at_once:
                     self.d_tied_VD = d_head_VD
+                    del d_head_VD
                 else:  # until the embedding's rows are known
-                    units.send(store.embedding, [d_head_VD])
-                del d_head_VD
+                    tied: list[Any] = [d_head_VD]
+                    del d_head_VD
+                    units.send(store.embedding, tied)
                 units.let_leave()
                 self._take(last, last.grads.as_they_came())
             else:
                 d_head_VD = self._losses(last, last.weights["head"])
-                self._take(last, [*last.grads.as_they_came()[:1], d_head_VD])
+                grads: list[Any] = [*last.grads.as_they_came()[:1], d_head_VD]
+                del d_head_VD
+                self._take(last, grads)
             units.soon(L - 1)
 
     def _losses(self, last: Present, head_VD: Tensor) -> Tensor:
@@ -173,18 +178,20 @@ class Step:
         elif self.d_tied_VD is not None:
             d_VD, self.d_tied_VD = self.d_tied_VD, None
         else:
-            d_VD = torch.zeros((spec.V, spec.D), dtype=torch.float32, device=store.device)
+            d_VD = torch.zeros((spec.V, spec.D), dtype=store.dtype, device=store.device)
         d_VD.index_add_(0, rows.ids_U, rows.sum_UD.to(d_VD.dtype))
+        grads = [d_VD]
+        del d_VD, rows
         if self.engine.at_once:
             with units.outer(store.embedding) as present:
-                self._take(present, [d_VD])
+                self._take(present, grads)
         else:
-            self._wait(store.embedding, [d_VD])
+            self._wait(store.embedding, grads)
         units.let_leave()
 
     # -- gradients and numbers
 
-    def _take(self, present: Present, grads: Sequence[Tensor | None]) -> None:
+    def _take(self, present: Present, grads: list[Any]) -> None:
         """The gradients of a unit are complete: they wait, or update it at once by numbers of its own."""
         if not self.engine.at_once:
             self._wait(present.number, grads)
@@ -195,14 +202,15 @@ class Step:
         numbers = self._numbers(self.store.powers.clone(), norms, self.engine.config.clip)
         self.units.update_now(present, made, numbers)
 
-    def _wait(self, number: int, grads: Sequence[Tensor | None]) -> None:
+    def _wait(self, number: int, grads: list[Any]) -> None:
         self.norms[number] = self.units.send(number, self._checked(number, grads))
 
-    def _checked(self, number: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    def _checked(self, number: int, grads: list[Any]) -> list[Tensor]:
         unit = self.store.units[number]
         if self.first:
             require_gradients(_named(unit, grads))
         there = [grad for grad in grads if grad is not None]
+        grads.clear()  # whoever has the new list lets go of each when it is done with it
         assert len(there) == len(unit.parts), f"{unit.name}: {len(there)} gradients for {len(unit.parts)} leaves"
         return there
 
