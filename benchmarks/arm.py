@@ -1,9 +1,9 @@
 """One arm of the comparison, in a process of its own: `python -m elo_engine.benchmarks.arm SPEC.json`.
 
 SPEC: `model` (name or folder), `arm`, `layers`, `sequence_length`, `micro_batch`, `micro_batches`, `dtype`, `state`,
-`recompute`, `streaming`, `device`, `lr`, and `cap_bytes` (memory beyond it is refused). The first line printed describes the arm,
-then commands are served as `conductor` says, and the last line holds the evidence. An arm that runs out of memory
-prints `{"failed": "out of memory: ..."}`.
+`recompute`, `streaming`, `device`, `lr`, and `cap_bytes` (memory beyond it is refused). The first line printed
+describes the arm, then commands are served as `conductor` says, and the last line holds the evidence. An arm that runs
+out of memory prints `{"failed": "out of memory: ..."}`.
 """
 
 from __future__ import annotations

@@ -185,8 +185,8 @@ def needed_bytes(setting: Setting) -> int:
 
 
 def default_arms(device: str) -> tuple[ArmName, ...]:
-    """What is compared unless asked otherwise. On a CPU without (s): nothing is gained there by streaming from memory to
-    memory, and the minutes are those of the other arms' rounds; `--arms` brings it.
+    """What is compared unless asked otherwise. On a CPU without (s): nothing is gained there by streaming from memory
+    to memory, and the minutes are those of the other arms' rounds; `--arms` brings it.
     """
     return tuple(arm for arm in ARMS if device != "cpu" or arm != STREAMED)
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from elo_engine.benchmarks.recording import read_record
+from elo_engine.benchmarks.reporting import faults
+
 Elo = Callable[..., tuple[int, str]]
 
 
@@ -33,6 +36,32 @@ def test_speedup_of_a_checkpoint_keeps_a_record(elo: Elo, tied: Path, tmp_path: 
     assert "pipeline over" in said
 
 
+def test_streamed_alignment_beside_the_resident_one(elo: Elo, tied: Path, tmp_path: Path) -> None:
+    status, said = elo(
+        "bench", "speedup", "--model", str(tied), "--device", "cpu", "--sequence-length", "16", "--arms", "f,g,s,c",
+        "--rounds", "3", "--minutes", "2", "--records", str(tmp_path), "--align-recompute", "layer",
+    )  # fmt: skip
+    assert status == 0, said
+    (record,) = tmp_path.iterdir()
+    result = json.loads((record / "result.json").read_text())
+    assert {arm["status"] for arm in result["arms"].values()} == {"ran"}
+    assert any("whole model: 3 arms start at a loss" in check for check in result["checks"])
+    streamed, arm = result["streamed"], result["arms"]["elo_align_streamed"]
+    assert streamed["over_resident"]["resident"] == "elo_align" and streamed["pipeline"]["engine_full"]["ideal"] > 1
+    assert arm["options"]["streaming"] == {"store": "memory", "inputs": "device", "update": "lazy"}
+    assert arm["memory"]["tensor_peak_bytes"] <= arm["memory"]["predicted_bytes"]
+    assert arm["memory"]["components"]["predicted"]["weights"] < result["arms"]["elo_align"]["memory"][
+        "components"]["predicted"]["weights"]  # fmt: skip
+    assert "pipeline with (s) over" in said and "(s) takes" in said
+    assert faults(read_record(record)) == []
+    over = streamed["over_resident"] | {"median": 2 * streamed["over_resident"]["median"]}
+    wrong = read_record(record)
+    assert wrong.result is not None
+    wrong.result["streamed"]["over_resident"] = over
+    assert "elo_align_streamed over elo_align is" in faults(wrong)[0]
+    assert "(s) keeps the model in host memory, layers' inputs on the device" in (record / "README.md").read_text()
+
+
 def test_memory_is_predicted_without_a_device(elo: Elo, tmp_path: Path) -> None:
     status, said = elo(
         "bench", "memory", "--model", "llama-3.1-8b", "--device", "cuda", "--predict-only", "--caps", "8,24",
@@ -44,19 +73,23 @@ def test_memory_is_predicted_without_a_device(elo: Elo, tmp_path: Path) -> None:
     largest = {(cap["cap_bytes"] >> 30, cap["arm"]): cap["largest"]["8192"] for cap in result["caps"]}
     assert largest[8, "elo_pretrain"] >= 1 and largest[24, "engine_full"] == 0
     assert largest[24, "elo_pretrain"] > largest[8, "elo_pretrain"]
+    assert largest[24, "elo_align_streamed"] >= 1, "a whole 8B model with a few layers on a card of 24 GiB"
     assert {point["status"] for point in result["points"]} == {"not run"}
 
 
 def test_memory_measured_lies_within_the_prediction(elo: Elo, tmp_path: Path) -> None:
     status, said = elo(
-        "bench", "memory", "--model", "llama-3.1-8b-mini", "--device", "cpu", "--arms", "f", "--sequence-lengths", "64",
-        "--micro-batches", "2", "--records", str(tmp_path),
+        "bench", "memory", "--model", "llama-3.1-8b-mini", "--device", "cpu", "--arms", "f,s", "--sequence-lengths",
+        "64", "--micro-batches", "2", "--records", str(tmp_path),
     )  # fmt: skip
     assert status == 0, said
     (record,) = tmp_path.iterdir()
-    (point,) = json.loads((record / "result.json").read_text())["points"]
-    assert point["status"] == "ran"
-    assert point["measured_bytes"] <= point["predicted_bytes"] <= 1.08 * point["measured_bytes"]
+    points = {point["arm"]: point for point in json.loads((record / "result.json").read_text())["points"]}
+    assert points.keys() == {"elo_pretrain", "elo_align_streamed"}
+    for point in points.values():
+        assert point["status"] == "ran"
+        assert point["measured_bytes"] <= point["predicted_bytes"] <= 1.08 * point["measured_bytes"]
+    assert points["elo_align_streamed"]["inputs"] == "device" and "elo_align_streamed, inputs on the device" in said
 
 
 def test_loss_against_seconds_is_of_the_whole_model_alone(
@@ -99,6 +132,7 @@ def test_the_loader_runs_under_pytest_benchmark(elo: Elo) -> None:
     [
         (("speedup", "--model", "no-such-model"), "no-such-model"),
         (("speedup", "--model", "smollm2-135m", "--arms", "q"), "'q' is no arm"),
+        (("speedup", "--model", "llama-3.1-8b-mini", "--align-recompute", "some"), "--align-recompute 'some'"),
         (("memory", "--model", "smollm2-135m", "--caps", "eight"), "--caps 'eight'"),
         (("memory", "--model", "smollm2-135m", "--micro-batches", "0"), "above 0"),
         (("kernels", "softmax"), "no such op: softmax"),

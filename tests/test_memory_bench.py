@@ -219,4 +219,15 @@ def test_the_frontier_leaves_half_of_the_minutes_to_the_grid(
     result, _ = memory.measure(options, quiet)
     assert [cap for *_, cap in on_a_gpu.tried] == [*[3 * GIB - CONTEXT_BYTES] * 4, *[None] * 3]
     grid = [point["status"] for point in result["points"] if "cap_bytes" not in point]
-    assert grid == ["ran"] * 3 + ["not run"] * 4
+    assert grid == ["ran"] * 3 + ["not run"] * (len(memory.MEASURED) - 3)
+
+
+def test_streamed_layers_keep_their_inputs_where_more_rows_fit() -> None:
+    """On a small card nothing but (s) takes the whole 8B model, and with its layers' inputs on the host more rows."""
+    streamed = replace(of("elo_align_streamed"), sequence_length=4096)
+    chosen, rows = memory.with_recompute(streamed, 12 * GIB)
+    inputs = replace(streamed.streaming, inputs="device")
+    assert chosen.streaming.inputs == "host"
+    assert rows > largest_micro_batch(replace(streamed, streaming=inputs), 12 * GIB - CONTEXT_BYTES)
+    assert memory.with_recompute(replace(of("elo_align"), sequence_length=4096), 12 * GIB)[1] == 0
+    assert memory.point(chosen)["inputs"] == "host" and "inputs" not in memory.point(of("elo_align"))

@@ -24,15 +24,8 @@ from elo_engine.benchmarks.reporting import (
     readme_faults,
     report_command,
 )
-from elo_engine.benchmarks.tables import (
-    cap_name,
-    check_result,
-    conditions,
-    memory_tables,
-    number,
-    speedup_tables,
-    times,
-)
+from elo_engine.benchmarks.schemas import check_result
+from elo_engine.benchmarks.tables import cap_name, conditions, memory_tables, number, speedup_tables, times
 from elo_engine.errors import FailedError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,8 +21,9 @@ from elo_engine.benchmarks.processes import ArmFailed, ArmProcess, spec_of
 from elo_engine.benchmarks.trainer_arms import run_trainer
 from elo_engine.errors import FailedError, UsageError
 from elo_engine.measure.setting import ENGINE, ArmName, Setting
-from elo_engine.model import decoder
+from elo_engine.model import decoder, ops
 from elo_engine.model.presets import preset_config, preset_spec
+from elo_engine.stream import step as streamed_step
 
 CPU = torch.device("cpu")
 TINY = preset_config("llama-3.1-8b-mini") | {
@@ -33,9 +34,11 @@ MODEL = BenchModel("tiny", TINY | {"head_dim": 16, "num_attention_heads": 4, "nu
 
 @pytest.fixture(autouse=True)
 def _undo_watching(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Watching wraps functions of the decoder module for the life of a process."""
-    monkeypatch.setattr(decoder, "decoder_layer", decoder.decoder_layer)
-    monkeypatch.setattr(decoder, "layer_gradient", decoder.layer_gradient)
+    """Watching wraps functions of these modules for the life of a process."""
+    for module in (decoder, streamed_step):
+        monkeypatch.setattr(module, "decoder_layer", module.decoder_layer)
+        monkeypatch.setattr(module, "layer_gradient", module.layer_gradient)
+    monkeypatch.setattr(ops, "linear_cross_entropy", ops.linear_cross_entropy)
 
 
 def setting(arm: ArmName, **changes: Any) -> Setting:
@@ -61,7 +64,8 @@ def run_arm(
 
 
 ARMS: list[ArmName] = [
-    "transformers_full", "engine_full", "lora", "outer_unfrozen", "elo_pretrain", "elo_align", "transformers_shallow",
+    "transformers_full", "engine_full", "lora", "outer_unfrozen", "elo_pretrain", "elo_align", "elo_align_streamed",
+    "transformers_shallow",
 ]  # fmt: skip
 
 
@@ -76,7 +80,8 @@ def test_every_arm_is_what_it_claims(arm: ArmName) -> None:
 
 def test_arms_on_the_same_weights_and_rows_start_at_the_same_loss_and_gradient() -> None:
     pairs: tuple[tuple[ArmName, ArmName], ...] = (
-        ("transformers_full", "engine_full"), ("transformers_shallow", "elo_pretrain")
+        ("transformers_full", "engine_full"), ("transformers_full", "elo_align_streamed"),
+        ("transformers_shallow", "elo_pretrain"),
     )  # fmt: skip
     for theirs, ours in pairs:
         there, here = (run_arm(setting(arm), "step\nfinish\n")[1][0] for arm in (theirs, ours))
@@ -95,6 +100,8 @@ TAMPERED: list[tuple[ArmName, dict[str, Any], str]] = [
     ("elo_pretrain", {"sequence_length": 16, "micro_batch": 4}, "rows of 16 to 16"),
     ("transformers_full", {"sequence_length": 16, "micro_batches": 4}, "rows of 16 to 16"),
     ("engine_full", {"micro_batches": 1}, "96 tokens passed in 3 steps, not 192"),
+    ("elo_align_streamed", {"micro_batches": 1}, "96 tokens passed in 3 steps, not 192"),
+    ("elo_align_streamed", {"sequence_length": 16, "micro_batches": 4}, "rows of 16 to 16"),
     ("outer_unfrozen", {"micro_batches": 1}, "96 tokens passed in 3 steps, not 192"),
     ("engine_full", {"recompute": False}, "decoder layers ran 24 times, not 48"),
     ("outer_unfrozen", {"layers": (0, 1, 3)}, "parameters got a gradient"),
@@ -302,7 +309,7 @@ def test_an_arm_that_computes_something_else_starts_elsewhere(fault: str, monkey
 
 def test_which_arms_and_how() -> None:
     size = contestants.Size("cpu", "fp32", 64, state="fp32", memory_bytes=2**40)
-    chosen = {one.name: one for one in contestants.choose(MODEL, (0, 3), size, contestants.parse_arms(None))}
+    chosen = {one.name: one for one in contestants.choose(MODEL, (0, 3), size, contestants.default_arms("cuda"))}
     assert "need a GPU" in chosen["liger_full"].why_not and not chosen["transformers_full"].why_not
     assert chosen["transformers_full"].setting.recompute and not chosen["elo_align"].setting.recompute
     tokens = {one.setting.tokens_per_step for one in chosen.values()}
@@ -316,6 +323,10 @@ def test_which_arms_and_how() -> None:
     ("call", "said"),
     [
         (lambda: contestants.parse_arms("a,z"), "'z' is no arm"),
+        (
+            lambda: contestants.choose(MODEL, (0, 3), contestants.Size("cpu", "fp32", 64, align_recompute="yes"), ()),
+            "--align-recompute 'yes'",
+        ),
         (
             lambda: contestants.choose(MODEL, (0, 3), contestants.Size("cpu", "fp32", 64, rows=3), ("elo_pretrain",)),
             "--elo-micro-batch 4: the 3 rows",
