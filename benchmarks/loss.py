@@ -55,7 +55,8 @@ def points_of(run: Path) -> list[dict[str, Any]]:
     for record in read_records(run):
         if record.get("model") == "whole" and "heldout_loss_nats" in record:
             at = (record["stage"], record["step"])
-            found.append((at, record["language"], record["heldout_loss_nats"], "aligning"))
+            moment = "aligning" if record["stage"] == "align" else "pretraining"
+            found.append((at, record["language"], record["heldout_loss_nats"], moment))
     found.sort(key=lambda one: (seconds[one[0]], one[1]))
     return [
         {"seconds": seconds[at], "tokens": tokens[at], "language": language, "loss_nats": loss, "stage": stage}

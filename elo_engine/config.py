@@ -43,6 +43,9 @@ Count = Annotated[int, BeforeValidator(parse_count)]
 Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v)]  # YAML reads 1e-4 as text
 
 
+Master = Literal["none", "24", "32"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -82,6 +85,9 @@ class DetachConfig(_Section):
 class OptimizerConfig(_Section):
     """AdamW. `state: fp32` keeps fp32 master weights and moments; `state: 8bit` keeps moments of 8 bits and no
     masters, so bf16 weights are rounded at random: 4 bytes of weight and state a parameter in place of 14.
+    `master` gives the bf16 weights of `state: 8bit` more bits, so that updates far below their resolution add up: 24
+    (one byte a parameter more, rounded at random to 24 bits) or 32 (four bytes more). `state: fp32` has masters of 32
+    bits anyway, and in an fp32 model the weight is its own master: there it changes nothing.
     """
 
     lr: Annotated[Real, Field(gt=0)] = 1e-4
@@ -89,6 +95,7 @@ class OptimizerConfig(_Section):
     eps: Annotated[Real, Field(gt=0)] = 1e-8
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     state: Literal["fp32", "8bit"] = "fp32"
+    master: Annotated[Master, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)] = "none"
     clip: Annotated[Real, Field(gt=0)] | None = 1.0  # global gradient norm; null: no clipping
 
     @field_validator("betas")
@@ -97,6 +104,21 @@ class OptimizerConfig(_Section):
         if not all(0 <= beta < 1 for beta in value):
             raise ValueError(f"betas {list(value)} must lie in [0, 1)")
         return value
+
+    @model_validator(mode="after")
+    def _one_master(self) -> OptimizerConfig:
+        if self.state == "fp32" and self.master == "24":
+            raise ValueError(
+                "master: 24 goes with state: 8bit; state: fp32 has masters of 32 bits, so leave master out, or set "
+                "state: 8bit"
+            )
+        return self
+
+    def kept_master(self, *, bf16: bool) -> Master:
+        """What lies beside the leaves of a model that computes in bf16 or in fp32."""
+        if not bf16:
+            return "none"
+        return "32" if self.state == "fp32" else self.master
 
 
 class ScheduleConfig(_Section):

@@ -224,7 +224,7 @@ def test_units_hold_every_tensor_once_in_the_order_of_the_leaves() -> None:
     for tied in (True, False):
         case = Case(replace(SPEC, tied=tied))
         leaves = case.resident().model.leaves
-        units = model_units(case.spec, torch.bfloat16, eight=True)
+        units = model_units(case.spec, torch.bfloat16, OptimizerConfig(state="8bit"))
         assert [part.names for unit in units for part in unit.parts] == [leaf.names for leaf in leaves]
         at = 0
         for unit in units:

@@ -44,8 +44,13 @@ def random_bits(key: int, tensor: int, first: int, count: int, device: torch.dev
     """32 random bits for each of the elements `first` to `first + count` of tensor number `tensor`: int64 [count]."""
     zero = torch.zeros((), dtype=torch.int64, device=device)
     base = mix((zero + key + tensor * _GOLDEN) & _MASK, zero)
-    element = torch.arange(first, first + count, device=device) & _MASK
-    return mix((element * _GOLDEN_PRIME + base) & _MASK, mix(base, base))
+    key_of_tensor = mix(base, base)
+    x = torch.arange(first, first + count, device=device).bitwise_and_(_MASK)
+    x.mul_(_GOLDEN_PRIME).add_(base).bitwise_and_(_MASK)
+    # `mix` in place: one temporary of 8 bytes an element beside the result
+    x.bitwise_xor_(x >> 16).mul_(0x85EBCA6B).bitwise_and_(_MASK)
+    x.bitwise_xor_(x >> 13).bitwise_xor_(key_of_tensor).mul_(0xC2B2AE35).bitwise_and_(_MASK)
+    return x.bitwise_xor_(x >> 16)
 
 
 def _rows(flat: Tensor) -> Tensor:

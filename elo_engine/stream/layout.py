@@ -2,7 +2,7 @@
 
 A unit is a decoder layer, the embedding, or what follows the last layer (final norm, and the head unless it is tied).
 Its bytes are three blocks, each one piece of memory so that it is one copy over the link: the weights that the model
-computes with, the optimizer's state (fp32 masters where there are some, and moments), and the gradient that waits for
+computes with, the optimizer's state (masters where there are some, and moments), and the gradient that waits for
 its update.
 """
 
@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from elo_engine.config import Master, OptimizerConfig
 from elo_engine.model import names
 from elo_engine.model.decoder import Leaf
 from elo_engine.model.ops.adamw import AdamwState
@@ -103,38 +104,44 @@ def packed_shape(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def make_unit(name: str, parts: Sequence[names.Part], first: int, dtype: torch.dtype, *, eight: bool) -> Unit:
-    """Lay out a unit whose weights have `dtype`, with 8-bit or fp32 state."""
+def make_unit(
+    name: str, parts: Sequence[names.Part], first: int, dtype: torch.dtype, *, eight: bool, master: Master
+) -> Unit:
+    """Lay out a unit whose weights have `dtype`, with 8-bit or fp32 moments and this master beside each weight."""
     shapes = [(part.key, packed_shape(part.shapes)) for part in parts]
     state: list[tuple[str, tuple[int, ...], torch.dtype]] = []
     for key, shape in shapes:
+        if master == "32":
+            state.append((f"master {key}", shape, torch.float32))
+        elif master == "24":
+            state.append((f"low {key}", shape, torch.int8))
         if eight:
             groups = (-(-math.prod(shape) // GROUP),)
             state += [(f"m {key}", shape, torch.int8), (f"v {key}", shape, torch.uint8)]
             state += [(f"m scales {key}", groups, torch.float32), (f"v scales {key}", groups, torch.float32)]
         else:
-            kinds = ("m", "v") if dtype == torch.float32 else ("master", "m", "v")
-            state += [(f"{kind} {key}", shape, torch.float32) for kind in kinds]
+            state += [(f"{kind} {key}", shape, torch.float32) for kind in ("m", "v")]
     weights = Block.of([(key, shape, dtype) for key, shape in shapes])
     # a gradient waits in the type that the model computes in, as it would cross the link
     return Unit(name, tuple(parts), first, weights, Block.of(state), weights)
 
 
-def model_units(spec: ModelSpec, dtype: torch.dtype, *, eight: bool) -> list[Unit]:
+def model_units(spec: ModelSpec, dtype: torch.dtype, optimizer: OptimizerConfig) -> list[Unit]:
     """Layers in order, then the embedding, then final norm and head."""
+    eight, master = optimizer.state == "8bit", optimizer.kept_master(bf16=dtype != torch.float32)
     parts = names.layer_parts(spec)
     units = []
     for index in range(spec.layers):
         prefix = names.layer_prefix(index)
         full = [names.Part(part.key, tuple(prefix + name for name in part.names), part.shapes) for part in parts]
-        units.append(make_unit(f"layer {index}", full, index * len(parts), dtype, eight=eight))
+        units.append(make_unit(f"layer {index}", full, index * len(parts), dtype, eight=eight, master=master))
     first, matrix = spec.layers * len(parts), ((spec.V, spec.D),)
     embedding = names.Part("embedding", (names.EMBEDDING,), matrix)
     last = [names.Part("norm", (names.FINAL_NORM,), ((spec.D,),))]
     if not spec.tied:
         last.append(names.Part("head", (names.HEAD,), matrix))
-    units.append(make_unit("embedding", [embedding], first, dtype, eight=eight))
-    units.append(make_unit("final norm and head", last, first + 1, dtype, eight=eight))
+    units.append(make_unit("embedding", [embedding], first, dtype, eight=eight, master=master))
+    units.append(make_unit("final norm and head", last, first + 1, dtype, eight=eight, master=master))
     return units
 
 
@@ -146,8 +153,8 @@ def adamw_state(unit: Unit, weights: dict[str, Tensor], state: dict[str, Tensor]
 
     leaves = [weights[key] for key in unit.keys]
     first = unit.parts[0].key
-    if f"m scales {first}" in state:
-        return AdamwState(leaves, None, of("m"), of("v"), (of("m scales"), of("v scales")), powers)
+    scales = (of("m scales"), of("v scales")) if f"m scales {first}" in state else None
+    lows = of("low") if f"low {first}" in state else None
     if f"master {first}" in state:
-        return AdamwState(of("master"), leaves, of("m"), of("v"), None, powers)
-    return AdamwState(leaves, None, of("m"), of("v"), None, powers)
+        return AdamwState(of("master"), leaves, of("m"), of("v"), scales, powers)
+    return AdamwState(leaves, None, of("m"), of("v"), scales, powers, lows)

@@ -46,7 +46,7 @@ class Store:
         waits: bool = True,
     ) -> None:
         self.spec, self.dtype, self.device = spec, dtype, device
-        self.units = model_units(spec, dtype, eight=optimizer.state == "8bit")
+        self.units = model_units(spec, dtype, optimizer)
         self.powers = torch.tensor([1.0, 1.0, 0.0, *optimizer.betas], dtype=torch.float64, device=device)
         kept = [name for name in BLOCKS if waits or name != "gradients"]
         self._begins: dict[BlockName, list[int]] = {}
@@ -105,6 +105,7 @@ class Store:
 
         scales = [state.scales for state in states if state.scales is not None]
         leaves = [state.leaves for state in states if state.leaves is not None]
+        lows = [state.lows for state in states if state.lows is not None]
         return AdamwState(
             joined([state.weights for state in states]),
             joined(leaves) if leaves else None,
@@ -112,6 +113,7 @@ class Store:
             joined([state.exp_avg_sqs for state in states]),
             (joined([m for m, _ in scales]), joined([v for _, v in scales])) if scales else None,
             self.powers,
+            joined(lows) if lows else None,
         )
 
     def load(self, index: CheckpointIndex, progress: Callable[[int, int], None] | None = None) -> int:
@@ -143,7 +145,7 @@ class Store:
             self._fill(number, unit, tensors)
 
     def _fill(self, number: int, unit: Unit, tensors: dict[str, Tensor]) -> None:
-        """Weights as they are, and the masters made of them."""
+        """Weights as they are, and the masters made of them; lower bits are zero."""
         weights, state = self.views[number]["weights"], self.views[number]["state"]
         for leaf in unit.leaves(weights):
             for name, view in leaf.split(leaf.tensor):
@@ -151,3 +153,5 @@ class Store:
         for key in unit.keys:
             if f"master {key}" in state:
                 state[f"master {key}"].copy_(weights[key])
+            elif f"low {key}" in state:
+                state[f"low {key}"].zero_()

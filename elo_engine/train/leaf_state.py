@@ -1,6 +1,7 @@
 """The weights and moments of a model's leaves as they go into a snapshot and come out of one.
 
-state fp32: masters and moments in fp32, under the checkpoint's tensor names. state 8bit: moments of 8 bits, no masters.
+state fp32: masters and moments in fp32, under the checkpoint's tensor names. state 8bit: moments of 8 bits, and no
+masters or those of `optimizer.master`, as fp32 weights: numbers of 24 bits are fp32 numbers whose lowest byte is zero.
 Where the tensors lie, on a device or in host memory, does not matter here.
 """
 
@@ -11,11 +12,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from elo_engine.config import Master
 from elo_engine.errors import FailedError, RefusedError
+from elo_engine.model import split_weights
 from elo_engine.model.decoder import Leaf
 from elo_engine.model.ops.adamw import AdamwState
 
 _CODES = "exp_avg_codes."  # only an 8-bit snapshot has such keys
+_MASTER = "master"  # bits of the masters; only an 8-bit snapshot with masters has this key
 
 
 class LeafState:
@@ -30,14 +34,25 @@ class LeafState:
         self._attempts = 0
 
     @property
+    def _master(self) -> Master:
+        """Of 8-bit state."""
+        return "24" if self._state.lows is not None else "none" if self._state.leaves is None else "32"
+
+    @property
     def masters(self) -> Iterator[tuple[Leaf, Tensor]]:
         """Each leaf with the tensor that is updated: its fp32 master, or the leaf itself."""
         return zip(self._leaves, self._state.weights, strict=True)
 
     def weights(self) -> dict[str, Tensor]:
-        """Checkpoint names -> the tensors that are updated, as views: fp32 masters, or with 8-bit state the leaves,
-        whose bf16 values are all there is.
+        """Checkpoint names -> the tensors that are updated, as views: fp32 masters, or with 8-bit state and no master the
+        leaves, whose bf16 values are all there is. Numbers of 24 bits are made fp32 tensors on the host.
         """
+        if self._state.lows is not None:
+            found = dict[str, Tensor]()
+            for leaf, low in zip(self._leaves, self._state.lows, strict=True):
+                for (name, view), (_, lower) in zip(leaf.split(leaf.tensor), leaf.split(low), strict=True):
+                    found[name] = split_weights.join(view.detach().cpu(), lower.cpu())
+            return found
         return {name: view for leaf, master in self.masters for name, view in leaf.split(master)}
 
     def moments(self) -> dict[str, Tensor]:
@@ -45,7 +60,8 @@ class LeafState:
 
         fp32: `exp_avg.NAME` and `exp_avg_sq.NAME` for every tensor, and `step`.
         8bit: codes and scales whole for each leaf, under its first name: groups of 256 do not end where the checkpoint
-        tensors in a leaf do. `names.NAME` has all of the leaf's names, to be compared by `load`.
+        tensors in a leaf do. `names.NAME` has all of the leaf's names, to be compared by `load`; `master` the bits of
+        masters, if there are any.
         """
         state, out = self._state, dict[str, Tensor]()
         if self._attempts == 0:
@@ -58,6 +74,8 @@ class LeafState:
                     out.update({f"{kind}.{name}": view for name, view in leaf.split(tensor)})
             return out
         out["attempts"] = torch.tensor([self._attempts])
+        if self._master != "none":
+            out[_MASTER] = torch.tensor([int(self._master)])
         for i, leaf in enumerate(self._leaves):
             out[f"names.{leaf.names[0]}"] = _as_bytes(leaf)
             out.update({f"{kind}.{leaf.names[0]}": tensor for kind, tensor in self._coded(i)})
@@ -78,18 +96,21 @@ class LeafState:
         state = self._state
         scales = [] if state.scales is None else [*state.scales[0], *state.scales[1]]
         tensors = (*state.weights, *state.exp_avgs, *state.exp_avg_sqs, *scales)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        joined = 0 if state.lows is None else 2 * sum(low.numel() for low in state.lows)  # four bytes, not two
+        return joined + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         """Take over the weights and moments of a snapshot.
 
         Raises:
             FailedError: a tensor of this model is missing in the snapshot, or packed otherwise.
-            RefusedError: the snapshot's moments are of the other format.
+            RefusedError: the snapshot's moments are of the other format, or its weights have more bits.
         """
         self._require_format(moments)
         with torch.no_grad():
-            for leaf, master in self.masters:
+            if self._state.lows is not None:
+                self._load_split(weights, self._state.lows)
+            for leaf, master in self.masters if self._state.lows is None else ():
                 for name, view in leaf.split(master):
                     view.copy_(_of(weights, name))
             for leaf, master in self.masters if self._state.leaves is not None else ():
@@ -107,6 +128,19 @@ class LeafState:
                 f"the snapshot's optimizer state is {there} and this run's is {here}; set optimizer.state: {there} to "
                 "continue it, or start a new run in another output folder"
             )
+        # More bits hold fewer exactly; weights of 8-bit state in fp32 are fp32 whatever the setting.
+        saved, mine = (int(moments[_MASTER]) if _MASTER in moments else 0), _bits(self._master)
+        if saved > mine and any(leaf.tensor.dtype == torch.bfloat16 for leaf in self._leaves):
+            raise RefusedError(
+                f"the snapshot's weights have {saved} bits (optimizer.master: {saved}) and this run's are of "
+                f"optimizer.master: {self._master}, which cannot hold them; set optimizer.master: {saved} to continue "
+                "it, or start a new run in another output folder"
+            )
+
+    def _load_split(self, weights: dict[str, Tensor], lows: list[Tensor]) -> None:
+        for leaf, low in zip(self._leaves, lows, strict=True):
+            for (name, view), (_, lower) in zip(leaf.split(leaf.tensor.detach()), leaf.split(low), strict=True):
+                split_weights.split(_of(weights, name), view, lower)
 
     def _load_fp32(self, moments: dict[str, Tensor]) -> None:
         state = self._state
@@ -147,6 +181,10 @@ def _of(tensors: dict[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise FailedError(f"the snapshot holds no tensor {name!r}: it was written by a run that trained other layers")
     return tensors[name]
+
+
+def _bits(master: Master) -> int:
+    return 0 if master == "none" else int(master)
 
 
 def _as_bytes(leaf: Leaf) -> Tensor:

@@ -2,7 +2,8 @@
 
 state fp32: masters and moments in fp32. Where the model computes in fp32 its leaves are the masters; where it computes
 in bf16 the masters are copies, and the leaves are rewritten after the update.
-state 8bit: moments of 8 bits and no masters; the leaf is the weight, and a bf16 leaf is rounded at random.
+state 8bit: moments of 8 bits and no masters; the leaf is the weight, and a bf16 leaf is rounded at random. With
+`master: 32` a bf16 leaf is a copy of an fp32 master there too; with 24 it has 8 more bits beside it (`split_weights`).
 
 The gradient of a step adds up in fp32. With a single micro-batch a bf16 gradient is used as it came: it is set aside,
 and widened only when a second one arrives. The update itself is elo_engine.model.ops.adamw.
@@ -28,17 +29,19 @@ class MasterAdamW(LeafState):
 
     Args:
         model: its leaves are trained; frozen tensors get nothing.
-        config: AdamW's numbers, and `state`.
+        config: AdamW's numbers, `state` and `master`.
         seed: of the random rounding in 8-bit state; equal seeds draw equal numbers at equal steps.
     """
 
     def __init__(self, model: Decoder, config: OptimizerConfig, seed: int = 42) -> None:
         eight = config.state == "8bit"
         tensors = [leaf.tensor.detach() for leaf in model.leaves]
-        copies = tensors if model.dtype != torch.float32 and not eight else None
+        master = config.kept_master(bf16=model.dtype != torch.float32)
+        copies = tensors if master == "32" else None
         # detach() shares the storage: an update in place is seen by the model.
         weights = tensors if copies is None else [tensor.float() for tensor in tensors]
-        super().__init__(model.leaves, AdamwState.zeros(weights, copies, config.betas, bits=8 if eight else 32))
+        bits, split = 8 if eight else 32, master == "24"
+        super().__init__(model.leaves, AdamwState.zeros(weights, copies, config.betas, bits=bits, split=split))
         self._config, self._seed = config, seed
         self._grads = Gradients(model.leaves)
 

@@ -11,14 +11,14 @@ each layer whenever it is there, if need be in the middle of the next step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from elo_engine.model import cpu_adamw, reference_adamw
+from elo_engine.model import cpu_adamw, reference_adamw, split_weights
 from elo_engine.model.ops import choice
 
 
@@ -33,10 +33,11 @@ class StepResult(NamedTuple):
 class AdamwState:
     """Weights and moments, one entry a leaf.
 
-    weights: fp32 masters, or with 8-bit moments the leaves themselves (bf16 or fp32).
+    weights: fp32 masters, or with 8-bit moments and no masters the leaves themselves (bf16 or fp32).
     leaves: the model's bf16 copies of fp32 masters; None where there are none.
     exp_avgs, exp_avg_sqs: fp32, or int8 and uint8 codes; then scales holds the two lists of fp32 scales.
     powers: fp64 [beta1^t, beta2^t, t, beta1, beta2] after t steps.
+    lows: int8, the lower bits of bf16 weights of 24 bits (`split_weights`), with 8-bit moments; None elsewhere.
     """
 
     weights: list[Tensor]
@@ -45,18 +46,26 @@ class AdamwState:
     exp_avg_sqs: list[Tensor]
     scales: tuple[list[Tensor], list[Tensor]] | None
     powers: Tensor
+    lows: list[Tensor] | None = None
     _plan: Any = field(default=None, repr=False)
 
     @classmethod
     def zeros(
-        cls, weights: list[Tensor], leaves: list[Tensor] | None, betas: tuple[float, float], *, bits: int
+        cls,
+        weights: list[Tensor],
+        leaves: list[Tensor] | None,
+        betas: tuple[float, float],
+        *,
+        bits: int,
+        split: bool = False,
     ) -> AdamwState:
-        """The state before the first step, with moments of 8 or of 32 bits."""
+        """The state before the first step, with moments of 8 or of 32 bits; split: bf16 weights get 8 bits more."""
         powers = torch.tensor([1.0, 1.0, 0.0, *betas], dtype=torch.float64, device=weights[0].device)
         if bits == 8:
             made = [reference_adamw.empty_codes(weight) for weight in weights]
             m, v, m_scales, v_scales = ([four[i] for four in made] for i in range(4))
-            return cls(weights, None, m, v, (m_scales, v_scales), powers)
+            lows = [torch.zeros_like(codes) for codes in m] if split else None
+            return cls(weights, leaves, m, v, (m_scales, v_scales), powers, lows)
         first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
         return cls(weights, leaves, first, second, None, powers)
 
@@ -112,6 +121,10 @@ def adamw_step(
     """
     lists = (state.weights, state.exp_avgs, state.exp_avg_sqs)
     options: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "clip": clip}
+    if state.lows is not None:
+        numbers = step_numbers(state.powers, _norms_there(grads), bits=8, key=key, **options)
+        _update_split(state, grads, numbers, first=0)
+        return numbers.result
     if choice.use_triton(state.powers):
         from elo_engine.kernels import adamw, adamw_8bit, adamw_plan
 
@@ -122,10 +135,13 @@ def adamw_step(
             control_C = adamw_8bit.adamw_8bit(
                 grads, *lists, *state.scales, state.powers, key=key, plan=state._plan, **options
             )
+            _copy_to_leaves(state)
         return StepResult(control_C[0], control_C[1])
     if state.scales is not None:
         step = cpu_adamw.adamw_8bit if choice.use_cpu(state.powers) else reference_adamw.adamw_8bit
-        return StepResult(*step(grads, *lists, *state.scales, state.powers, key=key, **options))
+        result = StepResult(*step(grads, *lists, *state.scales, state.powers, key=key, **options))
+        _copy_to_leaves(state)
+        return result
     return _torch_step(state, grads, **options)
 
 
@@ -201,6 +217,9 @@ def adamw_update(state: AdamwState, grads: Sequence[Tensor], numbers: StepNumber
         raise ValueError(f"grads: {len(grads)} for {len(state.weights)} weights; pass one for each")
     if (numbers.bits == 8) != (state.scales is not None):
         raise ValueError(f"numbers: made for moments of {numbers.bits} bits, and these are others; pass their bits")
+    if state.lows is not None:
+        _update_split(state, grads, numbers, first=first)
+        return
     lists = (state.weights, state.exp_avgs, state.exp_avg_sqs)
     options = {"lr": numbers.lr, "eps": numbers.eps, "weight_decay": numbers.weight_decay}
     if numbers.control_C is not None:
@@ -211,10 +230,12 @@ def adamw_update(state: AdamwState, grads: Sequence[Tensor], numbers: StepNumber
         else:
             key = numbers.key
             adamw_8bit.update_8bit(grads, *lists, *state.scales, numbers.control_C, key=key, first=first, **options)
+            _copy_to_leaves(state)
     elif numbers.host and state.scales is not None:
         update = cpu_adamw.update_8bit if choice.use_cpu(state.powers) else reference_adamw.update_8bit
         decay, rest = numbers.lr * numbers.weight_decay, (*state.scales, numbers.host)
         update(grads, *lists, *rest, eps=numbers.eps, decay=decay, key=numbers.key, first=first)
+        _copy_to_leaves(state)
     elif numbers.host:
         _torch_update([grad.float() for grad in grads], *lists, numbers.host, options)
         _copy_to_leaves(state)
@@ -260,6 +281,37 @@ def _torch_update(
         weight_decay=options["weight_decay"],
         eps=options["eps"],
     )
+
+
+def _norms_there(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return leaf_norms([grad for grad in grads if grad is not None])
+
+
+@torch.no_grad()
+def _update_split(state: AdamwState, grads: Sequence[Tensor | None], numbers: StepNumbers, *, first: int) -> None:
+    """The update of weights of 24 bits: joined to fp32 a chunk at a time, updated there, rounded at random and split.
+    Where the step is not taken on the device their bits come back as they were.
+    """
+    assert state.scales is not None and state.lows is not None
+    if numbers.control_C is None and not numbers.host:
+        return
+    chunk, group = split_weights.CHUNK, reference_adamw.GROUP
+    for i, grad in enumerate(grads):
+        if grad is None:
+            continue
+        m_scales, v_scales = state.scales[0][i], state.scales[1][i]
+        flat = [x.view(-1) for x in (grad, state.weights[i], state.lows[i], state.exp_avgs[i], state.exp_avg_sqs[i])]
+        for start in range(0, grad.numel(), chunk):
+            g, leaf, low, m, v = (x[start : start + chunk] for x in flat)
+            groups = slice(start // group, (start + chunk) // group)
+            exact = torch.empty(len(g), dtype=torch.float32, device=g.device)
+            split_weights.join_into(exact, leaf, low)
+            part = AdamwState([exact], None, [m], [v], ([m_scales[groups]], [v_scales[groups]]), state.powers)
+            key = split_weights.chunk_key(numbers.key, start // chunk)
+            adamw_update(part, [g], replace(numbers, key=key), first=first + i)
+            bits = split_weights.rounding_bits(key, first + i, len(g), g.device)
+            split_weights.split_from(exact, leaf, low, bits)
+            del exact, part, bits  # before the next ones are made
 
 
 def _copy_to_leaves(state: AdamwState) -> None:
