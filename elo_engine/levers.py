@@ -33,6 +33,7 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         micro_batches=-(-section.tokens_per_step // (T * section.micro_batch)),
         dtype="bf16" if (auto_dtype if config.dtype == "auto" else config.dtype) == "bf16" else "fp32",
         state=section.optimizer.state,
+        master=section.optimizer.master,
         recompute=section.recompute == "layer",
         device="cuda" if device == "cuda" else "cpu",
     )
@@ -85,7 +86,8 @@ class Advice:
 
 # Cost time or precision, but neither text, nor context, nor layers: a combination of these alone is named first.
 _SAME_LESSON = (
-    ".micro_batch", ".recompute", ".optimizer.state", "dtype", ".engine", ".stream.store", ".stream.inputs"
+    ".micro_batch", ".recompute", ".optimizer.state", ".optimizer.master", "dtype", ".engine", ".stream.store",
+    ".stream.inputs",
 )  # fmt: skip
 
 _ONE_MICRO_BATCH = "one micro-batch"  # stands for a number of tokens, known once the other overrides are
@@ -109,6 +111,8 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
         found.append((f"{stage}.recompute", "layer"))
     if setting.state == "fp32":
         found.append((f"{stage}.optimizer.state", "8bit"))
+    elif setting.master_bytes:
+        found += [(f"{stage}.optimizer.master", bits) for bits in ("none", "24") if bits != setting.master]
     if setting.sequence_length % 2 == 0 and setting.sequence_length >= 4:
         found.append(("data.sequence_length", setting.sequence_length // 2))
     if setting.dtype == "fp32":

@@ -251,10 +251,10 @@ def held_bytes(subject: Subject) -> dict[str, int]:
     """Bytes of the tensors between two steps, gradients dropped: weights in the model, and what AdamW keeps besides."""
     model, optimizer = subject.model, subject.optimizer
     weights = [*model.trainable().values(), *model.frozen().values()]
-    made_now = ("names.", "attempts")  # by `moments` itself
+    made_now = ("names.", "attempts", "master")  # by `moments` itself
     state = {name: tensor for name, tensor in optimizer.moments().items() if not name.startswith(made_now)}
     sizes = _storages(weights)
-    kept = _storages([*(master for _, master in optimizer.masters), *state.values()])
+    kept = _storages([*(master for _, master in optimizer.masters), *optimizer.lower_bits, *state.values()])
     return {"weights": sum(sizes.values()), "optimizer state": sum(kept[at] for at in kept.keys() - sizes.keys())}
 
 

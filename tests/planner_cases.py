@@ -70,7 +70,8 @@ def engine_step(setting: Setting) -> Callable[[], None]:
     del tensors
     section = StageConfig(
         tokens=10**9, tokens_per_step=setting.tokens_per_step, micro_batch=setting.micro_batch,
-        optimizer=OptimizerConfig(lr=1e-4, state=setting.state), schedule=ScheduleConfig(warmup=0.0, decay="constant"),
+        optimizer=OptimizerConfig(lr=1e-4, state=setting.state, master=setting.master),
+        schedule=ScheduleConfig(warmup=0.0, decay="constant"),
     )  # fmt: skip
     optimizer, progress, rows = MasterAdamW(decoder, section.optimizer), Progress(), Rows(setting)
 

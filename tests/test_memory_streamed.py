@@ -45,7 +45,7 @@ def engine_of(setting: Setting) -> StreamedEngine:
     ops.configure("auto", CPU)
     section = StageConfig(
         tokens=10**9, tokens_per_step=setting.tokens_per_step, micro_batch=setting.micro_batch,
-        optimizer=OptimizerConfig(lr=1e-4, state=setting.state),
+        optimizer=OptimizerConfig(lr=1e-4, state=setting.state, master=setting.master),
     )  # fmt: skip
     dtype = torch.bfloat16 if setting.dtype == "bf16" else torch.float32
     engine = open_streamed(setting.spec, dtype, section, CPU, setting.streaming, setting.sequence_length)
@@ -91,6 +91,9 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("tied logits", {"dtype": "bf16", "micro_batches": 2, "streaming": Streaming("memory", "host", "at_once")}),
     ("weights", {"micro_batches": 2, "state": "8bit"}),
     ("weights", {"dtype": "bf16", "state": "8bit"}),
+    ("weights", {"dtype": "bf16", "state": "8bit", "master": "24"}),
+    ("logits", {"dtype": "bf16", "state": "8bit", "master": "24", "micro_batches": 2}),
+    ("weights", {"dtype": "bf16", "state": "8bit", "master": "32"}),
     ("weights", {"dtype": "bf16", "micro_batches": 3, "streaming": HOST}),
     ("weights", {"dtype": "bf16", "micro_batches": 2, "streaming": Streaming(update="at_once")}),
 ]

@@ -16,6 +16,7 @@ import torch
 from elo_engine.config import OptimizerConfig
 from elo_engine.errors import FailedError, RefusedError
 from elo_engine.model import reference_adamw as plain
+from elo_engine.model import split_weights
 from elo_engine.model.decoder import Leaf
 from elo_engine.train.loop import Progress
 from elo_engine.train.optim import MasterAdamW
@@ -103,12 +104,15 @@ def everything(optimizer: MasterAdamW) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in (optimizer.weights() | optimizer.moments()).items()}
 
 
-@pytest.mark.parametrize("state", ["fp32", "8bit"])
+MASTERS: tuple[Any, ...] = ("none", "24", "32")
+
+
+@pytest.mark.parametrize(("state", "master"), [("fp32", "none"), *(("8bit", master) for master in MASTERS)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resumed_from_a_snapshot_equals_uninterrupted_bit_for_bit(
-    tmp_path: Path, dtype: torch.dtype, state: Any
+    tmp_path: Path, dtype: torch.dtype, state: Any, master: Any
 ) -> None:
-    config = OptimizerConfig(lr=1e-2, weight_decay=0.1, state=state)
+    config = OptimizerConfig(lr=1e-2, weight_decay=0.1, state=state, master=master)
     straight = model(dtype)
     through = MasterAdamW(straight, config, seed=5)
     steps_of(through, straight, 0, 7)
@@ -146,6 +150,63 @@ def test_a_snapshot_of_the_other_format_is_refused() -> None:
         mine = MasterAdamW(model(torch.bfloat16), OptimizerConfig(state=here))  # type: ignore[arg-type]
         with pytest.raises(RefusedError, match=f"is {there} and this run's is {here}; set optimizer.state: {there}"):
             mine.load(saved.weights(), saved.moments())
+
+
+@pytest.mark.parametrize("here", MASTERS)
+@pytest.mark.parametrize("there", MASTERS)
+def test_weights_of_more_bits_are_refused_and_of_fewer_taken_over(there: Any, here: Any) -> None:
+    made = model(torch.bfloat16)
+    saved = MasterAdamW(made, OptimizerConfig(state="8bit", master=there))
+    steps_of(saved, made, 0, 2)
+    mine = MasterAdamW(model(torch.bfloat16), OptimizerConfig(state="8bit", master=here))
+    if MASTERS.index(there) > MASTERS.index(here):
+        with pytest.raises(RefusedError, match=f"set optimizer.master: {there}"):
+            mine.load(saved.weights(), saved.moments())
+        return
+    mine.load(saved.weights(), saved.moments())
+    assert all(torch.equal(mine.weights()[name], t.to(mine.weights()[name])) for name, t in saved.weights().items())
+
+
+def test_numbers_of_24_bits_come_back_and_their_leaf_is_the_nearest() -> None:
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.randint(0, 0x7F7F7F00, (5000,), generator=generator) & ~0xFF
+    edges = torch.tensor([0, 0x100, 0x8000, 0x7F00, 0x3FFFFF00, 0x3F7F8000, 0x7F7F7F00])
+    bits = torch.cat((bits, edges)).int()
+    number = torch.cat((bits, bits | torch.tensor(-(2**31), dtype=torch.int32))).view(torch.float32)
+    leaf, low = torch.empty_like(number, dtype=torch.bfloat16), torch.empty_like(number, dtype=torch.int8)
+    split_weights.split(number, leaf, low)
+    assert torch.equal(split_weights.join(leaf, low).view(torch.int32), number.view(torch.int32))
+    distance = (leaf.double() - number.double()).abs()
+    assert bool((distance <= (number.to(torch.bfloat16).double() - number.double()).abs()).all())
+    split_weights.split(torch.full((1,), 3.4e38), leaf[:1], low[:1])
+    assert bool(torch.isfinite(leaf[0])), "beyond the largest it is cut"
+
+
+def test_updates_far_below_the_resolution_add_up() -> None:
+    """Weights 1 under a constant gradient: every step takes lr = 2^-17 off, 1/512 of a bf16 step below 1; in 1024 steps
+    2^-7. Rounded at random to 24 bits, whose step below 1 is 2^-16, each update errs by at most that with a variance of
+    2^-34, independently: 32 of 2^-17 over 1024 steps, and six of those for 4096 elements; moments of 8 bits are exact
+    here, since all elements are their group's largest. Without a master the mean is right and single weights are off.
+    """
+    moved: dict[str, torch.Tensor] = {}
+    for master in MASTERS:
+        made = model(torch.bfloat16, ((64, 64),))
+        with torch.no_grad():
+            made.leaves[0].tensor.fill_(1.0)
+        optimizer = MasterAdamW(made, OptimizerConfig(state="8bit", master=master, clip=None))
+        for _ in range(1024):
+            optimizer.zero_grad()
+            made.leaves[0].tensor.sum().backward()
+            optimizer.step(2.0**-17)
+        weights = torch.cat([t.double().flatten() for t in optimizer.weights().values()])
+        moved[master] = 1.0 - weights
+    truth, spread = 2.0**-7, 32 * 2.0**-17
+    assert float((moved["32"] - truth).abs().max()) < 1024 * 2.0**-24
+    assert float((moved["24"] - truth).abs().max()) < 6 * spread
+    assert abs(float(moved["24"].mean()) - truth) < 5 * spread / 64 + 1024 * 2.0**-24
+    # rounded to bf16: a step below 1 is 2^-8, so a walk of 1024 steps of chance 1/512 is spread by sqrt(2) of them
+    assert abs(float(moved["none"].mean()) - truth) < 5 * 2**0.5 * 2.0**-8 / 64
+    assert float((moved["none"] - truth).abs().max()) > 2.0**-8
 
 
 def test_8bit_state_of_other_leaves_is_refused() -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from planner_cases import case, llama, measured_peak, only_what_is_made_here
 
-from elo_engine.measure import memory_engine, memory_engine_head, memory_transformers_head
+from elo_engine.measure import memory_engine, memory_engine_head, memory_shapes, memory_transformers_head
 from elo_engine.measure.ledger import COMPONENTS, Ledger
 from elo_engine.measure.planner import MemoryPlan, fits, largest_micro_batch, predict_memory
 from elo_engine.measure.setting import ARMS, ArmName, Setting
+from elo_engine.model import split_weights
 from elo_engine.model.presets import preset_spec
 
 MOST = 1.08
@@ -94,6 +95,9 @@ def test_width_that_the_head_in_c_does_not_take() -> None:
         ("engine_full", {"recompute": True}),
         ("engine_full", {"state": "8bit", "micro_batches": 2}),
         ("elo_pretrain", {"state": "8bit"}),
+        ("elo_pretrain", {"state": "8bit", "master": "24"}),
+        ("engine_full", {"state": "8bit", "master": "24", "recompute": True}),
+        ("engine_full", {"state": "8bit", "master": "32"}),
         ("transformers_full", {"recompute": True}),
         ("lora", {"recompute": True}),
     ],
@@ -202,6 +206,7 @@ def test_sizes_taken_from_the_code_that_allocates() -> None:
     told = (memory_engine_head._ROWS, memory_engine_head._COLS, memory_engine_head._MOST_COLS)
     assert told == (TILES.rows, TILES.cols, TILES.most_cols)
     assert TILES.chunk_bytes == memory_engine_head._CHUNK_BYTES
+    assert memory_shapes.SPLIT_CHUNK == split_weights.CHUNK
     pytest.importorskip("triton", reason="triton is not installed; pip install 'elo-engine[gpu]'")
     from elo_engine.kernels import adamw_plan
     from elo_engine.kernels.linear_cross_entropy import LAUNCH

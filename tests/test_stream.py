@@ -135,6 +135,18 @@ def test_a_step_that_is_given_up_at_any_point_leaves_no_trace(state: str, inputs
     assert differing(everything(resident), everything(streamed)) == []
 
 
+@pytest.mark.parametrize("master", ["none", "24", "32"])
+def test_masters_stream_bit_for_bit_where_no_gradient_is_rounded(master: Any) -> None:
+    """bf16, one micro-batch, head and embedding apart: the waiting gradients are those that came."""
+    config = OptimizerConfig(state="8bit", master=master, clip=0.5, weight_decay=0.1)
+    case = Case(replace(SPEC, tied=False), torch.bfloat16, config, micro_batch=ROWS, lr=1e-4)
+    resident, streamed = case.resident(), case.streamed()
+    assert case.steps(resident, 0, 4) == case.steps(streamed, 0, 4)
+    mine = everything(streamed)
+    assert differing(everything(resident), mine) == []
+    assert mine["model.norm.weight"].dtype == (torch.bfloat16 if master == "none" else torch.float32)
+
+
 def test_a_snapshot_in_the_middle_of_waiting_updates_is_the_resident_one() -> None:
     """Flushed after every step, or after none, and resumed by the other engine."""
     case = Case(optimizer=optimizer("8bit"))

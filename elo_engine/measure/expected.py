@@ -86,10 +86,11 @@ def trainable_parameters(setting: Setting) -> int:
 
 
 def snapshot_bytes(setting: Setting) -> int:
-    """Weights and moments that a snapshot of a stage holds: fp32 masters and moments, or the weights as they are, two
-    codes and two scales for 256 of each.
+    """Weights and moments that a snapshot of a stage holds: fp32 masters and moments, or the weights as they are (those
+    with masters, of whatever bits, in fp32), two codes and two scales for 256 of each.
     """
-    each = 12.0 if setting.state == "fp32" else setting.width + 2 + 2 * 4 / GROUP
+    weight = 4 if setting.master_bytes else setting.width
+    each = 12.0 if setting.state == "fp32" else weight + 2 + 2 * 4 / GROUP
     return int(trainable_parameters(setting) * each)
 
 
@@ -101,9 +102,12 @@ def stage_seconds(setting: Setting, steps: int, rate: Rate) -> float:
 def snapshot_host_bytes(setting: Setting) -> int:
     """Host memory that saving a snapshot takes beside the training state.
 
-    From a GPU all of it is copied; what is on the host already, as a streamed model is, is written from where it lies.
+    From a GPU all of it is copied; what is on the host already, as a streamed model is, is written from where it lies,
+    but weights of 24 bits are joined to fp32 numbers.
     """
-    return snapshot_bytes(setting) if setting.device == "cuda" and setting.arm != STREAMED else 0
+    if setting.device == "cuda" and setting.arm != STREAMED:
+        return snapshot_bytes(setting)
+    return 4 * trainable_parameters(setting) if setting.master_bytes == 1 else 0
 
 
 def host_by_part(setting: Setting, memory: MemoryPlan) -> dict[str, int]:

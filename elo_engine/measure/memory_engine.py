@@ -12,7 +12,7 @@ from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_attention import flash_backward_bytes
 from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
-from elo_engine.measure.memory_shapes import coded_bytes, projections
+from elo_engine.measure.memory_shapes import coded_bytes, projections, split_spike
 from elo_engine.measure.setting import SHALLOW, Setting
 
 ACT = "activations"
@@ -64,8 +64,9 @@ class EngineStep:
         ledger.add("weights", self.w * (outer + len(self.indices) * spec.layer_parameters))
         if self.setting.state == "8bit":
             ledger.add("optimizer", sum(coded_bytes(size) for size in leaves))
-        else:  # fp32 moments, and fp32 masters of bf16 weights
-            ledger.add("optimizer", sum(leaves) * (8 if self.w == 4 else 12))
+        else:
+            ledger.add("optimizer", sum(leaves) * 8)
+        ledger.add("optimizer", sum(leaves) * self.setting.master_bytes)
         if self.cuda:
             tiles = sum(-(-size // _ADAMW_TILE) for size in leaves)
             ledger.add("optimizer", 8 * tiles + 4 * -(-tiles // _TILES_PER_SUM))
@@ -289,6 +290,8 @@ class EngineStep:
         ledger.moment = "optimizer step"
         if not self.cuda and self.w == 2 and setting.micro_batches == 1:
             ledger.spike(GRAD, 4 * (sum if setting.state == "fp32" else max)(self.leaves()))
+        if setting.master_bytes == 1:
+            ledger.spike("optimizer", split_spike(max(self.leaves())))
 
 
 def run_step(setting: Setting, ledger: Ledger) -> None:

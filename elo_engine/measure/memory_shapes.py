@@ -8,6 +8,15 @@ from elo_engine.model.spec import ModelSpec
 
 SCALE_GROUP = 256  # parameters that share an 8-bit state's scale, in this engine and in bitsandbytes
 
+# Weights of 24 bits are updated so many elements at a time (model/split_weights.py): the number in fp32, and 64-bit
+# integers for the random bits with a temporary of theirs.
+SPLIT_CHUNK, _SPLIT_BYTES = 256 * 16384, 20
+
+
+def split_spike(largest: int) -> int:
+    """Bytes that the update of weights of 24 bits takes while it is made, by the elements of the largest leaf."""
+    return _SPLIT_BYTES * min(largest, SPLIT_CHUNK)
+
 
 @dataclass(frozen=True)
 class Matrix:

@@ -15,7 +15,7 @@ from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_engine import ACT, EngineStep, SavedLayer
 from elo_engine.measure.memory_gradients import GRAD, Gradients
-from elo_engine.measure.memory_shapes import SCALE_GROUP
+from elo_engine.measure.memory_shapes import SCALE_GROUP, split_spike
 from elo_engine.measure.setting import Setting
 
 _ALIGN = 256  # of a tensor in a unit's block: stream/layout.py
@@ -50,8 +50,9 @@ class UnitBytes:
 def _unit(setting: Setting, sizes: Sequence[int]) -> UnitBytes:
     if setting.state == "8bit":
         state = 2 * _block(sizes, 1) + 2 * _block([-(-size // SCALE_GROUP) for size in sizes], 4)
-    else:  # moments, and masters of bf16 weights
-        state = (2 if setting.width == 4 else 3) * _block(sizes, 4)
+    else:
+        state = 2 * _block(sizes, 4)
+    state += _block(sizes, setting.master_bytes)
     return UnitBytes(tuple(sizes), _block(sizes, setting.width), state)
 
 
@@ -174,6 +175,8 @@ class StreamedStep(EngineStep):
         """AdamW in place. torch's, on a CPU, takes fp32 copies of bf16 gradients."""
         if not self.cuda and self.w == 2 and self.setting.state == "fp32":
             self.ledger.spike(GRAD, 4 * unit.elements)
+        if self.setting.master_bytes == 1:
+            self.ledger.spike("optimizer", split_spike(max(unit.sizes)))
 
     def enter(self, unit: UnitBytes, name: str, *, waits: bool) -> Held:
         """An outer unit comes; what waits for its update comes with it and goes again. -> its weights."""

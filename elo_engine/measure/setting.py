@@ -53,6 +53,7 @@ class Setting:
         dtype: of the weights and of the arithmetic; in bf16 the engine keeps fp32 masters with `state` fp32, the
             others train bf16 weights as they are.
         state: moments of 8 bits, or in fp32 (in transformers' arms: in the weights' own type).
+        master: this engine's, beside bf16 weights with 8-bit moments; see `elo_engine.config.OptimizerConfig`.
         recompute: gradient checkpointing, layer by layer.
         lora_rank: r of arm (d), on all seven projections of a layer.
         streaming: of arm (s), whose layers are always run again, whatever `recompute` says.
@@ -70,6 +71,14 @@ class Setting:
     device: Literal["cpu", "cuda"] = "cuda"
     lora_rank: int = 16
     streaming: Streaming = Streaming()
+    master: Literal["none", "24", "32"] = "none"
+
+    @property
+    def master_bytes(self) -> int:
+        """Bytes beside a weight of this engine that hold its master, or the lower bits of one."""
+        if self.dtype == "fp32":
+            return 0
+        return 4 if self.state == "fp32" else {"none": 0, "24": 1, "32": 4}[self.master]
 
     @property
     def width(self) -> int:

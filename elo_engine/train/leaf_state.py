@@ -43,9 +43,14 @@ class LeafState:
         """Each leaf with the tensor that is updated: its fp32 master, or the leaf itself."""
         return zip(self._leaves, self._state.weights, strict=True)
 
+    @property
+    def lower_bits(self) -> list[Tensor]:
+        """What 24-bit masters have below their leaves; [] where there are none."""
+        return self._state.lows or []
+
     def weights(self) -> dict[str, Tensor]:
-        """Checkpoint names -> the tensors that are updated, as views: fp32 masters, or with 8-bit state and no master the
-        leaves, whose bf16 values are all there is. Numbers of 24 bits are made fp32 tensors on the host.
+        """Checkpoint names -> the tensors that are updated, as views: fp32 masters, or with 8-bit state and no master
+        the leaves, whose bf16 values are all there is. Numbers of 24 bits are made fp32 tensors on the host.
         """
         if self._state.lows is not None:
             found = dict[str, Tensor]()
