@@ -15,8 +15,9 @@ from elo_engine.config import RunConfig
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source
 from elo_engine.engine_choice import EngineChoice
+from elo_engine.measure.expected import StageMemory, stage_memory
 from elo_engine.model.full import load_full
-from elo_engine.plan import align_engine, require_memory
+from elo_engine.plan import align_engine
 from elo_engine.reattach import final_weights, write_model
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import StageEngine, log_model, run_stage
@@ -35,7 +36,7 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
         return stage_summary(run.path, "align")
     choice = align_engine(config, source)
     run.say(f"align: {choice.engine}, {choice.why}")
-    memory = require_memory(config, source, "align")
+    memory = StageMemory.now(stage_memory(choice.setting), source.device)  # what does not fit is refused by now
     start = run.folder("reattached")
     index = open_checkpoint(start) if start.exists() else source.index
     run.say(

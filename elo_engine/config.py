@@ -318,10 +318,13 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     return make_config(tree, str(path))
 
 
+# A run folder can be moved, and what is kept where changes no number in fp32; in bf16 a change of engine is recorded.
+_MAY_CHANGE = ("output", "hard_links", "align.engine", "align.stream.store", "align.stream.inputs")
+
+
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, for a resume that must be the same run. `snapshot` and
-    `hard_links` may change freely, because they change no number, and so may `output`: a run folder can be moved, or
-    named by another path.
+    """Dotted keys whose values differ, for a resume that must be the same run. `snapshot`, `hard_links`, `output` and
+    where alignment keeps the model may change freely.
     """
 
     def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -334,4 +337,4 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
 
     left, right = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     keys = [key for key in (left | right) if left.get(key, ...) != right.get(key, ...)]
-    return sorted(key for key in keys if not key.startswith("snapshot.") and key not in ("output", "hard_links"))
+    return sorted(key for key in keys if not key.startswith("snapshot.") and key not in _MAY_CHANGE)

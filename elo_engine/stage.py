@@ -65,6 +65,8 @@ def _numerics(engine: StageEngine) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else cpu.instruction_set(),
         "kernels": ops.describe(engine.device),
         "dtype": str(engine.dtype),
+        # in fp32 both engines are the same to the last bit
+        "gradients": "wait in bf16" if engine.dtype != torch.float32 and isinstance(engine, StreamedEngine) else "stay",
     }
 
 
@@ -73,6 +75,7 @@ def _resume(run: RunDir, name: StageName, engine: StageEngine, identity: dict[st
     if folder is None:
         return Progress()
     progress, before = state.read_progress(folder, identity)
+    before.setdefault("gradients", "stay")  # written before there was another way
     now = _numerics(engine)
     changed = {key: [before.get(key), now[key]] for key in now if before.get(key) != now[key]}
     state.restore(folder, engine.optimizer)

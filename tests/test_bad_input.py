@@ -158,7 +158,7 @@ def test_unknown_configuration_key_names_the_nearest(run_tree: Tree, write_confi
         ("pretrain.tokens_per_step=100", "multiple"),
         ("pretrain.tokens=32", "less than one step"),
         ("pretrain.micro_batch=64", "micro_batch"),
-        ("align.engine=streamed", "not available"),
+        ("align.stream.store=tape", "memory"),
         ("align.when=interleaved", "not available"),
         ("detach.bridge=linear", "not available"),
         ("pretrain.optimizer.state=4bit", "pretrain.optimizer.state"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,10 +196,10 @@ def test_at_once_breaks_off_for_good_when_a_number_is_not_finite() -> None:
     case.steps(streamed, 0, 1)
     poison(streamed, float("nan"))
     rows = step_rows(1)
-    with pytest.raises(FailedError, match="continue from the last snapshot"):
+    with pytest.raises(FailedError, match="start a new run"):
         streamed.step(rows, ROWS * T, 1e-2, first=False, should_stop=never)
     for hand_out in (streamed.optimizer.weights, streamed.optimizer.moments, streamed.flush):
-        with pytest.raises(FailedError, match="continue from the last snapshot"):
+        with pytest.raises(FailedError, match="start a new run"):
             hand_out()
 
 
@@ -230,6 +231,45 @@ def test_the_definitions_stream_too() -> None:
     for one, two, three in zip(fast, plain, resident, strict=True):
         assert one.loss_sum == pytest.approx(two.loss_sum, rel=1e-5) == pytest.approx(three.loss_sum, rel=1e-5)
         assert one.norm == pytest.approx(two.norm, rel=1e-3) == pytest.approx(three.norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_definitions_stream_in_bf16(tied: bool) -> None:
+    """There a gradient is set aside when it arrives, the head's too."""
+    case = Case(replace(SPEC, tied=tied), dtype=torch.bfloat16)
+    fast = case.steps(case.streamed(), 0, 1)
+    ops.configure("reference", CPU)
+    (plain,) = case.steps(case.streamed(), 0, 1)
+    assert plain.loss_sum == pytest.approx(fast[0].loss_sum, rel=1e-2)
+    assert plain.norm == pytest.approx(fast[0].norm, rel=0.05)
+
+
+def test_memory_of_the_host_lives_as_long_as_its_engine(tmp_path: Path) -> None:
+    """With the slab would go its registration, silently: copies would no longer run beside the computation."""
+    case = Case()
+    engine = case.streamed(inputs="host")
+    gc.collect()
+    slabs = [found for found in gc.get_objects() if type(found) is Slab]
+    assert len(slabs) == 4, "weights, state, gradients, and the layers' inputs"
+    assert engine.store.nbytes > 0
+
+
+def test_at_once_an_error_in_mid_step_hands_out_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(optimizer=optimizer(clip=None))
+    streamed = case.streamed(update="at_once")
+    plain, calls = streamed.device_units.update_now, [0]
+
+    def failing(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise RuntimeError("out of memory")
+        plain(*args)
+
+    monkeypatch.setattr(streamed.device_units, "update_now", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        streamed.step(step_rows(0), ROWS * T, 1e-2, first=True, should_stop=never)
+    with pytest.raises(FailedError, match="broke off half-way"):
+        streamed.optimizer.weights()
 
 
 def test_units_hold_every_tensor_once_in_the_order_of_the_leaves() -> None:

@@ -121,6 +121,31 @@ def test_killed_in_the_middle_of_a_sweep_a_run_resumes_bit_for_bit(
     assert differing(final_state(tmp_path / "straight"), final_state(run)) == []
 
 
+def test_another_engine_goes_on_bit_for_bit(
+    streamed_tree: dict[str, Any], write_config: Callable[..., Path], elo: Elo, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A run that no longer fits is continued streamed, with the store on the disk, and later resident again."""
+    straight = dict(streamed_tree, output=str(tmp_path / "straight"))
+    assert elo("run", write_config(straight, "straight.yaml"), "align.engine=resident")[0] == 0
+    interrupt_at(monkeypatch, [("align", 1), ("align", 2)])
+    config = write_config(streamed_tree)
+    for options, expected in (
+        (["align.engine=resident"], 130),
+        (["align.engine=streamed", "align.stream.store=disk", "align.stream.inputs=host"], 130),
+        (["align.engine=resident"], 0),
+    ):
+        status, shown = elo("run", config, "--resume", "auto", *options)
+        assert status == expected, shown
+    assert differing(final_state(tmp_path / "straight"), final_state(Path(streamed_tree["output"]))) == []
+    resumed = [
+        json.loads(line)
+        for line in (Path(streamed_tree["output"]) / "metrics.jsonl").read_text().splitlines()
+        if '"resumed"' in line
+    ]
+    assert [record["bit_exact"] for record in resumed] == [True, True]
+
+
 def test_full_continual_pretraining_streams_too(
     streamed_tree: dict[str, Any], write_config: Callable[..., Path], elo: Elo, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from elo_engine.model.decoder import Leaf
 from elo_engine.model.ops.adamw import AdamwState, StepNumbers, adamw_update, leaf_norms
 from elo_engine.stream.lanes import Fence, Lanes
-from elo_engine.stream.layout import BlockName, Field, Unit, adamw_state
+from elo_engine.stream.layout import BLOCKS, BlockName, Field, Unit, adamw_state
 from elo_engine.stream.store import Store
 from elo_engine.train.gradients import Gradients
 
@@ -120,6 +120,9 @@ class DeviceUnits:
     @contextmanager
     def layer(self, number: int) -> Iterator[Present]:
         """A decoder layer, updated; what is queued in the block may read it."""
+        for neighbour in {max(0, number - 1), min(self._store.layers - 1, number + 1)}:
+            for block in BLOCKS if neighbour in self.waiting else BLOCKS[:1]:
+                self._store.soon(neighbour, block)  # from the disk into memory, while this one is used
         self.soon(number)
         assert self._coming is not None
         slot = self._slots[self._coming[1]]
@@ -216,7 +219,8 @@ class DeviceUnits:
         views = {key: leaf.detach() for key, leaf in present.weights.items()}
         adamw = adamw_state(unit, views, unit.state.views(state.flat), self._store.powers)
         self._update(present.number, adamw, of_type, numbers, present.piece, state, Piece(0, lanes))
-        self._lanes.keep_until_read(state, present.piece)
+        if state is not self._state:
+            self._lanes.keep_until_read(state)
 
 
 def _cast(grads: list[Tensor], fields: Sequence[Field]) -> list[Tensor]:

@@ -142,6 +142,10 @@ class StreamedEngine:
             except Stopped:
                 self._give_up()
                 return None
+            except BaseException:
+                if self.at_once:
+                    self.broken = "a step of align.stream.update=at_once broke off half-way; continue from a snapshot"
+                raise
             return step.finish()
 
     def _give_up(self) -> None:

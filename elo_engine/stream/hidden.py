@@ -6,6 +6,7 @@ on its way down.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from elo_engine.stream.slabs import Slab
 
 # on the device when they are kept on the host: state and gradient, of this micro-batch and of the next
 AHEAD = 4
+_LEAVING = 1  # states on their way to the host while the next one is made
 
 
 class DeviceHidden:
@@ -55,6 +57,8 @@ class HostHidden:
 
     def __init__(self, lanes: Lanes, places: int, tokens: int, D: int, dtype: torch.dtype, slab: Slab) -> None:
         self._lanes, self._D, self._dtype = lanes, D, dtype
+        self._slab = slab  # its memory is registered for as long as it lives
+        self._leaving: deque[tuple[Fence, Tensor]] = deque()
         self._host = slab.memory.view(dtype).view(places, tokens, D)
         self._fences: dict[tuple[int, int], Fence] = {}
         self._starts: list[int] = []
@@ -68,6 +72,8 @@ class HostHidden:
         for count in tokens:
             self._starts.append(self._starts[-1] + count)
         self._here.clear()
+        while self._leaving:
+            self._let_leave()
         if not tokens:
             return
         largest = max(tokens)
@@ -92,8 +98,16 @@ class HostHidden:
             pass
         with self._lanes.on("up", reads=[made], writes=[self._fence(place, m)]):
             self._rows(place, m).copy_(hidden_ND, non_blocking=True)
-            if hidden_ND.is_cuda:
-                hidden_ND.record_stream(torch.cuda.current_stream())
+        if self._lanes.streams:
+            self._leaving.append((made, hidden_ND))
+            if len(self._leaving) > _LEAVING:
+                self._let_leave()
+
+    def _let_leave(self) -> None:
+        """Let go of the oldest state that is on its way: what is computed from here on comes after its copy."""
+        made, _ = self._leaving.popleft()
+        with self._lanes.on("compute", writes=[made]):
+            pass
 
     def soon(self, place: int, m: int) -> None:
         """Begin to bring a state."""

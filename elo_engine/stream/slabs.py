@@ -7,8 +7,10 @@ mapped: a disk that is full must be an error and not a SIGBUS.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -19,7 +21,6 @@ from elo_engine.errors import FailedError, RefusedError
 from elo_engine.measure.meter import human_bytes
 
 PAGE = mmap.PAGESIZE
-_REGISTER_BYTES = 1 << 32  # the driver pins this much in one call
 
 
 class Slab:
@@ -57,16 +58,17 @@ def _anonymous(size: int) -> mmap.mmap:
             f"{human_bytes(size)} of host memory cannot be had for the streamed model ({error}); set "
             "align.stream.store=disk, or free memory"
         ) from error
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 def _unnamed_file(size: int, folder: Path) -> mmap.mmap:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".streamed-model-{os.getpid()}"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fd = -1
     try:
-        path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        fd, path = tempfile.mkstemp(prefix=".streamed-model-", dir=folder)
+        os.unlink(path)
         os.posix_fallocate(fd, 0, size)
         return mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
     except OSError as error:
@@ -75,17 +77,19 @@ def _unnamed_file(size: int, folder: Path) -> mmap.mmap:
             "there, move the output to another disk, or set align.stream.store=memory"
         ) from error
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
 
 
 def _register(slab: Slab) -> None:
+    """In one call: a copy may not cross from one registered piece to another. Undone when the slab goes, so whoever has
+    a view of its memory keeps the slab.
+    """
     runtime, pointer = torch.cuda.cudart(), slab.memory.data_ptr()
-    for at in range(0, slab.memory.numel(), _REGISTER_BYTES):
-        size = min(_REGISTER_BYTES, slab.memory.numel() - at)
-        error = int(runtime.cudaHostRegister(pointer + at, size, 1))  # portable: for every device
-        if error:
-            raise FailedError(
-                f"{human_bytes(slab.memory.numel())} of host memory could not be registered with the GPU (CUDA error "
-                f"{error}); raise the limit on locked memory (ulimit -l), or free host memory"
-            )
-        weakref.finalize(slab, runtime.cudaHostUnregister, pointer + at).atexit = False
+    error = int(runtime.cudaHostRegister(pointer, slab.memory.numel(), 1))  # portable: for every device
+    if error:
+        raise FailedError(
+            f"{human_bytes(slab.memory.numel())} of host memory could not be registered with the GPU (CUDA error "
+            f"{error}); raise the limit on locked memory (ulimit -l), or free host memory"
+        )
+    weakref.finalize(slab, runtime.cudaHostUnregister, pointer).atexit = False

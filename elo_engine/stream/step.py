@@ -94,7 +94,7 @@ class Step:
         with units.outer(store.last) as last:
             if self.spec.tied:
                 with units.outer(store.embedding) as embedding:
-                    d_head_VD = self._losses(last, embedding.weights["embedding"])
+                    d_head_VD = self._losses(last, embedding)
                 del embedding
                 if self.engine.at_once:
                     self.d_tied_VD = d_head_VD
@@ -106,14 +106,15 @@ class Step:
                 units.let_leave()
                 self._take(last, last.grads.as_they_came())
             else:
-                d_head_VD = self._losses(last, last.weights["head"])
+                d_head_VD = self._losses(last, last)
                 grads: list[Any] = [*last.grads.as_they_came()[:1], d_head_VD]
                 del d_head_VD
                 self._take(last, grads)
             units.soon(L - 1)
 
-    def _losses(self, last: Present, head_VD: Tensor) -> Tensor:
-        """The backward pass of the end of every micro-batch; returns the head's gradient."""
+    def _losses(self, last: Present, owner: Present) -> Tensor:
+        """The backward pass of the end of every micro-batch; returns the gradient of the head, `owner`'s last leaf."""
+        head_VD = owner.weights[owner.unit.keys[-1]]
         hidden, plain = self.hidden, ops.use_reference()
         sum_VD = None if plain else torch.zeros_like(head_VD, dtype=torch.float32, requires_grad=False)
         for m, (batch, _) in enumerate(self.batches):
@@ -132,7 +133,7 @@ class Step:
             del loss, entered_ND
         if sum_VD is not None:
             return sum_VD.mul_(self.scale)
-        grad, head_VD.grad = head_VD.grad, None
+        grad = owner.grads.as_they_came()[-1]
         assert grad is not None
         return grad
 
@@ -235,8 +236,9 @@ class Step:
         if engine.at_once and taken != 1.0:
             engine.broken = (
                 f"align.stream.update=at_once: the gradient's norm is {norm}, and what came before the first bad "
-                "number has been updated already; continue from the last snapshot with --resume auto and a lower "
-                "learning rate, or with update=lazy, which leaves such a step out whole"
+                "number has been updated already, so this step can be neither kept nor left out. The snapshots are "
+                "whole; start a new run in another output folder with a lower learning rate, or with "
+                "align.stream.update=lazy, which leaves such a step out"
             )
             raise FailedError(engine.broken)
         return StepOutcome(total, norm, taken == 1.0)
