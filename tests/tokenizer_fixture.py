@@ -8,6 +8,14 @@ from pathlib import Path
 END_OF_TEXT = "<|endoftext|>"
 BEGIN_OF_TEXT = "<|begin|>"
 
+CHATML = (
+    "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{%- endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog while the other dogs sleep near the river.",
     "A small model learns a new language from the first and the last of its layers.",
@@ -54,5 +62,21 @@ def make_tokenizer(folder: Path, vocab_size: int = 320, *, adds_bos: bool = Fals
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
     if adds_bos:
         settings["bos_token"] = BEGIN_OF_TEXT
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def add_chat_template(folder: Path, template: str | None = CHATML, tokens: tuple[str, ...] = CHAT_TOKENS) -> Path:
+    """Give the tokenizer in `folder` a chat template (None: none), and special tokens with the ids behind its last."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    first = 1 + max([*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    for number, token in enumerate(tokens):
+        content["added_tokens"].append({"id": first + number, "content": token, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings.pop("chat_template", None)
+    if template is not None:
+        settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder

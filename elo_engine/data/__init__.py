@@ -2,7 +2,8 @@
 
 The path of a token: an input file (`documents`, `parquet`) -> the checkpoint's own tokenizer (`tokenizer`) ->
 shards on disk (`tokens`, `writing`, `manifest`) -> memory-mapped (`store`) -> rows with labels, positions and
-document boundaries (`rows`, `mixture`). Nothing here imports torch.
+document boundaries (`rows`, `mixture`). Conversations go by way of `chat`, and beside their tokens lies which of
+them carry a loss. Nothing here imports torch.
 """
 
 from __future__ import annotations

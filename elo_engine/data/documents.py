@@ -36,13 +36,15 @@ _KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "par
 class Document(NamedTuple):
     """One text with its UTF-8 length, and the reading position behind it.
 
-    `offset` counts bytes, or rows of a parquet file; `line` is the number of the last line read.
+    `offset` counts bytes, or rows of a parquet file; `line` is the number of the last line read. `loss`: of a
+    conversation, the stretches [begin, end) of characters whose tokens carry a loss; None: all do.
     """
 
     text: str
     utf8_bytes: int
     offset: int
     line: int
+    loss: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,16 @@ def _read_txt(path: Path, split_blank_lines: bool, offset: int, line: int) -> It
 
 
 def _read_jsonl(path: Path, text_field: str, offset: int, line: int) -> Iterator[Document]:
+    for record, end, number in read_records(path, offset, line):
+        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+            raise UsageError(f"{path}, line {number}: {_lacks_text(record, text_field)}")
+        yield make_document(path, f"line {number}", record[text_field], end, number)
+
+
+def read_records(path: Path, offset: int, line: int) -> Iterator[tuple[object, int, int]]:
+    """(value, offset behind it, number of its line) for each line of JSON from a position on; blank lines are passed
+    over. Raises as `read_documents`.
+    """
     with _reading(path), path.open("rb") as file:
         if offset == 0 and file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK:
             offset = len(_BYTE_ORDER_MARK)
@@ -212,9 +224,7 @@ def _read_jsonl(path: Path, text_field: str, offset: int, line: int) -> Iterator
                 raise UsageError(
                     f"{path}, line {line}: not JSON ({error}); every line must be one JSON object"
                 ) from None
-            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-                raise UsageError(f"{path}, line {line}: {_lacks_text(record, text_field)}")
-            yield _document(path, f"line {line}", record[text_field], offset, line)
+            yield record, offset, line
 
 
 def _lacks_text(record: object, text_field: str) -> str:
@@ -227,7 +237,8 @@ def _lacks_text(record: object, text_field: str) -> str:
     return f"no field {text_field!r} (fields here: {keys}); name the field that holds the text"
 
 
-def _document(path: Path, where: str, text: str, offset: int, line: int) -> Document:
+def make_document(path: Path, where: str, text: str, offset: int, line: int) -> Document:
+    """A document of a text that has to be text and within the size limit; UsageError naming file and place."""
     try:
         utf8_bytes = len(text.encode())
     except UnicodeEncodeError as error:
@@ -242,4 +253,4 @@ def _document(path: Path, where: str, text: str, offset: int, line: int) -> Docu
 
 def _read_parquet(path: Path, text_field: str, offset: int) -> Iterator[Document]:
     for row, text in parquet.read_texts(path, text_field, offset):
-        yield _document(path, f"row {row}", text, row, row)
+        yield make_document(path, f"row {row}", text, row, row)

@@ -19,9 +19,10 @@ class RowBatch:
     """Rows of tokens, as numpy arrays.
 
     ids_BT, labels_BT, positions_BT: int64 [B, T]; a label is the id of the following token, NO_LABEL where
-    there is no loss; positions restart at every segment. segment_starts: int64 offsets into the flattened
-    tokens where a segment begins, with N appended, so it is the cu_seqlens of variable-length attention;
-    every row begins a segment. languages: one name per row.
+    there is no loss (at a document's end, and where a loss mask leaves the following token out); positions
+    restart at every segment. segment_starts: int64 offsets into the flattened tokens where a segment begins,
+    with N appended, so it is the cu_seqlens of variable-length attention; every row begins a segment.
+    languages: one name per row.
     """
 
     ids_BT: np.ndarray
@@ -79,13 +80,13 @@ def cut_rows(
     documents, document_ends = order[first : last + 1], ends[first : last + 1]
     document_begins = document_ends - store.lengths[documents]
     buffer = np.zeros(tokens + 1, dtype=np.int64)
-    store.gather(
-        documents,
-        np.maximum(document_begins, begin) - document_begins,
-        np.minimum(document_ends, stop) - document_begins,
-        buffer,
-    )
+    inside = np.maximum(document_begins, begin) - document_begins, np.minimum(document_ends, stop) - document_begins
+    store.gather(documents, *inside, buffer)
     labels = buffer[1:].copy()
+    if store.masked:
+        carries_loss = np.zeros(tokens + 1, dtype=np.uint8)
+        store.gather_loss(documents, *inside, carries_loss)
+        labels[carries_loss[1:] == 0] = NO_LABEL
     starts = np.zeros(tokens, dtype=bool)
     starts[::sequence_length] = True
     if packing == "document":

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from elo_engine.data.manifest import Manifest, ShardRecord, documents_file, file_sha256, tokens_file
+from elo_engine.data.manifest import (
+    Manifest,
+    ShardRecord,
+    documents_file,
+    file_sha256,
+    loss_file,
+    shard_hashes,
+    tokens_file,
+)
 from elo_engine.errors import FailedError
 
 _DOCUMENT_RECORD_BYTES = 16
@@ -21,6 +29,8 @@ class TokenStore:
     file; it does not touch the tokens. Raises UsageError (not a token folder), FailedError (damaged,
     truncated).
 
+    A folder of conversations has a loss mask beside its tokens (`masked`): `gather_loss` reads it.
+
     Attributes: `lengths` int64 [documents], tokens of each document; `text_bytes_by_doc` int64 [documents].
     """
 
@@ -29,6 +39,7 @@ class TokenStore:
         self.manifest = Manifest.load(self.folder)
         self.dtype = np.dtype(self.manifest.recipe.dtype).newbyteorder("<")
         self._shards: list[np.ndarray] = []
+        self._losses: list[np.ndarray] = []  # of a masked folder
         self._stats: list[tuple[Path, int, int, int]] = []
         tables = [self._open_shard(number, record) for number, record in enumerate(self.manifest.shards)]
         self.lengths = np.concatenate([np.diff(table[:, 0], prepend=0) for table in tables])
@@ -45,6 +56,10 @@ class TokenStore:
         try:
             table = np.fromfile(table_path, dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
             mapped = np.memmap(tokens_path, dtype=self.dtype, mode="r")
+            if self.masked:
+                loss_path = self.folder / loss_file(number)
+                self._check_size(loss_path, record.tokens)
+                self._losses.append(np.asarray(np.memmap(loss_path, dtype=np.uint8, mode="r")))
         except OSError as error:
             raise FailedError(
                 f"{tokens_path}: cannot be read ({error.strerror or error}); check the mode and the device"
@@ -72,6 +87,11 @@ class TokenStore:
     @property
     def tokens_total(self) -> int:
         return self.manifest.totals.tokens
+
+    @property
+    def masked(self) -> bool:
+        """Whether only some tokens carry a loss."""
+        return self.manifest.masked
 
     @property
     def documents(self) -> int:
@@ -104,6 +124,15 @@ class TokenStore:
 
     def gather(self, documents: np.ndarray, begins: np.ndarray, ends: np.ndarray, out: np.ndarray) -> None:
         """Copy tokens begins[i]..ends[i] (offsets in the document) of each documents[i] to `out`, joined."""
+        self._gather(self._shards, documents, begins, ends, out)
+
+    def gather_loss(self, documents: np.ndarray, begins: np.ndarray, ends: np.ndarray, out: np.ndarray) -> None:
+        """As `gather`, of a masked folder's flags: 1 where the token carries a loss."""
+        self._gather(self._losses, documents, begins, ends, out)
+
+    def _gather(
+        self, files: list[np.ndarray], documents: np.ndarray, begins: np.ndarray, ends: np.ndarray, out: np.ndarray
+    ) -> None:
         shards = np.searchsorted(self._first_document, documents, side="right") - 1
         base = self._begins[documents]
         at = 0
@@ -111,7 +140,7 @@ class TokenStore:
         # tokens.
         pieces = zip(shards.tolist(), (base + begins).tolist(), (base + ends).tolist(), strict=True)
         for shard, begin, end in pieces:
-            out[at : at + end - begin] = self._shards[shard][begin:end]
+            out[at : at + end - begin] = files[shard][begin:end]
             at += end - begin
 
     def check_unchanged(self) -> None:
@@ -155,10 +184,7 @@ class TokenStore:
         differs.
         """
         for number, record in enumerate(self.manifest.shards):
-            for name, expected in (
-                (tokens_file(number), record.tokens_sha256),
-                (documents_file(number), record.documents_sha256),
-            ):
+            for name, expected in shard_hashes(number, record).items():
                 path = self.folder / name
                 try:
                     found = file_sha256(path)

@@ -55,12 +55,17 @@ class Encoder:
 
 
 def load_encoder(folder: Path) -> Encoder:
-    """Load the tokenizer of a local folder through transformers.
+    """Load the tokenizer of a local folder through transformers; raises as `load_tokenizer`."""
+    return encoder_of(folder, load_tokenizer(folder))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local folder as transformers has it: fast, and with an end-of-text token.
 
     Raises UsageError (no tokenizer, no end-of-text token), RefusedError (needs its own code, has no fast
     form), FailedError (its files cannot be parsed).
     """
-    sha256 = tokenizer_hash(folder)
+    tokenizer_hash(folder)
     for name in ("tokenizer_config.json", "config.json"):
         _refuse_own_code(folder / name)
 
@@ -77,13 +82,18 @@ def load_encoder(folder: Path) -> Encoder:
             f"{folder}: the tokenizer names no end-of-text token, which has to close every document; "
             "set eos_token in tokenizer_config.json"
         )
+    return tokenizer
+
+
+def encoder_of(folder: Path, tokenizer: Any) -> Encoder:
+    """What `load_tokenizer` gave for the folder, as an encoder of plain texts."""
     backend = tokenizer.backend_tokenizer
     # A tokenizer.json can carry the truncation and padding of the day it was saved.
     backend.no_truncation()
     backend.no_padding()
     return Encoder(
         backend=backend,
-        sha256=sha256,
+        sha256=tokenizer_hash(folder),
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         eos_id=int(tokenizer.eos_token_id),
         bos_id=_bos_in_front(tokenizer),

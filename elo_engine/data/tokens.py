@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
+from elo_engine.data.chat import MESSAGES, ChatEncoder, chat_encoder, require_jsonl
 from elo_engine.data.documents import Document, InputFile, inspect_inputs, read_documents
 from elo_engine.data.manifest import (
     MANIFEST,
@@ -26,12 +27,11 @@ from elo_engine.data.manifest import (
     Recipe,
     Record,
     ShardRecord,
-    documents_file,
     file_sha256,
-    tokens_file,
+    shard_hashes,
 )
 from elo_engine.data.store import TokenStore
-from elo_engine.data.tokenizer import Encoder, load_encoder, tokenizer_hash
+from elo_engine.data.tokenizer import Encoder, encoder_of, load_tokenizer, tokenizer_hash
 from elo_engine.data.writing import NEW, ShardWriter, locked, naming, sync_folder, write_file
 from elo_engine.errors import EloError, RefusedError, UsageError
 
@@ -45,7 +45,7 @@ _BATCH_TEXT_BYTES = 512 << 10
 _BATCH_DOCUMENTS = 1024
 
 _PROGRESS = "progress.json"
-_SHARD_FILE = re.compile(r"(tokens|documents)-\d{5,}\.bin")
+_SHARD_FILE = re.compile(r"(tokens|documents|loss)-\d{5,}\.bin")
 
 
 class _Progress(Record):
@@ -71,6 +71,7 @@ def build_tokens(
     text_field: str = "text",
     shard_tokens: int = 1 << 24,
     split_blank_lines: bool = False,
+    chat: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Tokenise .txt, .jsonl and .parquet files, in the order given, into the token folder `out`.
@@ -81,6 +82,9 @@ def build_tokens(
     of a special token inside a text becomes that token, as the tokenizer has it. A shard holds at most
     `shard_tokens` tokens, or one document that is longer. `progress(bytes_done, bytes_total)` is called after
     each batch of texts.
+
+    chat: the inputs are JSON lines of conversations (see `chat`), rendered with the tokenizer's chat template, and the
+    folder has a loss mask: only what the assistant writes carries a loss.
 
     Raises UsageError (inputs, records, options), RefusedError (`out` exists, another process writes it, the
     tokenizer needs its own code), FailedError (text that is not UTF-8, a file that changed meanwhile, an I/O
@@ -93,16 +97,21 @@ def build_tokens(
     tokenizer_folder = Path(tokenizer_folder)
     tokenizer_hash(tokenizer_folder)  # a missing tokenizer is reported before the inputs are read through
     files = inspect_inputs([Path(path) for path in inputs], text_field)
-    encoder = load_encoder(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    encoder, conversations = encoder_of(tokenizer_folder, tokenizer), None
+    if chat:
+        require_jsonl(files)
+        conversations = chat_encoder(tokenizer_folder, tokenizer)
     recipe = Recipe(
         tokenizer_sha256=encoder.sha256,
         vocab_size=encoder.vocab_size,
         dtype="uint16" if encoder.vocab_size <= 1 << 16 else "uint32",
         eos_id=encoder.eos_id,
         bos_id=encoder.bos_id,
-        text_field=text_field,
+        text_field=MESSAGES if chat else text_field,
         split_blank_lines=split_blank_lines,
         shard_tokens=shard_tokens,
+        chat_template_sha256=None if conversations is None else conversations.template_sha256,
         inputs=tuple(InputRecord(name=file.path.name, bytes=file.size, sha256=file.sha256) for file in files),
     )
     work = out.with_name(f".{out.name}.partial")
@@ -110,14 +119,33 @@ def build_tokens(
         _refuse_existing(out)
         _refuse_foreign(work)
         if not _is_complete(work, recipe):
-            _Builder(files, encoder, work, _resume(work, recipe), progress).run()
+            start = _resume(work, recipe)
+            _Builder(files, conversations or _Texts(encoder, recipe), work, start, progress).run()
         # The manifest marks the folder complete: after a crash from here on only these lines run again.
         manifest = Manifest.load(work)
-        _clear(work, {MANIFEST, *_shard_files(len(manifest.shards))})
+        _clear(work, {MANIFEST, *_files_of(manifest.shards)})
         with naming(out):
             os.rename(work, out)  # refuses a folder with content; the lock keeps out writers of the same name
             sync_folder(out.parent)
     return manifest
+
+
+class _Texts:
+    """Plain texts to documents and ids, as `ChatEncoder` does it for conversations."""
+
+    def __init__(self, encoder: Encoder, recipe: Recipe) -> None:
+        self.encoder, self.recipe = encoder, recipe
+
+    def read(self, file: InputFile, offset: int, line: int) -> Iterator[Document]:
+        text_field, split = self.recipe.text_field, self.recipe.split_blank_lines
+        return read_documents(file, text_field=text_field, split_blank_lines=split, offset=offset, line=line)
+
+    def encode(self, documents: list[Document]) -> Iterator[tuple[np.ndarray, None]]:
+        """Ids with begin and end, int64; none at all for a text that is blank."""
+        front = [] if self.recipe.bos_id is None else [self.recipe.bos_id]
+        for document, ids in zip(documents, self.encoder.encode([d.text for d in documents]), strict=True):
+            whole = [] if not ids or document.text.isspace() else [*front, *ids, self.recipe.eos_id]
+            yield np.array(whole, dtype=np.int64), None
 
 
 class _Builder:
@@ -126,16 +154,16 @@ class _Builder:
     def __init__(
         self,
         files: list[InputFile],
-        encoder: Encoder,
+        source: _Texts | ChatEncoder,
         work: Path,
         start: _Progress,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.files, self.encoder, self.work, self.progress = files, encoder, work, progress
+        self.files, self.source, self.work, self.progress = files, source, work, progress
         self.recipe, self.shards = start.recipe, start.shards
         self.input, self.offset, self.line = start.input, start.offset, start.line
         self.empty_documents = start.empty_documents
-        self.writer = ShardWriter(work, len(self.shards), self.recipe.dtype)
+        self.writer = self._next_shard()
 
     def run(self) -> None:
         """Write what is missing of the shards, then the manifest."""
@@ -153,37 +181,33 @@ class _Builder:
         write_file(self.work / MANIFEST, Manifest.make(self.recipe, self.shards, self.empty_documents).to_bytes())
 
     def _tokenise_input(self, file: InputFile) -> None:
-        documents = read_documents(
-            file,
-            text_field=self.recipe.text_field,
-            split_blank_lines=self.recipe.split_blank_lines,
-            offset=self.offset,
-            line=self.line,
-        )
+        documents = self.source.read(file, self.offset, self.line)
         taken = 0  # after a restart too: a shard ends where a further document is at hand, which is read again
         for batch in _batches(documents):
-            for document, ids in zip(batch, self.encoder.encode([d.text for d in batch]), strict=True):
-                taken += self._add(document, ids)
+            for document, (ids, loss) in zip(batch, self.source.encode(batch), strict=True):
+                taken += self._add(document, ids, loss)
             self._report()
         if not taken:
             raise UsageError(
                 f"{file.path}: no text in this file, only blank records; leave it out or give one with text"
             )
 
-    def _add(self, document: Document, ids: list[int]) -> bool:
-        """Append a document to the shards; False when it has no text."""
-        empty = not ids or document.text.isspace()
+    def _add(self, document: Document, ids: np.ndarray, loss: np.ndarray | None) -> bool:
+        """Append a document to the shards; False when it has no text, or nothing in it carries a loss."""
+        empty = not len(ids) or document.utf8_bytes == 0 or (loss is not None and not loss.any())
         if empty:
             self.empty_documents += 1
         else:
-            front = [] if self.recipe.bos_id is None else [self.recipe.bos_id]
-            whole = np.array([*front, *ids, self.recipe.eos_id], dtype=np.int64)
-            if self.writer.tokens and self.writer.tokens + len(whole) > self.recipe.shard_tokens:
+            if self.writer.tokens and self.writer.tokens + len(ids) > self.recipe.shard_tokens:
                 self._finish_shard()
-                self.writer = ShardWriter(self.work, len(self.shards), self.recipe.dtype)
-            self.writer.add(whole, document.utf8_bytes)
+                self.writer = self._next_shard()
+            self.writer.add(ids, document.utf8_bytes, loss)
         self.offset, self.line = document.offset, document.line
         return not empty
+
+    def _next_shard(self) -> ShardWriter:
+        masked = self.recipe.chat_template_sha256 is not None
+        return ShardWriter(self.work, len(self.shards), self.recipe.dtype, masked=masked)
 
     def _finish_shard(self) -> None:
         """Complete the current shard; the progress file then points at the document after its last."""
@@ -213,7 +237,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         batch.append(document)
-        size += document.utf8_bytes
+        size += max(document.utf8_bytes, len(document.text))  # of a conversation the bytes are only a part
         if size >= _BATCH_TEXT_BYTES or len(batch) == _BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
@@ -232,8 +256,8 @@ def _refuse_foreign(work: Path) -> None:
             raise RefusedError(f"{path}: is not from here; move it away or choose another --out")
 
 
-def _shard_files(count: int) -> list[str]:
-    return [make(number) for number in range(count) for make in (tokens_file, documents_file)]
+def _files_of(shards: tuple[ShardRecord, ...]) -> list[str]:
+    return [name for number, shard in enumerate(shards) for name in shard_hashes(number, shard)]
 
 
 def _clear(work: Path, keep: set[str]) -> None:
@@ -266,17 +290,13 @@ def _resume(work: Path, recipe: Recipe) -> _Progress:
             state = found
         else:
             log.warning("%s: starting afresh, the unfinished folder is damaged or of another recipe", work)
-    _clear(work, {*([_PROGRESS] if state.shards else []), *_shard_files(len(state.shards))})
+    _clear(work, {*([_PROGRESS] if state.shards else []), *_files_of(state.shards)})
     return state
 
 
 def _shards_intact(work: Path, shards: tuple[ShardRecord, ...]) -> bool:
     for number, record in enumerate(shards):
-        expected = {
-            tokens_file(number): record.tokens_sha256,
-            documents_file(number): record.documents_sha256,
-        }
-        for name, sha256 in expected.items():
+        for name, sha256 in shard_hashes(number, record).items():
             if not (work / name).is_file() or file_sha256(work / name) != sha256:
                 return False
     return True

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from elo_engine.data.manifest import ShardRecord, documents_file, tokens_file
+from elo_engine.data.manifest import ShardRecord, documents_file, loss_file, tokens_file
 from elo_engine.errors import FailedError, RefusedError
 
 # Name of the file that a small file is written to before it takes its place.
@@ -78,19 +78,33 @@ def locked(work: Path) -> Iterator[None]:
 
 
 class ShardWriter:
-    """One shard: ids go to disk as they come, the document table (16 bytes a document) at the end."""
+    """One shard: ids go to disk as they come, the document table (16 bytes a document) at the end.
 
-    def __init__(self, folder: Path, number: int, dtype: str) -> None:
-        self.tokens = 0
+    masked: with a byte beside every token that says whether it carries a loss.
+    """
+
+    def __init__(self, folder: Path, number: int, dtype: str, *, masked: bool = False) -> None:
+        self.tokens = self.loss_tokens = 0
         self._path, self._table_path = folder / tokens_file(number), folder / documents_file(number)
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._table = array("q")
         self._digest = hashlib.sha256()
+        self._loss_digest = hashlib.sha256()
+        self._loss_path = folder / loss_file(number) if masked else None
+        self._loss_file: BinaryIO | None = None
         with naming(self._path):
             self._file: BinaryIO = self._path.open("wb")
+        if self._loss_path is not None:
+            with naming(self._loss_path):
+                self._loss_file = self._loss_path.open("wb")
 
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append one document, int64 [length]; ids that the shard's type cannot hold raise FailedError."""
+    def add(self, ids: np.ndarray, text_bytes: int, loss: np.ndarray | None = None) -> None:
+        """Append one document, int64 [length]; ids that the shard's type cannot hold raise FailedError.
+
+        loss: of a masked shard, bool [length]: which tokens carry a loss.
+        """
+        if (loss is None) != (self._loss_path is None) or (loss is not None and loss.shape != ids.shape):
+            raise ValueError(f"{self._path}: a document of a masked shard, and of no other, has one flag a token")
         if int(ids.min()) < 0 or int(ids.max()) > np.iinfo(self._dtype).max:
             bad = int(np.argmax((ids < 0) | (ids > np.iinfo(self._dtype).max)))
             raise FailedError(
@@ -101,16 +115,27 @@ class ShardWriter:
         self._digest.update(raw)
         with naming(self._path):
             self._file.write(raw)
+        if loss is not None and self._loss_path is not None and self._loss_file is not None:
+            flags = loss.astype(np.uint8).tobytes()
+            self._loss_digest.update(flags)
+            with naming(self._loss_path):
+                self._loss_file.write(flags)
+            self.loss_tokens += int(np.count_nonzero(loss))
         self.tokens += len(ids)
         self._table.extend((self.tokens, text_bytes))
 
     def finish(self) -> ShardRecord:
-        """Write the document table and put both files on disk for good."""
+        """Write the document table and put the files on disk for good."""
         table = np.array(self._table, dtype="<i8").reshape(-1, 2)
         with naming(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+        if self._loss_path is not None and self._loss_file is not None:
+            with naming(self._loss_path):
+                self._loss_file.flush()
+                os.fsync(self._loss_file.fileno())
+                self._loss_file.close()
         write_file(self._table_path, table.tobytes())
         return ShardRecord(
             tokens=self.tokens,
@@ -118,10 +143,14 @@ class ShardWriter:
             text_bytes=int(table[:, 1].sum()),
             tokens_sha256=self._digest.hexdigest(),
             documents_sha256=hashlib.sha256(table.tobytes()).hexdigest(),
+            loss_tokens=self.loss_tokens if self._loss_file is not None else None,
+            loss_sha256=self._loss_digest.hexdigest() if self._loss_file is not None else None,
         )
 
     def close(self) -> None:
-        """Let go of the file; what it holds is written again by the next run."""
+        """Let go of the files; what they hold is written again by the next run."""
         # Closing flushes, and on a full disk that fails once more: the first error is the one to report.
-        with contextlib.suppress(OSError):
-            self._file.close()
+        for file in (self._file, self._loss_file):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
