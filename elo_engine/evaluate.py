@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and bits per byte of a model, per language.
+"""Held-out loss, perplexity, bits per byte and cloze accuracy of a model, per language.
 
 Every document is scored once, in rows of the given length; a document that spans rows loses its earlier context
 there, like in training. The first token of a document is not predicted unless the tokenizer puts a bos token before
@@ -11,19 +11,21 @@ takes batches in groups (`stream/scoring.py`). Losses, and the order in which th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from elo_engine import console
 from elo_engine.checkpoint import CheckpointIndex, open_checkpoint, resolve_model
+from elo_engine.cloze import Cloze, ClozeItems, ClozeShape
 from elo_engine.corpora import Heldout, open_tokens, require_folder
-from elo_engine.data import TokenStore, sequential_rows
+from elo_engine.data import RowBatch, TokenStore, sequential_rows
 from elo_engine.errors import UsageError
 from elo_engine.measure.environment import choose_device, choose_dtype
 from elo_engine.measure.machine import give_back_freed_memory
@@ -98,11 +100,51 @@ def evaluate_store(
     per_batch = batch_tokens(sequence_length)
     wanted = store.tokens_total if tokens is None else min(tokens, store.tokens_total)
     batches = max(1, math.ceil(wanted / per_batch))
+    total, count, seen = 0.0, 0, 0
+    rows_of_all = islice(sequential_rows(store, sequence_length, per_batch // sequence_length), batches)
+    for rows, losses_N in _scored(scorer, rows_of_all, batches, per_batch, title, should_stop):
+        total += float(losses_N.double().sum())
+        count += int((rows.labels_BT >= 0).sum())
+        seen += rows.ids_BT.size
+    share = min(1.0, seen / store.tokens_total)
+    loss = total / max(1, count)
+    text_bytes = round(store.text_bytes * share)
+    return Evaluation(loss, math.exp(min(loss, 700.0)), total / math.log(2) / max(1, text_bytes), count, text_bytes)
+
+
+def cloze_store(
+    scorer: Scorer,
+    store: TokenStore,
+    items: int,
+    shape: ClozeShape | None = None,
+    seed: int = 0,
+    title: str = "cloze",
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Cloze:
+    """How often a model finds the true continuation among those of other places of one held-out set.
+
+    Raises:
+        UsageError: as `ClozeItems.draw`. Stopped: as `evaluate_store`.
+    """
+    drawn = ClozeItems.draw(store, items, shape, seed)
+    per_batch = max(1, TOKENS_AT_ONCE // drawn.row_tokens)
+    batches = math.ceil(drawn.rows / per_batch)
+    sums: list[np.ndarray] = []
+    scored = _scored(scorer, drawn.batches(per_batch), batches, per_batch * drawn.row_tokens, title, should_stop)
+    for _, losses_N in scored:
+        sums.append(losses_N.double().view(-1, drawn.row_tokens).sum(1).cpu().numpy())
+    return drawn.judge(np.concatenate(sums))
+
+
+def _scored(
+    scorer: Scorer, coming: Iterable[RowBatch], batches: int, per_batch: int, title: str,
+    should_stop: Callable[[], bool],
+) -> Iterator[tuple[RowBatch, Tensor]]:  # fmt: skip
+    """Each of so many batches of at most `per_batch` tokens with its losses, taken in groups as suits the scorer."""
     at_once = 1 if isinstance(scorer, Decoder) else max(1, scorer.tokens_at_once // per_batch)
-    total, count, seen, done = 0.0, 0, 0, 0
-    coming = islice(sequential_rows(store, sequence_length, per_batch // sequence_length), batches)
+    source, done = iter(coming), 0
     with console.progress_bar(title, batches) as bar:
-        while group := list(islice(coming, at_once)):
+        while group := list(islice(source, at_once)):
 
             def told(share: float, before: int = done, size: int = len(group)) -> None:
                 if should_stop():
@@ -110,16 +152,9 @@ def evaluate_store(
                 bar(before + int(share * size), "")
 
             moved = [to_batch(rows, scorer.device) for rows in group]
-            for rows, losses_N in zip(group, _losses(scorer, moved, told), strict=True):
-                total += float(losses_N.double().sum())
-                count += int((rows.labels_BT >= 0).sum())
-                seen += rows.ids_BT.size
+            yield from zip(group, _losses(scorer, moved, told), strict=True)
             done += len(group)
             told(0.0, done)
-    share = min(1.0, seen / store.tokens_total)
-    loss = total / max(1, count)
-    text_bytes = round(store.text_bytes * share)
-    return Evaluation(loss, math.exp(min(loss, 700.0)), total / math.log(2) / max(1, text_bytes), count, text_bytes)
 
 
 def _losses(scorer: Scorer, batches: Sequence[Batch], told: Callable[[float], None]) -> list[Tensor]:
@@ -165,6 +200,24 @@ def open_scorer(
     return LayerMajorScorer(weights)
 
 
+def open_folder(
+    folder: Path,
+    sequence_length: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    engine: EngineName = "auto",
+    say: Callable[[str], None] = lambda text: console.err.print(text, markup=False),
+) -> Scorer:
+    """A whole checkpoint, to be scored on the device as a whole or a few layers at a time; says which, and why."""
+    index = open_checkpoint(folder)
+    spec = read_spec(index.config)
+    give_back_freed_memory(device)
+    chosen, why = choose_engine(spec, device, dtype, sequence_length, engine)
+    say(f"evaluate {folder}: {chosen}, {why}")
+    return open_scorer(index, spec, chosen, device=device, dtype=dtype)
+
+
 def evaluate_folder(
     folder: Path,
     heldout: Heldout,
@@ -174,25 +227,23 @@ def evaluate_folder(
     engine: EngineName = "auto",
     say: Callable[[str], None] = lambda text: console.err.print(text, markup=False),
 ) -> dict[str, Evaluation]:
-    """Score a whole checkpoint, on the device as a whole or a few layers at a time; says which, and why."""
-    index = open_checkpoint(folder)
-    spec = read_spec(index.config)
-    give_back_freed_memory(device)
-    chosen, why = choose_engine(spec, device, dtype, heldout.sequence_length, engine)
-    say(f"evaluate {folder}: {chosen}, {why}")
-    return evaluate_all(open_scorer(index, spec, chosen, device=device, dtype=dtype), heldout)
+    """Score a whole checkpoint on every language of a held-out set; as `open_folder` and `evaluate_all`."""
+    length = heldout.sequence_length
+    return evaluate_all(open_folder(folder, length, device=device, dtype=dtype, engine=engine, say=say), heldout)
 
 
 def evaluate_command(
     model: str, tokens: list[Path], sequence_length: int, device: str, dtype: str, engine: str = "auto", *,
-    quiet: bool = False,
+    quiet: bool = False, cloze: int = 0, cloze_shape: str = "64,16,4",
 ) -> dict[str, Any]:  # fmt: skip
     """`elo eval`: a model against token folders, tokenizer and ids checked; results by folder name.
 
-    Unless `quiet`, says which engine is used and why.
+    Unless `quiet`, says which engine is used and why. With `cloze` so many questions are asked about each folder's
+    text, and each result has a key `cloze`.
 
     Raises:
-        UsageError: no token folder, or a device, dtype or engine that does not exist. RefusedError: another tokenizer.
+        UsageError: no token folder, or a device, dtype, engine or cloze shape that does not exist, or text that is too
+        short for it. RefusedError: another tokenizer.
     """
     if not tokens:
         raise UsageError("elo eval: no token folder given; use --tokens DIR, made by elo data")
@@ -200,15 +251,36 @@ def evaluate_command(
         raise UsageError(f"elo eval: --device {device} --dtype {dtype}: use auto, cpu or cuda, and auto, bf16 or fp32")
     if engine not in get_args(EngineName):
         raise UsageError(f"elo eval: --engine {engine}: use {', '.join(get_args(EngineName))}")
+    shape = ClozeShape.parse(cloze_shape)
     for path in tokens:
         require_folder(path)
     folder = resolve_model(model)
     where = choose_device(device)  # type: ignore[arg-type]
     width, _ = choose_dtype(dtype, where)  # type: ignore[arg-type]
     spec = read_spec(open_checkpoint(folder).config)
-    stores = open_tokens({str(path): str(path) for path in tokens}, folder, spec.V)
+    heldout = Heldout(open_tokens({str(path): str(path) for path in tokens}, folder, spec.V), sequence_length)
+    for store in heldout.stores.values() if cloze else ():
+        ClozeItems.draw(store, 1, shape)  # text that is too short is said before the model is read
     more: dict[str, Any] = {"say": lambda text: None} if quiet else {}
-    found = evaluate_folder(
-        folder, Heldout(stores, sequence_length), device=where, dtype=width, engine=engine, **more  # type: ignore[arg-type]
+    scorer = open_folder(
+        folder, sequence_length, device=where, dtype=width, engine=engine, **more  # type: ignore[arg-type]
     )
-    return {name: asdict(result) for name, result in found.items()}
+    found = {name: asdict(result) for name, result in evaluate_all(scorer, heldout).items()}
+    for name, store in heldout.stores.items() if cloze else ():
+        found[name]["cloze"] = asdict(cloze_store(scorer, store, cloze, shape, title=f"cloze {name}"))
+    return found
+
+
+def describe_evaluation(name: str, result: dict[str, Any]) -> str:
+    """One folder's result of `evaluate_command` for a person."""
+    line = (
+        f"{name}: loss {result['loss_nats']:.4f} nats/token, perplexity {result['perplexity']:.3f}, "
+        f"{result['bits_per_byte']:.4f} bits/byte over {result['tokens_loss']:,} tokens"
+    )
+    cloze = result.get("cloze")
+    if cloze is None:
+        return line
+    return (
+        f"{line}; cloze {100 * cloze['accuracy']:.1f} % (95 %: {100 * cloze['low']:.1f} to {100 * cloze['high']:.1f}; "
+        f"chance {100 * cloze['chance']:.1f}) of {cloze['items']:,} questions"
+    )
