@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from elo_engine.benchmarks.models import BenchModel
 from elo_engine.errors import UsageError
 from elo_engine.measure.machine import host_room
-from elo_engine.measure.memory_streamed import host_parts
+from elo_engine.measure.memory_units import host_parts
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.planner import STREAMED, fits, largest_micro_batch, predict_memory
 from elo_engine.measure.setting import ARMS, SHALLOW, ArmName, Setting

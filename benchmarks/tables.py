@@ -7,6 +7,7 @@ from typing import Any
 from elo_engine.benchmarks.contestants import BASELINES
 from elo_engine.benchmarks.intervals import USUAL, percent
 from elo_engine.benchmarks.loading_table import loading_tables
+from elo_engine.benchmarks.quality_report import quality_tables
 from elo_engine.benchmarks.schemas import measured_peak
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.setting import ARMS
@@ -91,13 +92,14 @@ def _how(arms: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         if how := arm["options"].get("streaming"):
             store = "on disk" if how["store"] == "disk" else "in host memory"
             inputs = f"layers' inputs on the {how['inputs']}"
-            said.append(f"({arm['letter']}) keeps the model {store}, {inputs}, update {how['update']}")
+            sliced = ", the vocabulary in slices" if how.get("vocabulary") == "sliced" else ""
+            said.append(f"({arm['letter']}) keeps the model {store}, {inputs}{sliced}, update {how['update']}")
     return said
 
 
 def conditions(result: dict[str, Any], config: dict[str, Any], environment: dict[str, Any]) -> str:
     """One paragraph: what ran on what, how long, with which versions, at which commit."""
-    said = [result["conditions"]] if result["theme"] == "loss" else []
+    said = [result["conditions"]] if result["theme"] in ("loss", "quality") else []
     settings = config.get("settings") or {}
     if model := result.get("model"):
         count = model["parameters"]
@@ -269,7 +271,7 @@ def tables(result: dict[str, Any]) -> list[str]:
     """Markdown blocks of a result, whatever its theme."""
     made = {
         "speedup": speedup_tables, "memory": memory_tables, "kernels": kernel_tables, "loading": loading_tables,
-        "loss": loss_tables,
+        "loss": loss_tables, "quality": quality_tables,
     }  # fmt: skip
     return made[result["theme"]](result)
 

@@ -1,4 +1,5 @@
 """Layer alignment: train the whole reattached model briefly (paper section 3.3), with the loop of every other stage.
+With `align.when: interleaved` its steps are spread through ELO pretraining, and both are this one stage.
 
 Without a reattached checkpoint in the run folder the source model itself is trained: that is full continual
 pretraining, the paper's baseline. Output: `RUN/model/`, a checkpoint that loads wherever the source did.
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from elo_engine import console
+from elo_engine.calibrate import Calibration, obtain_bridge
 from elo_engine.checkpoint import CheckpointIndex, open_checkpoint
 from elo_engine.config import RunConfig
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source
 from elo_engine.engine_choice import EngineChoice
+from elo_engine.errors import UsageError
 from elo_engine.measure.expected import StageMemory, stage_memory
 from elo_engine.model.full import load_full
 from elo_engine.plan import align_engine
@@ -23,6 +26,7 @@ from elo_engine.run_dir import RunDir
 from elo_engine.stage import StageEngine, log_model, run_stage
 from elo_engine.stream.engine import open_streamed
 from elo_engine.summary import stage_summary
+from elo_engine.train.interleaved import InterleavedEngine
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
 
@@ -45,7 +49,14 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
     )
     mixture = make_mixture(config, source.folder, source.spec.V)
     heldout = open_heldout(config, source.folder, source.spec.V) if config.evaluate.every else None
-    engine = _load(run, source, index, choice)
+    interleaved = config.align.when == "interleaved"
+    if interleaved and start.exists():
+        raise UsageError(
+            f"{start}: was trained with align.when: after; interleaved begins with the source model, in another output "
+            "folder"
+        )
+    fitted = obtain_bridge(run, source, mixture, keep_statistics=True) if interleaved else None
+    engine = _load(run, source, index, choice, fitted)
     # after ELO pretraining the alignment goes on where that stopped reading; the paper's stages share no text either
     rows_read = config.steps("pretrain") * config.pretrain.tokens_per_step // config.data.sequence_length
     first_row = rows_read if start.exists() else 0
@@ -60,13 +71,17 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
         final_weights(run, "align", index),
         target,
         extra,
-        _model_card(config, source, summary, reattached=start.exists()),
+        _model_card(config, source, summary, reattached=start.exists() or interleaved),
     )
     return summary
 
 
-def _load(run: RunDir, source: Source, index: CheckpointIndex, choice: EngineChoice) -> StageEngine:
-    """The whole model, on the device or in a store of the host."""
+def _load(
+    run: RunDir, source: Source, index: CheckpointIndex, choice: EngineChoice, fitted: Calibration | None
+) -> StageEngine:
+    """The whole model, on the device or in a store of the host; `fitted`: what begins as the bridge of interleaved
+    steps.
+    """
     config, spec = run.config, source.spec
     section = config.align
     with console.bytes_bar("load the whole model") as progress:
@@ -80,6 +95,11 @@ def _load(run: RunDir, source: Source, index: CheckpointIndex, choice: EngineCho
                 progress=progress,
             )
             log_model(run, set(model.trainable()), set(model.frozen()), index)
+            if section.when == "interleaved":
+                steps = config.steps("align"), config.steps("pretrain")
+                run.say("align: interleaved, {} whole-model steps among {} of the detached layers".format(*steps))
+                bridges, statistics = ({}, {}) if fitted is None else (fitted.bridges, fitted.statistics)
+                return InterleavedEngine(model, source.layers, config, bridges=bridges, statistics=statistics)
             return ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.micro_batch)
         engine = open_streamed(
             spec, source.dtype, section, source.device, choice.streaming, config.data.sequence_length,
@@ -109,6 +129,8 @@ def _model_card(config: RunConfig, source: Source, summary: dict[str, Any], *, r
             f"learning rate {config.pretrain.optimizer.lr:g}), put back, and the whole model aligned on {aligned:,} "
             f"tokens (peak learning rate {rate:g})."
         )
+        if config.align.when == "interleaved":
+            how += " Steps of both kinds took turns."
     return f"""---
 base_model: {base}
 tags: {tags}

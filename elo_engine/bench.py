@@ -78,6 +78,23 @@ def loss(
     _show(result, path)
 
 
+def quality(
+    record: bool, records: Path | None, show: bool, texts: list[str], own: list[str], overrides: list[str],
+    **options: Any,
+) -> None:  # fmt: skip
+    """Do the comparison's jobs that nobody has done, print its tables, keep the record once all are done."""
+    from elo_engine.benchmarks.quality import Options, run_command
+
+    chosen = Options(texts=tuple(texts), own=tuple(own), overrides=tuple(overrides), **options)
+    result, path, missing = run_command(chosen, records_folder(records) if record else None, _command(), show)
+    _show(result, path)
+    if missing and not show:
+        _say(
+            f"{missing} jobs are another process's and not done yet: whoever ends last keeps the record; after that, "
+            "or to see what is there by now: the same command with --resume --show"
+        )
+
+
 def traffic(model: str, gpus: list[str], tokens: int, micro_batch_tokens: int, link: str | None) -> None:
     """What streaming moves over the link, computed."""
     from elo_engine.benchmarks.traffic import Options, traffic_text

@@ -178,6 +178,9 @@ def data(
     tokenizer: Annotated[str, typer.Option(help="model folder or hub id whose tokenizer is used")],
     out: Annotated[Path, typer.Option(help="folder for the token shards")],
     split_blank_lines: Annotated[bool, typer.Option(help="in text files, a blank line ends a document")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help='jsonl lines {"messages": [...]}: chat template, loss on the assistant alone')
+    ] = False,
 ) -> None:
     """Turn text into token shards, in bounded memory; an interrupted call continues when it is repeated."""
     from elo_engine.checkpoint import resolve_model
@@ -190,11 +193,28 @@ def data(
             resolve_model(tokenizer),
             out,
             split_blank_lines=split_blank_lines,
+            chat=chat,
             progress=lambda done, _: bar(done, ""),
         )
-    console.out.print(
-        f"{out}: {manifest.totals.tokens:,} tokens in {manifest.totals.documents:,} documents", markup=False
-    )
+    line = f"{out}: {manifest.totals.tokens:,} tokens in {manifest.totals.documents:,} documents"
+    if manifest.totals.loss_tokens is not None:
+        line += f", {manifest.totals.loss_tokens:,} of them with a loss"
+    console.out.print(line, markup=False)
+
+
+@app.command("chat-vector")
+@_verb
+def chat_vector(
+    base: Annotated[str, typer.Argument(help="folder or hub id of the model that both others were made from")],
+    instruct: Annotated[str, typer.Argument(help="its instruction-tuned version")],
+    target: Annotated[str, typer.Argument(help="its version that learned a language")],
+    out: FolderOut,
+    weight: Annotated[float, typer.Option(help="of the difference; any number, negative ones too")] = 1.0,
+) -> None:
+    """target + weight x (instruct - base), in one streaming pass with constant memory."""
+    from elo_engine.chat_vector import chat_vector as body
+
+    console.out.print(body(base, instruct, target, out, weight), markup=False)
 
 
 @app.command("eval")
@@ -209,22 +229,51 @@ def evaluate(
     engine: Annotated[
         str, typer.Option(help="resident: the whole model on the device; streamed: a few layers at a time; or auto")
     ] = "auto",
+    cloze: Annotated[int, typer.Option(min=0, help="so many questions about each text: what follows? (try 200)")] = 0,
+    cloze_shape: Annotated[str, typer.Option(help="tokens of context and of continuation, and choices")] = "64,16,4",
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="only print the command of lm-evaluation-harness")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Held-out loss, perplexity and bits per byte of a whole model, per token folder."""
-    from elo_engine.evaluate import evaluate_command
+    """Held-out loss, perplexity, bits per byte and cloze accuracy of a whole model, per token folder."""
+    if lm_eval is not None:
+        from elo_engine.handoff import handoff_command
 
-    folders = [*(tokens or []), *(more or [])]
-    found = evaluate_command(model, folders, sequence_length, device, dtype, engine, quiet=as_json)
-    if as_json:
-        console.out.print(json.dumps(found, indent=2), markup=False)
+        console.out.print(handoff_command(model, lm_eval), markup=False, emoji=False)
         return
-    for name, result in found.items():
-        console.out.print(
-            f"{name}: loss {result['loss_nats']:.4f} nats/token, perplexity {result['perplexity']:.3f}, "
-            f"{result['bits_per_byte']:.4f} bits/byte over {result['tokens_loss']:,} tokens",
-            markup=False,
-        )
+    from elo_engine.evaluate import describe_evaluation, evaluate_command
+
+    found = evaluate_command(
+        model, [*(tokens or []), *(more or [])], sequence_length, device, dtype, engine,
+        quiet=as_json, cloze=cloze, cloze_shape=cloze_shape,
+    )  # fmt: skip
+    for line in [json.dumps(found, indent=2)] if as_json else [describe_evaluation(*item) for item in found.items()]:
+        console.out.print(line, markup=False)
+
+
+@app.command()
+@_verb
+def seams(
+    run_or_model: Annotated[str, typer.Argument(help="run folder, or a changed model: folder or hub id")],
+    base: Annotated[str | None, typer.Option(help="the model it was made from (default: the run's)")] = None,
+    tokens: Annotated[list[Path] | None, typer.Option("--tokens", help="held-out folders (default: the run's)")] = None,
+    layers: Annotated[str | None, typer.Option(help="detached: first,last or 0-1,28 (default: the run's)")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=2, help="default: the run's, else 2048")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="at most so many of each text")] = 8192,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (default: the run's)")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32 (default: the run's)")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far hidden states have moved from the base model's at each seam: scale, direction, CKA."""
+    from elo_engine.seams import describe_seams, seams_command
+
+    found = seams_command(
+        run_or_model, base, tokens or [], layers=layers, sequence_length=sequence_length, max_tokens=max_tokens,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    for line in [json.dumps(found, indent=2)] if as_json else describe_seams(found):
+        console.out.print(line, markup=False)
 
 
 @app.command()

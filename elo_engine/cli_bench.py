@@ -121,6 +121,58 @@ def loss(
 
 @benches.command()
 @verb
+def quality(
+    overrides: Annotated[list[str] | None, typer.Argument(help="of every method, such as data.packing=concat")] = None,
+    model: Annotated[str | None, typer.Option(help="checkpoint: folder or hub id; default: the demo's")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="LANG=FILE, documents separated by blank lines; the first is the target")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="letters or names, as a,f,elo; default: all")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="one more: NAME=key=value,key=value, of the configuration")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="1 to so many")] = 3,
+    sequence_length: Annotated[int, typer.Option(min=2)] = 512,
+    pretrain_tokens: Annotated[int, typer.Option(min=1, help="of an ELO method, in the detached layers")] = 147_456,
+    align_tokens: Annotated[int, typer.Option(min=1, help="of alignment, also alone")] = 16_384,
+    whole_tokens: Annotated[int, typer.Option(min=1, help="of full CP, LoRA and unfrozen layers")] = 81_920,
+    heldout_tokens: Annotated[int, typer.Option(min=1, help="a language")] = 8192,
+    pretrain_step_tokens: Annotated[int, typer.Option(min=1)] = 1536,
+    align_step_tokens: Annotated[int, typer.Option(min=1, help="also of the other whole-model methods")] = 512,
+    pretrain_lr: Annotated[float, typer.Option()] = 3e-4,
+    align_lr: Annotated[float, typer.Option()] = 1.5e-4,
+    whole_lr: Annotated[float, typer.Option(help="full CP")] = 1.5e-4,
+    lora_lr: Annotated[float, typer.Option()] = 1e-3,
+    outer_lr: Annotated[float, typer.Option(help="unfrozen layers")] = 3e-4,
+    lora_rank: Annotated[int, typer.Option(min=1)] = 16,
+    evaluations: Annotated[int, typer.Option(min=0, help="of the whole model during a run")] = 4,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="of a process; 0: as they are")] = 0,
+    work: Annotated[Path, typer.Option(help="folder of the runs and of what they found")] = Path("elo-quality"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on in that folder, also beside other processes that do")
+    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="with --resume: run nothing, show what is there")] = False,
+    keep_weights: Annotated[bool, typer.Option("--keep-weights", help="do not drop models and snapshots")] = False,
+    record: Record = True,
+    records: Records = None,
+) -> None:
+    """Does it teach the language and keep the others: methods side by side, same rows, several seeds, held-out loss."""
+    from elo_engine.bench import quality as body
+
+    body(
+        record, records, show, text or [], method or [], overrides or [], work=work, model=model, device=device,
+        dtype=dtype, sequence_length=sequence_length, seeds=seeds, methods=methods, pretrain_tokens=pretrain_tokens,
+        align_tokens=align_tokens, whole_tokens=whole_tokens, heldout_tokens=heldout_tokens,
+        pretrain_step_tokens=pretrain_step_tokens, align_step_tokens=align_step_tokens, pretrain_lr=pretrain_lr,
+        align_lr=align_lr, whole_lr=whole_lr, lora_lr=lora_lr, outer_lr=outer_lr, lora_rank=lora_rank,
+        evaluations=evaluations, threads=threads, resume=resume, keep_weights=keep_weights,
+    )  # fmt: skip
+
+
+@benches.command()
+@verb
 def kernels(
     ops: Annotated[list[str] | None, typer.Argument(help="linear_cross_entropy, rms_norm, ...; default: all")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 7,

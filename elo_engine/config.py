@@ -72,14 +72,13 @@ class DetachConfig(_Section):
     """Which decoder layers are trained; `[first, last]` is the paper's choice (section 3.1)."""
 
     layers: list[int | str] = Field(default=["first", "last"], min_length=1)
+    # linear: a frozen affine map in place of the layers that are missing, fitted before ELO pretraining begins
     bridge: Literal["none", "linear"] = "none"
-
-    @field_validator("bridge")
-    @classmethod
-    def _bridge(cls, value: str) -> str:
-        if value != "none":
-            raise ValueError(f"bridge: {value} is not available in this version; use bridge: none, the paper's recipe")
-        return value
+    # rows of the training mixture, from its first on, that the map is fitted to; the last tenth is held out to test it
+    bridge_tokens: Annotated[Count, Field(gt=0)] = 32_768
+    # pulls the map towards the identity, relative to the mean variance of a feature; docs/bridge.md has the default's
+    # reason
+    ridge: Annotated[Real, Field(ge=0)] = 1e-2
 
 
 class OptimizerConfig(_Section):
@@ -151,6 +150,17 @@ class StreamConfig(_Section):
     # lazy: each layer is updated when the next step brings it, so clipping is by the norm of all gradients, exactly;
     # at_once: as soon as its own gradient is complete, clipped by its own norm, and no gradient waits on the host
     update: Literal["lazy", "at_once"] = "lazy"
+    # embedding and head come whole, or in slices no larger than a layer, whose losses and norms add up in another order
+    vocabulary: Literal["auto", "whole", "sliced"] = "auto"  # auto: sliced where it does not fit whole
+
+    @model_validator(mode="after")
+    def _slices_wait(self) -> StreamConfig:
+        if self.vocabulary == "sliced" and self.update == "at_once":
+            raise ValueError(
+                "vocabulary: sliced goes with update: lazy, since a matrix is clipped by the norm of all its slices; "
+                "set update: lazy, or vocabulary: whole"
+            )
+        return self
 
 
 class AlignConfig(StageConfig):
@@ -161,12 +171,17 @@ class AlignConfig(StageConfig):
     recompute: Literal["none", "layer"] = "layer"
     engine: Literal["auto", "resident", "streamed"] = "auto"  # auto: the planner chooses and says why
     stream: StreamConfig = StreamConfig()
+    # after: when ELO pretraining is done (the paper). interleaved: whole-model steps spread evenly through it, so the
+    # stages are one; the last step is a whole-model step, and the detached layers have one optimizer state
     when: Literal["after", "interleaved"] = "after"
 
     @model_validator(mode="after")
-    def _available(self) -> AlignConfig:
-        if self.when != "after":
-            raise ValueError(f"align.when: {self.when} is not available in this version; use after, the paper's recipe")
+    def _resident(self) -> AlignConfig:
+        if self.when == "interleaved" and self.engine == "streamed":
+            raise ValueError(
+                "when: interleaved keeps the whole model on the device, and engine: streamed does not; use engine: "
+                "auto or resident, or when: after"
+            )
         return self
 
 
@@ -228,6 +243,24 @@ class RunConfig(_Section):
                     "rows of a step"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _one_state(self) -> RunConfig:
+        if self.align.when == "interleaved":
+            for key in ("state", "master", "betas"):
+                one, other = getattr(self.pretrain.optimizer, key), getattr(self.align.optimizer, key)
+                if one != other:
+                    raise ValueError(
+                        f"align.when: interleaved has one optimizer state for the detached layers, and "
+                        f"pretrain.optimizer.{key} is {one} where align.optimizer.{key} is {other}; make them equal, "
+                        "or set align.when: after"
+                    )
+        return self
+
+    def last_step(self, stage: Literal["pretrain", "align"]) -> int:
+        """The step whose snapshot is the stage's result: interleaved, alignment counts the steps of both."""
+        both = stage == "align" and self.align.when == "interleaved"
+        return self.steps(stage) + (self.steps("pretrain") if both else 0)
 
     def steps(self, stage: Literal["pretrain", "align"]) -> int:
         """Optimizer steps of a stage: the token budget rounded down to whole steps."""
@@ -318,8 +351,11 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     return make_config(tree, str(path))
 
 
-# A run folder can be moved, and what is kept where changes no number in fp32; in bf16 a change of engine is recorded.
-_MAY_CHANGE = ("output", "hard_links", "align.engine", "align.stream.store", "align.stream.inputs")
+# A run folder can be moved, and what is kept where changes no number in fp32; a change of engine in bf16,
+# or to slices of the vocabulary, is recorded.
+_MAY_CHANGE = (
+    "output", "hard_links", "align.engine", "align.stream.store", "align.stream.inputs", "align.stream.vocabulary",
+)  # fmt: skip
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:

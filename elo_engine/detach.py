@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from elo_engine.config import RunConfig
 from elo_engine.measure.environment import choose_device, choose_dtype
 from elo_engine.measure.meter import human_bytes
 from elo_engine.model import ops
+from elo_engine.model.bridge import Bridge, Gap
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.shallow import load_shallow
 from elo_engine.model.spec import ModelSpec, choose_layers, read_spec
@@ -58,9 +60,11 @@ def open_source(config: RunConfig, folder: Path | None = None) -> Source:
     return Source(folder, index, spec, layers, device, dtype, reasons, commit_of(config.model, folder))
 
 
-def detach(source: Source, run: RunDir, *, recompute: bool = False) -> Decoder:
+def detach(
+    source: Source, run: RunDir, *, recompute: bool = False, bridges: Mapping[Gap, Bridge] | None = None
+) -> Decoder:
     """Read the detached layers, embedding, final norm and head, and say what trains, what is frozen and what is
-    absent.
+    absent. `bridges` take the place of what is absent at their gaps.
     """
     began = time.perf_counter()
     with console.bytes_bar("detach") as progress:
@@ -71,11 +75,17 @@ def detach(source: Source, run: RunDir, *, recompute: bool = False) -> Decoder:
             device=source.device,
             dtype=source.dtype,
             recompute=recompute,
+            bridges=bridges,
             progress=progress,
         )
     seconds = time.perf_counter() - began
     run.say(f"detach: layers {list(source.layers)} of {source.spec.layers} from {source.folder}")
     log_model(run, set(model.trainable()), set(model.frozen()), source.index)
+    if bridges:
+        run.say(
+            f"  in place of what is absent: {len(bridges)} frozen affine maps, "
+            f"{human_bytes(sum(tensor.nbytes for tensor in model.bridge_tensors))}"
+        )
     wanted = source.index.bytes_of([*model.trainable(), *model.frozen()])
     run.say(
         f"  read {human_bytes(taken)} for {human_bytes(wanted)} of wanted tensors, "

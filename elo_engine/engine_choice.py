@@ -3,6 +3,7 @@ predicted and from what the machine has, with the reason in one line.
 
 What the configuration says is honoured, whether it fits or not; a plan then refuses it by name. Of what it leaves open:
 * the whole model stays on the device where its predicted peak fits, else a few layers at a time do;
+* the vocabulary comes whole where it fits, for then a step is the resident one to the bit in fp32; else in slices;
 * the layers' inputs stay on the device where they fit, else they go to the host;
 * the model's store is host memory where there is room for it, else a file on the output's disk.
 """
@@ -25,6 +26,7 @@ from elo_engine.model.spec import ModelSpec
 
 EngineName = Literal["resident", "streamed"]
 Inputs = Literal["device", "host"]
+Vocabulary = Literal["whole", "sliced"]
 StoreName = Literal["memory", "disk"]
 
 
@@ -103,6 +105,9 @@ def choose(
     """
     resident = stage_setting(config, "align", spec, device, auto_dtype)
     wanted, rooms = config.align.engine, Rooms(device_room, host_room, disk_room)
+    if config.align.when == "interleaved":
+        why = "align.when: interleaved keeps the whole model on the device"
+        return EngineChoice("resident", None, resident, why, needs_of(resident).device)
     if wanted == "resident":
         return EngineChoice("resident", None, resident, "as align.engine says")
     said, resident_bytes = "as align.engine says", None
@@ -135,9 +140,12 @@ def _streaming(
     """
     inputs: tuple[Inputs, ...] = get_args(Inputs) if config.inputs == "auto" else (config.inputs,)
     stores: tuple[StoreName, ...] = get_args(StoreName) if config.store == "auto" else (config.store,)
+    vocabularies: tuple[Vocabulary, ...] = get_args(Vocabulary) if config.vocabulary == "auto" else (config.vocabulary,)
+    if config.update == "at_once":
+        vocabularies = ("whole",)
     tried = []
-    for where, store in product(inputs, stores):
-        streaming = Streaming(store, where, config.update)
+    for vocabulary, where, store in product(vocabularies, inputs, stores):
+        streaming = Streaming(store, where, config.update, vocabulary)
         needs = needs_of(streamed_setting(resident, streaming))
         tried.append((streaming, needs))
         if rooms.shortage(needs) is None:
@@ -151,4 +159,5 @@ def _words(streaming: Streaming, device: str) -> str:
     on_disk = streaming.store == "disk"
     kept = "on the disk" if on_disk else "in host memory" if device == "cuda" else "in memory"
     inputs = "device" if streaming.inputs == "device" else "disk" if on_disk else "host"
-    return f"the model {kept}, layers' inputs on the {inputs}"
+    sliced = ", the vocabulary in slices" if streaming.vocabulary == "sliced" else ""
+    return f"the model {kept}, layers' inputs on the {inputs}{sliced}"

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
+from elo_engine.calibrate import calibration_rows
 from elo_engine.config import RunConfig, StageConfig, make_config
 from elo_engine.errors import UsageError
+from elo_engine.measure.flops import bridge_step, calibration_flops
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.planner import STREAMED
 from elo_engine.measure.setting import Setting
+from elo_engine.model.bridge import gaps
 from elo_engine.model.spec import ModelSpec, choose_layers
 
 StageName = Literal["pretrain", "align"]
@@ -23,11 +26,11 @@ SHOWN = 3
 def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: str, auto_dtype: str) -> Setting:
     """A stage as the counts and the memory planner take it; `auto_dtype` is what `dtype: auto` means there."""
     section: StageConfig = getattr(config, stage)
-    T = config.data.sequence_length
+    T, layers = config.data.sequence_length, choose_layers(config.detach.layers, spec.layers)
     return Setting(
         arm="elo_pretrain" if stage == "pretrain" else "elo_align",
         spec=spec,
-        layers=choose_layers(config.detach.layers, spec.layers),
+        layers=layers,
         sequence_length=T,
         micro_batch=section.micro_batch,
         micro_batches=-(-section.tokens_per_step // (T * section.micro_batch)),
@@ -36,7 +39,27 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         master=section.optimizer.master,
         recompute=section.recompute == "layer",
         device="cuda" if device == "cuda" else "cpu",
+        bridges=len(gaps(spec.layers, layers)) if stage == "pretrain" and config.detach.bridge == "linear" else 0,
     )
+
+
+def bridge_file_bytes(setting: Setting) -> int:
+    """Disk of a stage's bridges: fp32 maps."""
+    return 4 * setting.bridges * (setting.spec.D + 1) * setting.spec.D
+
+
+def bridge_plan(config: RunConfig, setting: Setting) -> dict[str, Any] | None:
+    """The bridges of a stage, and what it takes to fit them, for a plan; None where it has none."""
+    if not setting.bridges:
+        return None
+    tokens = sum(calibration_rows(config)) * setting.sequence_length
+    return {
+        "gaps": setting.bridges,
+        "bytes": bridge_file_bytes(setting) // 4 * setting.width,
+        "flops_per_token": bridge_step(setting),
+        "calibration_tokens": tokens,
+        "calibration_flops": calibration_flops(setting, tokens),
+    }
 
 
 @dataclass(frozen=True)
@@ -87,7 +110,7 @@ class Advice:
 # Cost time or precision, but neither text, nor context, nor layers: a combination of these alone is named first.
 _SAME_LESSON = (
     ".micro_batch", ".recompute", ".optimizer.state", ".optimizer.master", "dtype", ".engine", ".stream.store",
-    ".stream.inputs",
+    ".stream.inputs", ".stream.vocabulary",
 )  # fmt: skip
 
 _ONE_MICRO_BATCH = "one micro-batch"  # stands for a number of tokens, known once the other overrides are
@@ -96,14 +119,18 @@ _ONE_MICRO_BATCH = "one micro-batch"  # stands for a number of tokens, known onc
 def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tuple[str, Any]]:
     """Keys and values that could make the stage smaller."""
     found: list[tuple[str, Any]] = []
-    if stage == "align" and config.align.engine == "resident":
+    if stage == "align" and config.align.when == "interleaved":
+        found.append(("align.when", "after"))  # then it can be streamed
+    elif stage == "align" and config.align.engine == "resident":
         found.append(("align.engine", "streamed"))
     if setting.arm == STREAMED:
         if setting.streaming.store == "memory":
             found.append(("align.stream.store", "disk"))
         if setting.streaming.inputs == "device":
             found.append(("align.stream.inputs", "host"))
-        if setting.streaming.update == "lazy":
+        if setting.streaming.update == "lazy" and setting.streaming.vocabulary == "whole":
+            found.append(("align.stream.vocabulary", "sliced"))
+        if setting.streaming.update == "lazy" and config.align.stream.vocabulary != "sliced":
             found.append(("align.stream.update", "at_once"))
     if setting.micro_batch > 1:
         found.append((f"{stage}.micro_batch", 1))
@@ -124,6 +151,8 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
         fewer = ["last"] if len(setting.layers) == 2 else ["first", "last"]
         if config.detach.layers != fewer:
             found.append(("detach.layers", fewer))
+    if setting.bridges:
+        found.append(("detach.bridge", "none"))
     return found
 
 

@@ -71,13 +71,18 @@ def run_pipeline(run: RunDir, source: Source) -> Path:
     """The whole method, from the newest complete part on; returns the folder of the aligned model."""
     start(run, source)
     evaluate_once(run, source, "base", source.folder)
-    reattached = run.folder("reattached")
-    if not reattached.exists():
-        pretrain(run, source)
-        reattach(run, source)
-    keep_summary(run, "pretrain", stage_summary(run.path, "pretrain"))
-    evaluate_once(run, source, "reattached", reattached)
-    keep_summary(run, "align", align(run, source))
+    if run.config.align.when == "interleaved":
+        aligned = align(run, source)
+        keep_summary(run, "pretrain", stage_summary(run.path, "pretrain"))
+        keep_summary(run, "align", aligned)
+    else:
+        reattached = run.folder("reattached")
+        if not reattached.exists():
+            pretrain(run, source)
+            reattach(run, source)
+        keep_summary(run, "pretrain", stage_summary(run.path, "pretrain"))
+        evaluate_once(run, source, "reattached", reattached)
+        keep_summary(run, "align", align(run, source))
     evaluate_once(run, source, "aligned", run.folder("model"))
     report.write_report(run.path, read_results(run))
     run.status(state="finished")

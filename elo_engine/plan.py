@@ -19,11 +19,11 @@ from elo_engine.config import RunConfig, load_config
 from elo_engine.detach import Source
 from elo_engine.engine_choice import EngineChoice, Predictions, choose
 from elo_engine.errors import RefusedError, UsageError
-from elo_engine.levers import StageName, advise, stage_setting
+from elo_engine.levers import StageName, advise, bridge_file_bytes, bridge_plan, stage_setting
 from elo_engine.measure import expected
 from elo_engine.measure.cards import CONTEXT_BYTES, Card, card_of_device, find_card, parse_memory
 from elo_engine.measure.environment import choose_device, choose_dtype
-from elo_engine.measure.flops import arm_flops, ideal_speedup, ideal_speedups
+from elo_engine.measure.flops import arm_flops, bridge_step, ideal_speedup, ideal_speedups
 from elo_engine.measure.machine import Room, device_room, give_back_freed_memory, host_room, resident_bytes
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.setting import Setting
@@ -115,6 +115,7 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
         target = replace(target, rate=None)
     stages = {stage: _stage(config, stage, planning, target) for stage in STAGES}
     stages["align"]["engine"] = _engine(choice)
+    stages["pretrain"]["bridge"] = bridge_plan(config, pretrain)
     share = config.pretrain.tokens / (config.pretrain.tokens + config.align.tokens)
     plan: dict[str, Any] = {
         "model": {"family": spec.family, "layers": spec.layers, "parameters": spec.parameters, "tied": spec.tied},
@@ -130,7 +131,9 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
         },
         "rate": None if target.rate is None else target.rate.to_json(),
         "flops_ratio": arm_flops(pretrain).model.total / arm_flops(align).model.total,
-        "ideal_pipeline_speedup": ideal_speedup(spec, len(pretrain.layers), pretrain.sequence_length, share),
+        "ideal_pipeline_speedup": ideal_speedup(
+            spec, len(pretrain.layers), pretrain.sequence_length, share, bridge_step(pretrain)
+        ),
         "ideal_executed_speedup": asdict(ideal_speedups(pretrain, align, share)),
         "warnings": _warnings(config, spec),
     }
@@ -170,7 +173,7 @@ class _Planning:
 
 def _engine(choice: EngineChoice) -> dict[str, Any]:
     streaming = choice.streaming
-    how = {"store": None, "inputs": None, "update": None} if streaming is None else asdict(streaming)
+    how = dict.fromkeys(("store", "inputs", "update", "vocabulary")) if streaming is None else asdict(streaming)
     return {"name": choice.engine, **how, "why": choice.why, "resident_bytes": choice.resident_bytes}
 
 
@@ -215,14 +218,16 @@ def _disk(config: RunConfig, subject: Subject, settings: dict[StageName, Setting
     copy = subject.checkpoint_bytes
     store = expected.store_disk_bytes(settings["align"])  # gone when the model is written
     last = kept["pretrain"] + copy + kept["align"] + max(beside["align"] + store, copy)
+    bridge = bridge_file_bytes(settings["pretrain"])
     return {
         "fetched_model": subject.fetch_bytes,
+        **({"bridge": bridge} if bridge else {}),
         "pretrain_snapshots": kept["pretrain"],
         "reattached": copy,
         "align_snapshots": kept["align"],
         "align_store": store,
         "model": copy,
-        "total_bytes": subject.fetch_bytes + max(kept["pretrain"] + beside["pretrain"], last),
+        "total_bytes": subject.fetch_bytes + bridge + max(kept["pretrain"] + beside["pretrain"], last),
     }
 
 

@@ -26,6 +26,7 @@ def describe_plan(plan: dict[str, Any]) -> list[str]:
             f"{part['trainable_parameters'] / 1e6:.1f}M trainable, peak memory {_peak(part)}, "
             f"{part['flops_per_token'] / 1e9:.2f} GFLOP/token"
         )
+    lines += _bridge_lines(plan)
     lines += _engine_lines(plan)
     lines.append(f"disk: up to {human_bytes(plan['disk']['total_bytes'])}")
     return [*lines, *_closing(plan), *(f"warning: {text}" for text in plan["refusals"])]
@@ -53,6 +54,18 @@ def _engine_lines(plan: dict[str, Any]) -> list[str]:
         held = ", ".join(f"{name} {human_bytes(size)}" for name, size in part["host_parts"].items() if size)
         lines.append(f"align's host memory: {human_bytes(part['host_bytes'])} ({held}), updates {engine['update']}")
     return lines
+
+
+def _bridge_lines(plan: dict[str, Any]) -> list[str]:
+    """What stands in for the missing layers, if anything does, and what is done first to fit it."""
+    bridge = plan["pretrain"].get("bridge")
+    if bridge is None:
+        return []
+    return [
+        f"pretrain's bridge: {bridge['gaps']} frozen affine maps, {human_bytes(bridge['bytes'])}, "
+        f"{bridge['flops_per_token'] / 1e9:.3f} GFLOP/token; fitted first to {bridge['calibration_tokens']:,} tokens "
+        f"that pass the base model once, {bridge['calibration_flops'] / 1e12:.3g} TFLOP"
+    ]
 
 
 def _closing(plan: dict[str, Any]) -> list[str]:
@@ -86,7 +99,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         memory.add_row(f"room: {human_bytes(room['bytes'])}", *fits)
         memory.caption = room["what"]
     console.out.print(memory)
-    for line in _engine_lines(plan)[:1]:
+    for line in (*_bridge_lines(plan), *_engine_lines(plan)[:1]):
         console.out.print(line, markup=False)
     if plan["align"]["engine"]["name"] == "streamed":
         console.out.print(_host(plan))

@@ -1,16 +1,20 @@
 """ELO pretraining: train the detached layers on the mixture, embedding, final norm and head frozen (paper section 3.2).
 
 Inputs on disk: a checkpoint and token shards. Output: snapshots under `RUN/pretrain/`, the last one being the result.
+With `detach.bridge: linear` frozen maps stand in for the missing layers while it trains; the result has none of them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from elo_engine.calibrate import obtain_bridge
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source, detach
 from elo_engine.evaluate import Scorer, batch_tokens
+from elo_engine.measure.expected import StageMemory
 from elo_engine.plan import require_memory, setting_of
+from elo_engine.reattach import refuse_interleaved
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import run_stage
 from elo_engine.stream.scoring import whole_model_scorer, why_not
@@ -20,12 +24,18 @@ from elo_engine.train.resident import ResidentEngine
 
 def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     """Run the stage to its end (or from its newest snapshot) and return its summary; see `run_stage`."""
+    refuse_interleaved(run, "pretrain")
     config = run.config
     memory = require_memory(config, source, "pretrain")
     mixture = make_mixture(config, source.folder, source.spec.V)
     heldout = open_heldout(config, source.folder, source.spec.V) if config.evaluate.every else None
     section = config.pretrain
-    model = detach(source, run, recompute=section.recompute == "layer")
+    bridge = obtain_bridge(run, source, mixture)
+    if bridge is not None:  # its pass has left its own mark on the process
+        memory = StageMemory.now(memory.predicted, source.device)
+    bridges = None if bridge is None else bridge.bridges
+    model = detach(source, run, recompute=section.recompute == "layer", bridges=bridges)
+    del bridge, bridges
     engine = ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.micro_batch)
     scorers: dict[str, Scorer] = {"shallow": engine.scorer}
     if heldout is not None and config.evaluate.whole:

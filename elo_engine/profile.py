@@ -43,6 +43,7 @@ from elo_engine.measure.profiler import (
 )
 from elo_engine.measure.roofline import StepShapes, attention_pairs, engine_work, measure_ceilings
 from elo_engine.model import cpu_native, names, ops
+from elo_engine.model.bridge import Bridge, Gap, gaps
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.full import load_full
 from elo_engine.model.presets import preset_spec
@@ -77,6 +78,13 @@ class Subject:
         return self.config.pretrain if self.stage == "pretrain" else self.config.align
 
 
+def _blank_bridges(config: RunConfig, spec: ModelSpec, layers: tuple[int, ...]) -> dict[Gap, Bridge] | None:
+    """Maps of zeros: they cost what fitted ones do."""
+    if config.detach.bridge == "none":
+        return None
+    return {gap: Bridge(torch.zeros(spec.D, spec.D), torch.zeros(spec.D)) for gap in gaps(spec.layers, layers)}
+
+
 def open_subject(config: RunConfig, stage: StageName) -> Subject:
     """The model, optimizer and rows with which the stage of a run would begin. The alignment begins with what the run
     has reattached, or else with the source model, which is then full continual pretraining.
@@ -90,7 +98,8 @@ def open_subject(config: RunConfig, stage: StageName) -> Subject:
     recompute, first_row = section.recompute == "layer", 0
     if stage == "pretrain":
         model, _ = load_shallow(
-            source.index, source.spec, source.layers, device=source.device, dtype=source.dtype, recompute=recompute
+            source.index, source.spec, source.layers, device=source.device, dtype=source.dtype, recompute=recompute,
+                bridges=_blank_bridges(config, source.spec, source.layers),
         )
     else:
         reattached = Path(config.output) / "reattached"
@@ -154,7 +163,10 @@ def random_subject(name: str, config: RunConfig, stage: StageName) -> Subject:
     tensors = {
         wanted: _random_weight(shapes[wanted], device, dtype, generator) for wanted in shallow_names(spec, layers)
     }
-    model = Decoder(spec, tensors, layers, train_outer=whole, recompute=section.recompute == "layer")
+    bridges = None if whole else _blank_bridges(config, spec, layers)
+    model = Decoder(
+        spec, tensors, layers, train_outer=whole, recompute=section.recompute == "layer", bridges=bridges
+    )
     count, T = section.tokens_per_step // config.data.sequence_length, config.data.sequence_length
 
     def rows(step: int) -> RowBatch:

@@ -43,7 +43,7 @@ def final_weights(run: RunDir, stage: str, index: CheckpointIndex) -> dict[str, 
         UsageError: the stage has not run to its end. RefusedError: it was trained from another checkpoint than `index`.
     """
     folder = state.latest_snapshot(run.folder(stage), run.say)
-    steps = run.config.steps("pretrain" if stage == "pretrain" else "align")
+    steps = run.config.last_step("pretrain" if stage == "pretrain" else "align")
     if folder is None or folder != state.snapshot_folder(run.folder(stage), steps):
         at = folder.name if folder else "no snapshot"
         raise UsageError(
@@ -109,6 +109,19 @@ def describe_rewrite(stats: RewriteStats) -> str:
     return ", ".join(parts)
 
 
+def refuse_interleaved(run: RunDir, verb: str) -> None:
+    """Where alignment is interleaved, there is no stage of its own to do.
+
+    Raises:
+        UsageError: `align.when: interleaved`.
+    """
+    if run.config.align.when == "interleaved":
+        raise UsageError(
+            f"elo {verb}: align.when is interleaved, so pretraining and alignment are one stage that trains the whole "
+            "model in place, and nothing is reattached; use elo run, or elo align, or set align.when: after"
+        )
+
+
 def reattach(run: RunDir, source: Source, *, hard_links: bool | None = None) -> Path:
     """`RUN/pretrain` + the source checkpoint -> `RUN/reattached`; returns the folder, also when it is already there.
 
@@ -118,6 +131,7 @@ def reattach(run: RunDir, source: Source, *, hard_links: bool | None = None) -> 
     if target.exists():
         run.say(f"reattach: {target} is already there")
         return target
+    refuse_interleaved(run, "reattach")
     weights = final_weights(run, "pretrain", source.index)
     extra = {"kind": "reattached", "run_id": run.run_id, "source": source.index.identity()}
     write_model(run, source.index, weights, target, extra, hard_links=hard_links)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elo_engine.console import format_seconds
+from elo_engine.handoff import report_section
 from elo_engine.measure.components import HELD, REST, rest_name
 from elo_engine.measure.meter import human_bytes
 from elo_engine.summary import read_steps
@@ -49,6 +50,28 @@ def stage_rows(stages: dict[str, Any]) -> list[list[str]]:
                 f"predicted ({taken['measured_over_predicted']:.2f}x)"
             )
         rows.append([name, f"{summary['tokens_total']:,}", format_seconds(summary["seconds"]), speed, memory])
+    return rows
+
+
+BRIDGE_HEADER = ["gap between layers", "R2 of the change", "held out", "R2 of the state", "held out", "tokens"]
+BRIDGE_SAY = (
+    "Frozen affine maps stood in for the missing layers during ELO pretraining and are not part of the model. Share of "
+    "the base model's variance that they explain, of the change from one end of a gap (-1: the embedding) to the "
+    "other, and of the hidden state there:"
+)
+
+
+def bridge_rows(bridge: dict[str, Any]) -> list[list[str]]:
+    """A row for each gap that was bridged."""
+
+    def share(value: float | None) -> str:
+        return "?" if value is None else f"{value:.3f}"
+
+    rows = []
+    for found in bridge["gaps"]:
+        tokens = f"{found['tokens']:,.0f}, {found['left_out']:,.0f} left out"
+        shares = [share(found[name]) for name in ("r2_change", "held_r2_change", "r2_output", "held_r2_output")]
+        rows.append(["{} to {}".format(*found["gap"]), *shares, tokens])
     return rows
 
 
@@ -116,8 +139,12 @@ def write_report(path: Path, results: dict[str, Any], extra_sections: list[str] 
         counted = [([name], memory["components"]) for name, memory in memories.items() if "components" in memory]
         if counted:
             lines += [components_table(["stage"], counted), ""]
+    bridge = results["stages"].get("pretrain", {}).get("bridge")
+    if bridge:
+        lines += [BRIDGE_SAY, "", markdown_table(BRIDGE_HEADER, bridge_rows(bridge)), ""]
     for section in extra_sections or []:
         lines += [section, ""]
+    lines += report_section(path)
     if _plot(path, read_steps(path), evaluations):
         lines += ["![loss](report.png)", ""]
     (path / "report.md").write_text("\n".join(lines), encoding="utf-8")

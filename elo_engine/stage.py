@@ -8,7 +8,7 @@ import hashlib
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -27,13 +27,14 @@ from elo_engine.run_dir import RunDir
 from elo_engine.stream.engine import StreamedEngine
 from elo_engine.summary import stage_summary
 from elo_engine.train import state
-from elo_engine.train.loop import Hooks, Progress, StopSignal, train
+from elo_engine.train.interleaved import InterleavedEngine
+from elo_engine.train.loop import Hooks, Progress, StopSignal, Straight, Turns, train_turns
 from elo_engine.train.resident import ResidentEngine
 
 StageName = Literal["pretrain", "align"]
 
 
-StageEngine = ResidentEngine | StreamedEngine
+StageEngine = ResidentEngine | StreamedEngine | InterleavedEngine
 
 
 def log_model(run: RunDir, trains: set[str], frozen: set[str], index: CheckpointIndex) -> None:
@@ -67,7 +68,12 @@ def _numerics(engine: StageEngine) -> dict[str, Any]:
         "dtype": str(engine.dtype),
         # in fp32 both engines are the same to the last bit
         "gradients": "wait in bf16" if engine.dtype != torch.float32 and isinstance(engine, StreamedEngine) else "stay",
+        "vocabulary": "sliced" if isinstance(engine, StreamedEngine) and engine.store.sliced else "whole",
     }
+
+
+def _saved(engine: StageEngine) -> state.Saved:
+    return cast(state.Saved, engine.optimizer)  # a ResidentEngine that is a stage of its own has a MasterAdamW
 
 
 def _resume(run: RunDir, name: StageName, engine: StageEngine, identity: dict[str, Any]) -> Progress:
@@ -75,10 +81,10 @@ def _resume(run: RunDir, name: StageName, engine: StageEngine, identity: dict[st
     if folder is None:
         return Progress()
     progress, before = state.read_progress(folder, identity)
-    before.setdefault("gradients", "stay")  # written before there was another way
+    before = {"gradients": "stay", "vocabulary": "whole"} | before  # written before there was another way
     now = _numerics(engine)
     changed = {key: [before.get(key), now[key]] for key in now if before.get(key) != now[key]}
-    state.restore(folder, engine.optimizer)
+    state.restore(folder, _saved(engine))
     if changed:
         run.say(f"{name}: continues, but not bit for bit, because these changed: {changed}")
     run.say(f"{name}: resumed at step {progress.step} from {folder.name}")
@@ -118,8 +124,13 @@ def run_stage(
     """
     config = run.config
     section: StageConfig = config.pretrain if name == "pretrain" else config.align
-    steps = config.steps(name)
-    optimizer = engine.optimizer
+    steps = config.last_step(name)
+    turns: Turns
+    if isinstance(engine, InterleavedEngine):
+        turns = engine.turns
+    else:
+        turns = Straight(engine, section, steps, config.data.sequence_length, first_row)
+    optimizer = _saved(engine)
     identity = snapshot_identity(run, name, index, config)
     progress = _resume(run, name, engine, identity)
     began_at = progress.step
@@ -145,6 +156,7 @@ def run_stage(
                     {
                         "stage": name,
                         "step": at.step,
+                        "at": at.step,
                         "model": what,
                         "language": language,
                         "heldout_loss_nats": loss,
@@ -153,6 +165,7 @@ def run_stage(
                 run.say(f"{name} step {at.step}: held-out {language} loss of the {what} model {loss:.4f} nats/token")
 
     counted: dict[str, int] = {}  # bytes by component, once the optimizer has made its state
+    warm: set[str] = set()  # kinds of steps of which this process has made one
     run.status(state="running", stage=name, step=progress.step, steps=steps)
     with (
         stop.installed(),
@@ -161,18 +174,16 @@ def run_stage(
     ):
 
         def on_step(at: Progress, metrics: dict[str, Any]) -> None:
-            if at.step == began_at + 1:  # the step's gradients are still there
+            kind = metrics.pop("kind", name)
+            if kind == name and kind not in warm:  # the step's gradients are still there
                 counted.update(engine.held())
-            run.metric(
-                {
-                    "stage": name,
-                    "step": at.step,
-                    **metrics,
-                    "warm": at.step > began_at + 1,
-                    "tokens_total": at.tokens_total,
-                    "tokens_loss": at.tokens_loss,
-                }
-            )
+            record = {"stage": kind, "step": at.step, **metrics, "warm": kind in warm}
+            record |= {"tokens_total": at.tokens_total, "tokens_loss": at.tokens_loss}
+            if "number" in metrics:  # interleaved: each kind is recorded as the stage that it is, counted by itself
+                record |= {"step": record.pop("number"), "at": at.step}
+                record |= {key: record.pop(f"kind_{key}") for key in ("tokens_total", "tokens_loss")}
+            warm.add(kind)
+            run.metric(record)
             if not metrics["updated"]:
                 run.say(
                     f"{name} step {at.step}: gradient norm {metrics['gradient_norm']} is not finite; the step "
@@ -185,11 +196,7 @@ def run_stage(
         every.setdefault(config.evaluate.every, []).append(evaluate)
         every.setdefault(config.snapshot.every, []).append(save)
         hooks = Hooks(on_step=on_step, every=every, should_stop=stop)
-        train(
-            engine, mixture, section,
-            steps=steps, sequence_length=config.data.sequence_length, progress=progress, hooks=hooks,
-            first_row=first_row,
-        )  # fmt: skip
+        train_turns(turns, mixture, progress, hooks)
         snapshot = save(progress) if progress.step else None
     run.metric(
         {

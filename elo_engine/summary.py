@@ -52,6 +52,8 @@ def stage_summary(run: Path, stage: str) -> dict[str, Any]:
         parts, key=lambda record: record["peak_bytes"], default={"peak_bytes": 0, "peak_what": "not recorded"}
     )
     last = steps[-1]
+    fitted = [record for record in read_records(run) if record.get("event") == "bridge"] if stage == "pretrain" else []
+    bridge = {"bridge": {key: value for key, value in fitted[-1].items() if key != "event"}} if fitted else {}
     return {
         "steps": last["step"],
         "steps_skipped": sum(not record["updated"] for record in steps),
@@ -65,4 +67,5 @@ def stage_summary(run: Path, stage: str) -> dict[str, Any]:
         "peak_bytes": largest["peak_bytes"],
         "peak_what": largest["peak_what"],
         "memory": largest.get("memory"),  # predicted against measured; runs of earlier versions have none
+        **bridge,  # the fit of the maps in place of missing layers, where there are any
     }

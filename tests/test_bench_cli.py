@@ -48,7 +48,9 @@ def test_streamed_alignment_beside_the_resident_one(elo: Elo, tied: Path, tmp_pa
     assert any("whole model: 3 arms start at a loss" in check for check in result["checks"])
     streamed, arm = result["streamed"], result["arms"]["elo_align_streamed"]
     assert streamed["over_resident"]["resident"] == "elo_align" and streamed["pipeline"]["engine_full"]["ideal"] > 1
-    assert arm["options"]["streaming"] == {"store": "memory", "inputs": "device", "update": "lazy"}
+    assert arm["options"]["streaming"] == {
+        "store": "memory", "inputs": "device", "update": "lazy", "vocabulary": "whole"
+    }
     assert arm["memory"]["tensor_peak_bytes"] <= arm["memory"]["predicted_bytes"]
     assert arm["memory"]["components"]["predicted"]["weights"] < result["arms"]["elo_align"]["memory"][
         "components"]["predicted"]["weights"]  # fmt: skip

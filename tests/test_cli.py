@@ -187,7 +187,7 @@ def test_version_and_usage(elo: Elo) -> None:
     status, shown = elo("--help")
     assert status == 0
     verbs = ["inspect", "plan", "data", "pretrain", "reattach", "align", "run", "eval", "patch", "doctor", "demo"]
-    verbs += ["bench", "profile"]
+    verbs += ["bench", "profile", "seams", "chat-vector"]
     for verb in verbs:
         assert verb in shown
 

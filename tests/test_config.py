@@ -93,5 +93,5 @@ def test_every_key_is_read_by_the_code() -> None:
         if path.name == "config.py":  # there, only what methods and validators use counts as reading
             continue
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    refused_unless_default = {"bridge", "state", "engine", "when"}  # tests/test_bad_input.py holds the refusals
+    refused_unless_default = {"state", "engine", "when"}  # tests/test_bad_input.py holds the refusals
     assert leaf_keys(RunConfig) - read - refused_unless_default == set()

@@ -74,7 +74,9 @@ def test_inputs_go_to_the_host_where_the_card_has_no_room_for_them() -> None:
     found = chosen(on_device.device - 1, on_host.host)
     assert found.streaming == Streaming(inputs="host") and "layers' inputs on the host" in found.why
     assert "too large" not in found.why
-    assert "too large as well" in chosen(on_host.device - 1, None).why
+    least = needs(Streaming(inputs="host", vocabulary="sliced"))
+    assert chosen(on_host.device - 1, None).streaming == Streaming(inputs="host", vocabulary="sliced")
+    assert "too large as well" in chosen(least.device - 1, None).why
 
 
 def test_the_store_goes_to_the_disk_where_the_host_has_no_room_for_it() -> None:
@@ -93,7 +95,8 @@ def test_the_store_goes_to_the_disk_where_the_host_has_no_room_for_it() -> None:
     [
         ({"engine": "resident"}, None),
         ({"engine": "streamed"}, Streaming(inputs="host")),
-        ({"stream": {"inputs": "device"}}, Streaming()),
+        ({"stream": {"inputs": "device"}}, Streaming(vocabulary="sliced")),
+        ({"stream": {"inputs": "device", "vocabulary": "whole"}}, Streaming()),
         ({"stream": {"store": "disk"}}, Streaming("disk", "host")),
         ({"stream": {"store": "memory", "update": "at_once"}}, Streaming("memory", "host", "at_once")),
     ],
@@ -180,7 +183,7 @@ def test_host_memory_below_the_plan_ends_a_command_with_three(tmp_path: Path, el
 
 
 def test_a_card_that_is_too_small_for_either_is_refused_with_both_numbers() -> None:
-    said = refused(plan_of(configured(), 4 * 10**9))
+    said = refused(plan_of(configured(), 2 * 10**9))
     assert re.search(r"resident it takes [\d.]+ GiB, and streamed its tensors take [\d.]+ GiB \(", said), said
     assert "No combination fits" in said
 
@@ -189,7 +192,7 @@ def test_a_forced_engine_is_refused_by_name_with_the_other_as_a_lever() -> None:
     found = plan_of(configured(engine="resident"), 10 * 10**9)
     assert "align.engine=streamed saves" in refused(found)
     assert found["align"]["advice"]["fits_with"] == ["align.engine=streamed"]
-    found = plan_of(configured(engine="streamed", stream={"inputs": "device"}), 10 * 10**9)
+    found = plan_of(configured(engine="streamed", stream={"inputs": "device", "vocabulary": "whole"}), 10 * 10**9)
     assert "streamed, its tensors take" in refused(found)
     assert found["align"]["advice"]["fits_with"] == ["align.stream.inputs=host"]
     fewer = {lever["override"]: lever["saves_bytes"] for lever in found["align"]["advice"]["levers"]}

@@ -17,7 +17,8 @@ from elo_engine.config import OptimizerConfig, StageConfig
 from elo_engine.measure import expected, planner
 from elo_engine.measure.flops import arm_flops
 from elo_engine.measure.ledger import Ledger
-from elo_engine.measure.memory_streamed import Units, host_parts, inputs_bytes, run_step, standing_bytes, store_bytes
+from elo_engine.measure.memory_streamed import run_step, standing_bytes
+from elo_engine.measure.memory_units import Units, host_parts, inputs_bytes, store_bytes
 from elo_engine.measure.planner import predict_memory
 from elo_engine.measure.setting import Setting, Streaming
 from elo_engine.measure.tensor_trace import traced_tensor_bytes

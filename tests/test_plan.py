@@ -107,7 +107,9 @@ def test_what_cannot_fit_is_refused_with_levers_that_save_what_they_say(config: 
 
 def test_a_combination_that_leaves_the_lesson_alone_comes_first(config: Path, elo: Elo) -> None:
     """Two overrides that cost time and precision are named, although training one layer less alone would do."""
-    here = (config, "pretrain.micro_batch=2", "--shapes", "llama-3.1-8b", "--gpu", "11GB")
+    here = (
+        config, "pretrain.micro_batch=2", "align.stream.vocabulary=whole", "--shapes", "llama-3.1-8b", "--gpu", "11GB"
+    )
     advice = planned(elo, *here, status=3)["pretrain"]["advice"]
     assert advice["levers"][0]["override"] == "detach.layers=[last]"
     assert planned(elo, *here, "detach.layers=[last]", status=3)["pretrain"]["fits"]

@@ -16,7 +16,8 @@ from elo_engine.measure.cards import Card
 from elo_engine.measure.components import PeakWhat, by_component
 from elo_engine.measure.flops import arm_flops
 from elo_engine.measure.machine import resident_bytes
-from elo_engine.measure.memory_streamed import host_parts, loading_bytes, standing_bytes, store_bytes
+from elo_engine.measure.memory_streamed import standing_bytes
+from elo_engine.measure.memory_units import host_parts, loading_bytes, store_bytes
 from elo_engine.measure.planner import STREAMED, MemoryPlan, predict_memory
 from elo_engine.measure.setting import SHALLOW, Setting
 

@@ -1,6 +1,7 @@
 """Floating-point operations counted from the shapes: what a method must compute, and what an arm executes.
 
-Counted: the GEMMs of the layers, causal attention (forward 2, backward 2.5 times its two products), the head. Not
+Counted: the GEMMs of the layers, causal attention (forward 2, backward 2.5 times its two products), the head. Each
+bridge of ELO pretraining: one product by a square matrix forward, one backward unless nothing below learns. Not
 counted: norms, activations, the embedding lookup, the optimizer, the gradient of a frozen head, dX below the first
 trained layer. One multiply-add is two operations. Attention takes every row as one document of T tokens.
 
@@ -101,9 +102,29 @@ def shallow_step(spec: ModelSpec, layers: int, T: int) -> TokenFlops:
     )
 
 
-def ideal_speedup(spec: ModelSpec, layers: int, T: int, pretrain_share: float) -> float:
-    """Pipeline speedup over full continual pretraining if every operation took the same time."""
-    ratio = shallow_step(spec, layers, T).total / full_step(spec, T).total
+def bridge_step(setting: Setting) -> float:
+    """The frozen maps in place of missing layers: 4 D^2 a token each, half of that between embedding and first layer.
+    """
+    below = setting.bridges > 0 and min(setting.layers) > 0
+    return (4.0 * setting.bridges - 2.0 * below) * setting.spec.D**2
+
+
+def calibration_flops(setting: Setting, tokens: int) -> float:
+    """Operations of fitting the bridges to so many tokens: the base model's forward pass up to the end of the last gap,
+    and the sums of products of the states at either end of each, in fp64. Solving is left out.
+    """
+    spec = setting.spec
+    last = 1 + max(set(range(spec.layers)) - set(setting.layers))
+    layer = 2.0 * _layer_matrices(spec) + _attention_forward(spec, setting.sequence_length)
+    return tokens * (last * layer + 4.0 * setting.bridges * spec.D**2)
+
+
+def ideal_speedup(spec: ModelSpec, layers: int, T: int, pretrain_share: float, bridges: float = 0.0) -> float:
+    """Pipeline speedup over full continual pretraining if every operation took the same time.
+
+    bridges: operations a token of the shallow model's bridges, of `bridge_step`.
+    """
+    ratio = (shallow_step(spec, layers, T).total + bridges) / full_step(spec, T).total
     return 1.0 / (pretrain_share * ratio + (1.0 - pretrain_share))
 
 
@@ -116,12 +137,16 @@ def arm_flops(setting: Setting) -> ArmFlops:
         return _outer_unfrozen(setting)
     if setting.arm in SHALLOW:
         model, present = shallow_step(spec, len(setting.layers), T), len(setting.layers)
+        model = replace(model, linear=model.linear + bridge_step(setting))
         formed = 0.0 if setting.arm in ENGINE else _below_first(spec)
     else:
         model, present, formed = full_step(spec, T), spec.layers, 0.0
     again = _run_again(setting, present)
+    # a head in slices makes its logits twice: for the losses, then for their gradients
+    sliced = setting.arm == "elo_align_streamed" and setting.streaming.vocabulary == "sliced"
+    twice = 2.0 * spec.D * spec.V * sliced
     return ArmFlops(
-        model, TokenFlops(model.linear + formed + again.linear, model.attention + again.attention, model.head)
+        model, TokenFlops(model.linear + formed + again.linear, model.attention + again.attention, model.head + twice)
     )
 
 

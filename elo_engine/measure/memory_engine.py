@@ -61,7 +61,8 @@ class EngineStep:
         """Weights, masters and moments."""
         spec, ledger, leaves = self.spec, self.ledger, self.leaves()
         outer = spec.V * spec.D * (1 if spec.tied else 2) + spec.D
-        ledger.add("weights", self.w * (outer + len(self.indices) * spec.layer_parameters))
+        bridges = self.setting.bridges * (spec.D + 1) * spec.D
+        ledger.add("weights", self.w * (outer + len(self.indices) * spec.layer_parameters + bridges))
         if self.setting.state == "8bit":
             ledger.add("optimizer", sum(coded_bytes(size) for size in leaves))
         else:
@@ -237,6 +238,20 @@ class EngineStep:
         ledger.drop(*parts)
         return d_qkv
 
+    # -- a bridge
+
+    def across(self, index: int, hidden: Held) -> Held:
+        """What enters layer `index` (of all layers: the final norm), or its gradient on the way back: where a bridge is
+        before it another one, which saves nothing of the first.
+        """
+        before = max((present for present in self.indices if present < index), default=-1)
+        if not self.setting.bridges or before == index - 1:
+            return hidden
+        self.ledger.moment = f"bridge to layer {index}" if index < self.spec.layers else "bridge to the final norm"
+        out = self.ledger.add(ACT, self.ND)
+        self.ledger.drop(hidden)
+        return out
+
     # -- a micro-batch and the step
 
     def micro_batch(self) -> None:
@@ -248,10 +263,12 @@ class EngineStep:
         hidden = ledger.add(ACT, self.ND)
         saved: list[SavedLayer] = []
         for index in self.indices:
+            hidden = self.across(index, hidden)
             ledger.moment = f"forward of layer {index}"
             kept, out = self.forward_layer(graph=not self.setting.recompute)
             saved.append(SavedLayer(hidden, None if self.setting.recompute else kept))
             hidden = out
+        hidden = self.across(self.spec.layers, hidden)
         ledger.moment = "final norm"
         normed, rstd = self.norm()
         ledger.moment = "loss"
@@ -266,14 +283,17 @@ class EngineStep:
             ledger.spike(ACT, 2 * self.wide_ND)
         ledger.drop(d_hidden)
         ledger.moment = "backward of the final norm"
-        d_out: Held | None = self.norm_backward()
+        d_norm = self.norm_backward()
         if not self.shallow:
             self.gradient(-1, "norm", self.spec.D)
         ledger.drop(d_normed, hidden, rstd)
         self.gradients.settle()
+        d_out: Held | None = self.across(self.spec.layers, d_norm)
         for at in reversed(range(len(saved))):
             assert d_out is not None
             d_out = self.backward_layer(self.indices[at], saved[at], d_out, below=at > 0 or not self.shallow)
+            if at > 0 and d_out is not None:
+                d_out = self.across(self.indices[at], d_out)
         if d_out is not None and self.outer is not None:
             ledger.moment = "backward of the embedding"
             self.outer.add_rows()

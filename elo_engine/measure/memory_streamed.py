@@ -7,113 +7,25 @@ Suffixes as in the shape legend; all sizes here are bytes.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_engine import ACT, EngineStep, SavedLayer
 from elo_engine.measure.memory_gradients import GRAD, Gradients
-from elo_engine.measure.memory_shapes import SCALE_GROUP, split_spike
+from elo_engine.measure.memory_shapes import split_spike
+from elo_engine.measure.memory_units import UnitBytes, Units
 from elo_engine.measure.setting import Setting
 
-_ALIGN = 256  # of a tensor in a unit's block: stream/layout.py
 _AHEAD = 4  # buffers on the device for hidden states that are kept on the host: stream/hidden.py
 _SLOTS = 2  # layers on the device: stream/device.py
 _DETAILED = 3  # micro-batches gone through op by op: the first makes the gradients, the second widens their sums
 _ADAMW_TILE = 2048  # kernels/adamw_plan.py: a map entry (two int32) a tile, kept for each kind of unit
 
 
-def _block(sizes: Sequence[int], width: int) -> int:
-    return sum(-(-size * width // _ALIGN) * _ALIGN for size in sizes)
-
-
-@dataclass(frozen=True)
-class UnitBytes:
-    """A decoder layer, the embedding, or final norm and head.
-
-    Attributes:
-        sizes: elements of its leaves. weights, state: of its blocks; a waiting gradient takes what the weights do.
-    """
-
-    sizes: tuple[int, ...]
-    weights: int
-    state: int
-
-    @property
-    def elements(self) -> int:
-        """Of all leaves."""
-        return sum(self.sizes)
-
-
-def _unit(setting: Setting, sizes: Sequence[int]) -> UnitBytes:
-    if setting.state == "8bit":
-        state = 2 * _block(sizes, 1) + 2 * _block([-(-size // SCALE_GROUP) for size in sizes], 4)
-    else:
-        state = 2 * _block(sizes, 4)
-    state += _block(sizes, setting.master_bytes)
-    return UnitBytes(tuple(sizes), _block(sizes, setting.width), state)
-
-
-@dataclass(frozen=True)
-class Units:
-    """The units of a model; its layers are alike."""
-
-    layer: UnitBytes
-    embedding: UnitBytes
-    last: UnitBytes
-
-    @classmethod
-    def of(cls, setting: Setting) -> Units:
-        """Laid out as `stream/layout.py` lays them out."""
-        spec = setting.spec
-        leaves = EngineStep(setting, Ledger()).leaves()
-        matrix, ends = spec.V * spec.D, 2 if spec.tied else 3
-        last = [spec.D] if spec.tied else [spec.D, matrix]
-        each = (len(leaves) - ends) // spec.layers
-        return cls(_unit(setting, leaves[:each]), _unit(setting, [matrix]), _unit(setting, last))
-
-    def all(self, layers: int) -> list[UnitBytes]:
-        """In the order of the store."""
-        return [*itertools.repeat(self.layer, layers), self.embedding, self.last]
-
-
-def host_parts(setting: Setting) -> dict[str, int]:
-    """What the streamed model takes on the host by part; with `store: disk` all of it is on the disk."""
-    spec, streaming = setting.spec, setting.streaming
-    units = Units.of(setting).all(spec.layers)
-    weights = sum(unit.weights for unit in units)
-    return {
-        "weights": weights,
-        "optimizer state": sum(unit.state for unit in units),
-        "waiting gradients": weights if streaming.update == "lazy" else 0,
-        "layers' inputs": inputs_bytes(setting) if streaming.inputs == "host" else 0,
-    }
-
-
-def inputs_bytes(setting: Setting) -> int:
-    """Hidden states of a step: what enters each layer and the final norm, and the gradient on its way down."""
-    spec = setting.spec
-    return (spec.layers + 2) * setting.tokens_per_step * spec.D * setting.width
-
-
-def store_bytes(setting: Setting) -> int:
-    """Of the store, wherever it is: `Store.nbytes`."""
-    parts = host_parts(setting)
-    return parts["weights"] + parts["optimizer state"] + parts["waiting gradients"]
-
-
 def standing_bytes(setting: Setting) -> int:
     """What stays on the device between two steps."""
     ledger = Ledger()
-    StreamedStep(setting, ledger).standing()
+    step_of(setting, ledger).standing()
     return ledger.live_bytes
-
-
-def loading_bytes(setting: Setting) -> int:
-    """The unit that is read from the checkpoint, before it is in its place."""
-    return max(unit.weights for unit in Units.of(setting).all(1))
 
 
 class _Sums(Gradients):
@@ -141,16 +53,20 @@ class StreamedStep(EngineStep):
 
     def standing(self) -> None:
         """Room for layers, for one layer's state and for its waiting gradient."""
-        ledger, layer = self.ledger, self.units.layer
-        ledger.add("weights", _SLOTS * layer.weights)
-        ledger.add("optimizer", layer.state)
-        ledger.add(GRAD, layer.weights if self.lazy else 0)
+        ledger, weights, state = self.ledger, *self.room()
+        ledger.add("weights", _SLOTS * weights)
+        ledger.add("optimizer", state)
+        ledger.add(GRAD, weights if self.lazy else 0)
         ledger.add(ACT, 2 * 4 * self.setting.sequence_length * (self.spec.E // 2))  # rotary tables
         if not self.here:
             ledger.add(ACT, _AHEAD * self.ND)
         if self.cuda:
             sizes = [size for unit in self.units.all(1) for size in unit.sizes]
             ledger.add("optimizer", 8 * sum(-(-size // _ADAMW_TILE) for size in sizes))
+
+    def room(self) -> tuple[int, int]:
+        """Of a slot, and of the state beside it."""
+        return self.units.layer.weights, self.units.layer.state
 
     # -- hidden states
 
@@ -246,9 +162,8 @@ class StreamedStep(EngineStep):
         # rotary tables by token stay on a CPU from the first layer on
         ropes = 0 if self.cuda else setting.micro_batches * 2 * self.rope_NR
         ledger.moment = "embedding"
-        embedding = self.enter(self.units.embedding, "the embedding", waits=self.lazy)
-        ledger.moment = "embedding"
-        places = [[self.lump(), *(self.put(ledger.add(ACT, self.ND)) for _ in range(self.detailed))]]
+        embedding, first = self.embed()
+        places = [first]
         tables: Held | None = None
         for number in range(L):
             if self.lazy:
@@ -270,6 +185,13 @@ class StreamedStep(EngineStep):
         assert tables is not None
         ledger.drop(ids, tables, *([] if self.passing is None else [self.passing]))
         self.let_leave()
+
+    def embed(self) -> tuple[Held, list[Held]]:
+        """-> what is there until the first layer is updated, and what enters it."""
+        ledger = self.ledger
+        embedding = self.enter(self.units.embedding, "the embedding", waits=self.lazy)
+        ledger.moment = "embedding"
+        return embedding, [self.lump(), *(self.put(ledger.add(ACT, self.ND)) for _ in range(self.detailed))]
 
     def head(self, places: list[Held]) -> list[Held]:
         """-> the gradients of the hidden states."""
@@ -336,6 +258,22 @@ class StreamedStep(EngineStep):
         self.take(self.units.layer, sums.gone(), cast, state=False)
         return [turn[0], *below]
 
+    @property
+    def different(self) -> int:
+        """Ids of a step: no more different ones than that."""
+        return min(self.spec.V, self.setting.tokens_per_step)
+
+    def token_rows(self, turn: list[Held]) -> list[Held]:
+        """The embedding's gradient as rows, of the gradients of what entered the first layer."""
+        ledger, U = self.ledger, self.different
+        if not self.cuda:  # a GPU's are found on the host
+            ledger.spike(ACT, 3 * 8 * self.setting.tokens_per_step)
+        rows = [ledger.add(ACT, 8 * U), ledger.add(GRAD, 4 * U * self.spec.D)]
+        for d_hidden in turn:
+            ledger.spike(ACT, 8 * self.N + (self.wide_ND if self.w == 2 else 0))
+            ledger.drop(d_hidden)
+        return rows
+
     def take(self, unit: UnitBytes, grads: list[Held], cast: int, *, state: bool) -> None:
         """Complete gradients: they wait, or update their unit."""
         if self.lazy:
@@ -345,16 +283,10 @@ class StreamedStep(EngineStep):
 
     def embedding_rows(self, turn: list[Held]) -> None:
         """The embedding's gradient: rows of the step's tokens, on top of the head's where the two are tied."""
-        ledger, unit, tokens = self.ledger, self.units.embedding, self.setting.tokens_per_step
+        ledger, unit, U = self.ledger, self.units.embedding, self.different
         self.let_leave()
         ledger.moment = "backward of the embedding"
-        U = min(self.spec.V, tokens)  # no more different ids than that
-        if not self.cuda:  # a GPU's are found on the host
-            ledger.spike(ACT, 3 * 8 * tokens)
-        rows = [ledger.add(ACT, 8 * U), ledger.add(GRAD, 4 * U * self.spec.D)]
-        for d_hidden in turn:
-            ledger.spike(ACT, 8 * self.N + (self.wide_ND if self.w == 2 else 0))
-            ledger.drop(d_hidden)
+        rows = self.token_rows(turn)
         ledger.moment = "gradients of the embedding"
         cast = self.matrix if self.w == 2 else 0
         whole, self.tied_sum = self.tied_sum, None
@@ -375,6 +307,15 @@ class StreamedStep(EngineStep):
 
 def run_step(setting: Setting, ledger: Ledger) -> None:
     """Enter one steady optimizer step of arm (s); what is live after it stays on the device between steps."""
-    step = StreamedStep(setting, ledger)
+    step = step_of(setting, ledger)
     step.standing()
     step.step()
+
+
+def step_of(setting: Setting, ledger: Ledger) -> StreamedStep:
+    """The step as the vocabulary comes: whole, or in slices."""
+    if setting.streaming.vocabulary == "sliced":
+        from elo_engine.measure.memory_sliced import SlicedStep
+
+        return SlicedStep(setting, ledger)
+    return StreamedStep(setting, ledger)

@@ -9,6 +9,7 @@ whose C library keeps freed memory, as the engine tells its own to (elo_engine/m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal, get_args
 
 from elo_engine.model.spec import ModelSpec
@@ -40,6 +41,21 @@ class Streaming:
     store: Literal["memory", "disk"] = "memory"
     inputs: Literal["device", "host"] = "device"
     update: Literal["lazy", "at_once"] = "lazy"
+    vocabulary: Literal["whole", "sliced"] = "whole"
+
+
+_GROUP = 256  # moments to a scale: a slice holds whole groups
+
+
+def vocabulary_slices(spec: ModelSpec) -> list[tuple[int, int]]:
+    """The rows, first and after the last, of each slice of an embedding or head under `vocabulary: sliced`: equal
+    slices, as few as hold no more than a decoder layer does.
+    """
+    step = _GROUP // gcd(spec.D, _GROUP)
+    most = max(step, spec.layer_parameters // spec.D // step * step)
+    count = -(-spec.V // most)
+    rows = -(-spec.V // (count * step)) * step
+    return [(begin, min(spec.V, begin + rows)) for begin in range(0, spec.V, rows)]
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ class Setting:
         master: this engine's, beside bf16 weights with 8-bit moments; see `elo_engine.config.OptimizerConfig`.
         recompute: gradient checkpointing, layer by layer.
         lora_rank: r of arm (d), on all seven projections of a layer.
+        bridges: gaps between, before and behind the detached layers that have an affine map (elo_pretrain): all or 0.
         streaming: of arm (s), whose layers are always run again, whatever `recompute` says.
     """
 
@@ -72,6 +89,7 @@ class Setting:
     lora_rank: int = 16
     streaming: Streaming = Streaming()
     master: Literal["none", "24", "32"] = "none"
+    bridges: int = 0
 
     @property
     def master_bytes(self) -> int:

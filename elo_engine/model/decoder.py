@@ -8,7 +8,9 @@ learns everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elo_engine.model import names, ops
+from elo_engine.model.bridge import Bridge, Gap, Observer, gaps
 from elo_engine.model.layers import LayerWeights, Packing, Rope, RopeTable, decoder_layer, layer_gradient
 from elo_engine.model.outer import OuterGradients, embed
 from elo_engine.model.spec import ModelSpec
@@ -57,6 +60,13 @@ class Decoder:
         layers: original indices of the layers that are present, in order.
         train_outer: whether embedding, final norm and head learn too (the whole model) or are frozen (the shallow one).
         train_layers: False freezes the layers as well, for evaluation.
+        bridges: stand in for the layers that are missing at these gaps, each cast to the tensors' dtype and device;
+            at a gap without one, what leaves a layer enters the next as it is.
+
+    Attributes:
+        observers: by layer, called with the hidden state [N, D] that enters it (of `spec.layers`: the final norm), in
+            the forward pass of `loss_sum` and `hidden_states`, once a micro-batch and without gradients. Evaluation
+            (`token_losses`, `logits`) is not observed: what is learned must not depend on held-out text.
     """
 
     def __init__(
@@ -68,6 +78,7 @@ class Decoder:
         train_outer: bool,
         train_layers: bool = True,
         recompute: bool = False,
+        bridges: Mapping[Gap, Bridge] | None = None,
     ) -> None:
         self.spec = spec
         self.layer_indices = layers
@@ -94,12 +105,37 @@ class Decoder:
         self.dtype = self.embedding_VD.dtype
         self._rope = RopeTable(spec, self.device)
         self._outer: OuterGradients | None = None
+        self._set_bridges(bridges or {})
+        self.observers: dict[int, Observer] = {}
+
+    def _set_bridges(self, bridges: Mapping[Gap, Bridge]) -> None:
+        at = self.layer_indices
+        assert set(bridges) <= set(gaps(self.spec.layers, at)), f"bridges at {list(bridges)}, of {at}"
+        self._bridges = {gap: bridge.to(self.device, self.dtype) for gap, bridge in bridges.items()}
+        self._bridge_into = {gap[1]: bridge for gap, bridge in self._bridges.items()}
 
     def _leaf(self, tensor: Tensor, full: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], train: bool) -> Tensor:
         leaf = tensor.detach().requires_grad_(train)
         if train:
             self.leaves.append(Leaf(leaf, full, shapes))
         return leaf
+
+    def shallow(
+        self, layers: tuple[int, ...], *, recompute: bool = False, bridges: Mapping[Gap, Bridge] | None = None
+    ) -> Decoder:
+        """The shallow model of ELO pretraining made of these very tensors: its layers learn for both models, embedding,
+        final norm and head are those of this model as they are, frozen.
+        """
+        part = copy.copy(self)
+        part.layer_indices, part.recompute = layers, recompute
+        part.layers = [self.layers[self.layer_indices.index(index)] for index in layers]
+        inside = {id(tensor) for weights in part.layers for tensor in weights.values()}
+        part.leaves = [leaf for leaf in self.leaves if id(leaf.tensor) in inside]
+        part.embedding_VD, part.norm_D = self.embedding_VD.detach(), self.norm_D.detach()
+        part.head_VD = part.embedding_VD if self.spec.tied else self.head_VD.detach()
+        part.observers, part._outer = {}, None
+        part._set_bridges(bridges or {})
+        return part
 
     def trainable(self) -> dict[str, Tensor]:
         """Checkpoint names of what learns -> views of the weights."""
@@ -119,6 +155,18 @@ class Decoder:
                     )
                     kept.update(leaf.split(leaf.tensor))
         return kept
+
+    @property
+    def bridge_tensors(self) -> list[Tensor]:
+        """Of all bridges: frozen weights that no checkpoint has."""
+        return [t for bridge in self._bridges.values() for t in (bridge.matrix_DD, bridge.bias_D)]
+
+    @torch.no_grad()
+    def replace_bridges(self, bridges: Mapping[Gap, Bridge]) -> None:
+        """Take the values of other bridges at the same gaps, in place; not between a forward pass and its backward."""
+        assert set(bridges) == set(self._bridges), f"bridges at {list(bridges)}, of {list(self._bridges)}"
+        for gap, bridge in bridges.items():
+            self._bridges[gap].copy_(bridge)
 
     def begin_step(self, ids: Tensor) -> None:
         """Collect the gradients of embedding and head outside autograd from here on, for one optimizer step that is fed
@@ -148,13 +196,33 @@ class Decoder:
             hidden_ND = F.embedding(batch.ids_N, self.embedding_VD)
         else:
             hidden_ND = embed(batch.ids_N, self.embedding_VD, outer)
-        for weights in self.layers:
+        for index, weights in zip(self.layer_indices, self.layers, strict=True):
+            hidden_ND = self._enter(index, hidden_ND)
             if self.recompute and torch.is_grad_enabled():
                 anchor = weights["norm_attention"]
                 hidden_ND = _RunAgain.apply(hidden_ND, anchor, self.spec, weights, rope, batch.packing)
             else:
                 hidden_ND = decoder_layer(self.spec, weights, hidden_ND, rope, batch.packing)
+        hidden_ND = self._enter(self.spec.layers, hidden_ND)
         return ops.rms_norm(hidden_ND, self.norm_D, self.spec.norm_eps)
+
+    def _enter(self, layer: int, hidden_ND: Tensor) -> Tensor:
+        """What enters a layer, or of `spec.layers` the final norm: across the gap before it, if there is a bridge."""
+        bridge, observer = self._bridge_into.get(layer), self.observers.get(layer)
+        if bridge is not None:
+            hidden_ND = bridge(hidden_ND)
+        if observer is not None:
+            with torch.no_grad():
+                observer(hidden_ND.detach())
+        return hidden_ND
+
+    @contextmanager
+    def _unobserved(self) -> Iterator[None]:
+        observers, self.observers = self.observers, {}
+        try:
+            yield
+        finally:
+            self.observers = observers
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies in nats over the tokens with a label: fp32 scalar, to be divided by the step's
@@ -170,12 +238,14 @@ class Decoder:
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
         """Cross-entropy of every token in nats, fp32 [N], 0 where there is no label."""
-        return ops.token_losses(self.hidden_states(batch), self.head_VD, batch.labels_N)
+        with self._unobserved():
+            return ops.token_losses(self.hidden_states(batch), self.head_VD, batch.labels_N)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """All logits [N, V] in the compute dtype: for tests and small inputs only."""
-        return F.linear(self.hidden_states(batch), self.head_VD)
+        with self._unobserved():
+            return F.linear(self.hidden_states(batch), self.head_VD)
 
 
 class _RunAgain(torch.autograd.Function):

@@ -2,18 +2,19 @@
 head.
 
 Paper section 3.2: the output of one detached layer is the input of the next; the layers between them are not loaded
-at all.
+at all, or a bridge takes their place (`bridge.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from elo_engine.checkpoint import CheckpointIndex, CheckpointReader
 from elo_engine.model import names
+from elo_engine.model.bridge import Bridge, Gap
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.full import check_shapes
 from elo_engine.model.spec import ModelSpec
@@ -32,9 +33,11 @@ def load_shallow(
     device: torch.device,
     dtype: torch.dtype,
     recompute: bool = False,
+    bridges: Mapping[Gap, Bridge] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Decoder, int]:
-    """Read only the detached tensors and make the shallow model; returns it and the bytes taken from the checkpoint.
+    """Read only the detached tensors and make the shallow model, with `bridges` at its gaps; returns it and the bytes
+    taken from the checkpoint.
 
     Raises:
         FailedError: a tensor that the spec needs is missing or has another shape.
@@ -44,4 +47,4 @@ def load_shallow(
     with CheckpointReader(index) as reader:
         tensors: dict[str, Any] = reader.read(wanted, device=str(device), dtype=dtype, progress=progress)
         taken = reader.bytes_read
-    return Decoder(spec, tensors, layers, train_outer=False, recompute=recompute), taken
+    return Decoder(spec, tensors, layers, train_outer=False, recompute=recompute, bridges=bridges), taken

@@ -1,5 +1,5 @@
-"""The units that are on the device: two slots for decoder layers that take turns, and what the ends of the model need
-while they are used.
+"""What is on the device: two slots that decoder layers and slices of the vocabulary take in turns, and what the ends of
+the model need while they are used.
 
 Before a unit is used, the update that waits for it is made (the lazy step): clipping by the norm of all gradients is
 exact, although no gradient but one layer's was ever on the device.
@@ -55,34 +55,30 @@ class Present:
 class _Slot:
     """Room for the weights of a layer; all layers are laid out alike, so its leaves stay the same tensors."""
 
-    def __init__(self, unit: Unit, lanes: Lanes) -> None:
-        self.piece = Piece(unit.weights.nbytes, lanes)
+    def __init__(self, unit: Unit, nbytes: int, lanes: Lanes) -> None:
+        self.piece = Piece(nbytes, lanes)
         self.views = unit.weights.views(self.piece.flat)
         self.leaves = {key: view.detach().requires_grad_() for key, view in self.views.items()}
         self.grads = Gradients(unit.leaves(self.leaves))
 
 
 class DeviceUnits:
-    """Brings units of a store to the device, updates them there, and sends them and their gradients back.
+    """Brings parts of a store to the device, updates them there, and sends them and their gradients back.
 
     Attributes:
-        numbers: of the last completed step, for the updates that wait. waiting: the units whose gradient waits in the
-            store for them.
+        numbers: of the last completed step, for the updates that wait. waiting: the numbers of the parts whose gradient
+            waits in the store for them.
     """
 
     def __init__(self, store: Store, lanes: Lanes) -> None:
         self._store, self._lanes = store, lanes
-        unit = store.units[0]
-        self._slots = [_Slot(unit, lanes) for _ in range(2)]
-        self._state = Piece(unit.state.nbytes, lanes)
-        waits = "gradients" in store.views[0]
-        self._gradients = Piece(unit.gradients.nbytes if waits else 0, lanes)
-        self._adamw = [
-            adamw_state(unit, slot.views, unit.state.views(self._state.flat), store.powers) for slot in self._slots
-        ]
-        self._waiting_gradients = unit.gradients.views(self._gradients.flat) if waits else {}
+        taking = [part.unit for part in store.parts if part.owner < store.layers or part.slice is not None]
+        room = {name: max(unit.block(name).nbytes for unit in taking) for name in BLOCKS}
+        self._slots = [_Slot(store.units[0], room["weights"], lanes) for _ in range(2)]
+        self._state = Piece(room["state"], lanes)
+        self._gradients = Piece(room["gradients"] if "gradients" in store.views[0] else 0, lanes)
         self._turn = 0
-        self._coming: tuple[int, int] | None = None  # layer, slot
+        self._coming: tuple[int, int] | None = None  # part, slot
         self._leaving: tuple[Fence, list[Tensor]] | None = None
         self.numbers: StepNumbers | None = None
         self.waiting: set[int] = set()
@@ -98,7 +94,7 @@ class DeviceUnits:
     # -- to the device
 
     def soon(self, number: int | None) -> None:
-        """Begin to bring a layer; None: nothing."""
+        """Begin to bring a layer or a slice; None: nothing."""
         if number is None or (self._coming is not None and self._coming[0] == number):
             return
         slot, self._turn = self._turn, (self._turn + 1) % len(self._slots)
@@ -111,11 +107,13 @@ class DeviceUnits:
     def _down(self, number: int, block: BlockName, piece: Piece) -> None:
         self._store.soon(number, block)
         with self._lanes.on("down", reads=[self._store.fences[number][block]], writes=[piece.fence]):
-            piece.flat.copy_(self._store.flat(number, block), non_blocking=True)
+            for here, there in self._store.copies(number, block, piece.flat):
+                there.copy_(here, non_blocking=True)
 
     def _up(self, number: int, block: BlockName, piece: Piece) -> None:
         with self._lanes.on("up", reads=[piece.fence], writes=[self._store.fences[number][block]]):
-            self._store.flat(number, block).copy_(piece.flat, non_blocking=True)
+            for here, there in self._store.copies(number, block, piece.flat):
+                here.copy_(there, non_blocking=True)
 
     @contextmanager
     def layer(self, number: int) -> Iterator[Present]:
@@ -123,20 +121,59 @@ class DeviceUnits:
         for neighbour in {max(0, number - 1), min(self._store.layers - 1, number + 1)}:
             for block in BLOCKS if neighbour in self.waiting else BLOCKS[:1]:
                 self._store.soon(neighbour, block)  # from the disk into memory, while this one is used
+        with self._in_slot(number) as slot:
+            yield Present(number, self._store.units[number], slot.leaves, slot.piece, slot.grads)
+
+    @contextmanager
+    def rows(self, number: int) -> Iterator[Tensor]:
+        """As `layer`, for a slice of the embedding or of the head: its weights, which autograd does not see."""
+        with self._in_slot(number) as slot:
+            (weights,) = self._store.parts[number].unit.weights.views(slot.piece.flat).values()
+            yield weights
+
+    @contextmanager
+    def _in_slot(self, number: int) -> Iterator[_Slot]:
         self.soon(number)
         assert self._coming is not None
-        slot = self._slots[self._coming[1]]
+        slot, unit = self._slots[self._coming[1]], self._store.parts[number].unit
         if number in self.waiting:
-            adamw, grads = self._adamw[self._coming[1]], list(self._waiting_gradients.values())
+            views, state = unit.weights.views(slot.piece.flat), unit.state.views(self._state.flat)
+            adamw = adamw_state(unit, views, state, self._store.powers)
+            grads = list(unit.gradients.views(self._gradients.flat).values())
             self._update(number, adamw, grads, self.numbers, slot.piece, self._state, self._gradients)
         self._coming = None
         with self._lanes.on("compute", reads=[slot.piece.fence]):
-            yield Present(number, self._store.units[number], slot.leaves, slot.piece, slot.grads)
+            yield slot
+
+    @contextmanager
+    def whole(self, owner: int) -> Iterator[dict[str, Tensor]]:
+        """The weights of a unit after the layers, whole, however it comes in training; no update of it may wait."""
+        store, unit, lanes = self._store, self._store.units[owner], self._lanes
+        parts = [number for number, part in enumerate(store.parts) if part.owner == owner]
+        assert self.waiting.isdisjoint(parts)
+        piece = Piece(unit.weights.nbytes, lanes)
+        views = unit.weights.views(piece.flat)
+        with lanes.on("down", reads=[store.fences[number]["weights"] for number in parts], writes=[piece.fence]):
+            for key, view in views.items():
+                view.copy_(store.views[owner]["weights"][key], non_blocking=True)
+        with lanes.on("compute", reads=[piece.fence]):
+            yield views
+        lanes.keep_until_read(piece)
+
+    def bring(self, number: int) -> None:
+        """Bring a part for its update alone."""
+        part = self._store.parts[number]
+        if number < self._store.layers or part.slice is not None:
+            with self._in_slot(number):
+                pass
+        else:
+            with self.outer(number):
+                pass
 
     @contextmanager
     def outer(self, number: int) -> Iterator[Present]:
         """As `layer`, for the embedding or for final norm and head: memory of their own while they are here."""
-        unit, lanes = self._store.units[number], self._lanes
+        unit, lanes = self._store.parts[number].unit, self._lanes
         piece = Piece(unit.weights.nbytes, lanes)
         self._down(number, "weights", piece)
         views = unit.weights.views(piece.flat)
@@ -159,8 +196,9 @@ class DeviceUnits:
         state: Piece, gradients: Piece,
     ) -> None:  # fmt: skip
         assert numbers is not None
+        part = self._store.parts[number]
         with self._lanes.on("compute", writes=[weights.fence, state.fence, gradients.fence]):
-            adamw_update(adamw, grads, numbers, first=self._store.units[number].first)
+            adamw_update(adamw, grads, part.numbers(numbers), first=part.unit.first)
         self._up(number, "weights", weights)
         self._up(number, "state", state)
         self.waiting.discard(number)
@@ -168,10 +206,10 @@ class DeviceUnits:
     # -- gradients
 
     def send(self, number: int, grads: list[Tensor]) -> list[Tensor]:
-        """Start the gradients of a unit, one a leaf, on their way to the store, in the type they wait in; returns the
+        """Start the gradients of a part, one a leaf, on their way to the store, in the type they wait in; returns the
         norm of each. They stay on the device until `let_leave`; the list is empty after this.
         """
-        fields, there = self._store.units[number].gradients.fields, self._store.views[number]["gradients"]
+        fields, there = self._store.parts[number].unit.gradients.fields, self._store.part_views[number]["gradients"]
         leaving = _cast(grads, fields)
         norms, made = leaf_norms(leaving), Fence()
         with self._lanes.on("compute", writes=[made]):
@@ -185,7 +223,7 @@ class DeviceUnits:
 
     def gradients_back(self, number: int) -> dict[str, Tensor]:
         """The gradients that were sent, on the device once more."""
-        block = self._store.units[number].gradients
+        block = self._store.parts[number].unit.gradients
         piece = Piece(block.nbytes, self._lanes)
         self._down(number, "gradients", piece)
         with self._lanes.on("compute", writes=[piece.fence]):

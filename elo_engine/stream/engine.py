@@ -25,10 +25,11 @@ from elo_engine.measure.setting import Streaming
 from elo_engine.model.layers import RopeTable
 from elo_engine.model.spec import ModelSpec
 from elo_engine.stream.device import DeviceUnits
-from elo_engine.stream.hidden import DeviceHidden, Hidden, HostHidden
+from elo_engine.stream.hidden import AHEAD, SUMS_AHEAD, DeviceHidden, Hidden, HostHidden
 from elo_engine.stream.lanes import Lanes
 from elo_engine.stream.scoring import LayerMajorScorer, store_scorer
 from elo_engine.stream.slabs import Slab
+from elo_engine.stream.sliced import SlicedStep
 from elo_engine.stream.state import StreamedState
 from elo_engine.stream.step import Step, Stopped
 from elo_engine.stream.store import Store
@@ -49,14 +50,22 @@ def open_streamed(
     lanes = Lanes(device)
     at_once = streaming.update == "at_once"
     where = folder if streaming.store == "disk" else None
-    store = Store(spec, dtype, section.optimizer, device, folder=where, waits=not at_once)
+    sliced = streaming.vocabulary == "sliced"
+    assert not (sliced and at_once), "StreamConfig refuses it"
+    store = Store(spec, dtype, section.optimizer, device, folder=where, waits=not at_once, sliced=sliced)
+
+    def host(places: int, kind: torch.dtype, ahead: int) -> Hidden:
+        tokens = section.tokens_per_step
+        slab = Slab(places * tokens * spec.D * kind.itemsize, folder=where, pin=device.type == "cuda")
+        return HostHidden(lanes, places, tokens, spec.D, kind, slab, ahead=ahead)
+
     hidden: Hidden = DeviceHidden()
+    sums: Hidden = DeviceHidden()
     if streaming.inputs == "host":
-        tokens, places = section.tokens_per_step, spec.layers + 2
-        slab = Slab(places * tokens * spec.D * dtype.itemsize, folder=where, pin=device.type == "cuda")
-        hidden = HostHidden(lanes, places, tokens, spec.D, dtype, slab)
+        hidden = host(spec.layers + 2, dtype, AHEAD)
+        sums = host(1, torch.float32, SUMS_AHEAD) if sliced else sums
     return StreamedEngine(
-        store, lanes, hidden, section.optimizer, micro_batch=section.micro_batch, seed=seed, at_once=at_once
+        store, lanes, hidden, section.optimizer, micro_batch=section.micro_batch, seed=seed, at_once=at_once, sums=sums
     )
 
 
@@ -64,7 +73,8 @@ class StreamedEngine:
     """A model in a store and AdamW, as `train` takes them.
 
     Args:
-        hidden: where the layers' inputs are kept.
+        hidden: where the layers' inputs are kept. sums: where the gradients of the final norm's output add up over the
+            slices of the head, in fp32.
         micro_batch: rows that go through a layer at once.
         at_once: see above.
     """
@@ -79,7 +89,9 @@ class StreamedEngine:
         micro_batch: int,
         seed: int = 42,
         at_once: bool = False,
+        sums: Hidden | None = None,
     ) -> None:
+        self.sums = sums or DeviceHidden()
         self.store, self.spec = store, store.spec
         self._lanes, self.hidden, self.config = lanes, hidden, optimizer
         self._micro_batch, self.seed, self.at_once = micro_batch, seed, at_once
@@ -120,8 +132,7 @@ class StreamedEngine:
         if self.broken:
             raise FailedError(self.broken)
         for number in sorted(self.device_units.waiting):
-            with self.device_units.layer(number) if number < self.store.layers else self.device_units.outer(number):
-                pass
+            self.device_units.bring(number)
         self._lanes.finish()
 
     def step(
@@ -132,13 +143,15 @@ class StreamedEngine:
             raise FailedError(self.broken)
         pieces = [to_batch(piece, self.device) for piece in micro_batches(rows, self._micro_batch)]
         batches = [(batch, self._rope.gather(batch.packing.positions_N, batch.longest)) for batch in pieces]
-        step = Step(self, batches, tokens_loss, lr, first=first, should_stop=should_stop)
+        kind, ids = SlicedStep if self.store.sliced else Step, torch.from_numpy(rows.ids_BT)
+        step = kind(self, batches, ids, tokens_loss, lr, first=first, should_stop=should_stop)
         with torch.no_grad():
             try:
                 self.hidden.begin([len(batch.ids_N) for batch in pieces])
+                self.sums.begin([len(batch.ids_N) for batch in pieces])
                 step.forward()
                 step.head()
-                step.backward(torch.from_numpy(rows.ids_BT))
+                step.backward()
             except Stopped:
                 self._give_up()
                 return None
@@ -151,5 +164,6 @@ class StreamedEngine:
     def _give_up(self) -> None:
         """What waited and has been made since is the step before; what waits still waits."""
         self.hidden.begin([])
+        self.sums.begin([])
         self.device_units.forget()
         self._lanes.finish()

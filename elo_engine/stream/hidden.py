@@ -18,6 +18,7 @@ from elo_engine.stream.slabs import Slab
 
 # on the device when they are kept on the host: state and gradient, of this micro-batch and of the next
 AHEAD = 4
+SUMS_AHEAD = 2  # as above, where only one place is used
 _LEAVING = 1  # states on their way to the host while the next one is made
 
 
@@ -53,10 +54,13 @@ class HostHidden:
 
     Args:
         slab: bytes for `places` times the tokens of a step.
+        ahead: states that are on the device at once.
     """
 
-    def __init__(self, lanes: Lanes, places: int, tokens: int, D: int, dtype: torch.dtype, slab: Slab) -> None:
-        self._lanes, self._D, self._dtype = lanes, D, dtype
+    def __init__(
+        self, lanes: Lanes, places: int, tokens: int, D: int, dtype: torch.dtype, slab: Slab, *, ahead: int = AHEAD
+    ) -> None:
+        self._lanes, self._D, self._dtype, self._ahead = lanes, D, dtype, ahead
         self._slab = slab  # its memory is registered for as long as it lives
         self._leaving: deque[tuple[Fence, Tensor]] = deque()
         self._host = slab.memory.view(dtype).view(places, tokens, D)
@@ -80,7 +84,7 @@ class HostHidden:
         if not self._ring or len(self._ring[0][0]) < largest:
             device = self._lanes.device
             self._ring = [
-                (torch.empty(largest, self._D, dtype=self._dtype, device=device), Fence()) for _ in range(AHEAD)
+                (torch.empty(largest, self._D, dtype=self._dtype, device=device), Fence()) for _ in range(self._ahead)
             ]
             with self._lanes.on("compute", writes=[fence for _, fence in self._ring]):
                 pass  # as device.Piece
@@ -114,7 +118,7 @@ class HostHidden:
         if (place, m) in self._here:
             return
         buffer, fence = self._ring[self._next]
-        self._next = (self._next + 1) % AHEAD
+        self._next = (self._next + 1) % self._ahead
         rows = self._rows(place, m)
         with self._lanes.on("down", reads=[self._fence(place, m)], writes=[fence]):
             buffer[: len(rows)].copy_(rows, non_blocking=True)

@@ -188,9 +188,9 @@ class _StoreUnits:
     @contextmanager
     def embedding(self) -> Iterator[dict[str, Tensor]]:
         """See `Units`."""
-        with self._units.outer(self._store.embedding) as present:
+        with self._units.whole(self._store.embedding) as weights:
             self._units.soon(0)
-            yield {"embedding": present.weights["embedding"].detach()}
+            yield {"embedding": weights["embedding"]}
 
     @contextmanager
     def layer(self, number: int) -> Iterator[LayerWeights]:
@@ -202,13 +202,12 @@ class _StoreUnits:
     @contextmanager
     def last(self) -> Iterator[dict[str, Tensor]]:
         """See `Units`."""
-        with self._units.outer(self._store.last) as present:
-            norm_D = present.weights["norm"].detach()
+        with self._units.whole(self._store.last) as last:
             if not self._store.spec.tied:
-                yield {"norm": norm_D, "head": present.weights["head"].detach()}
+                yield dict(last)
                 return
-            with self._units.outer(self._store.embedding) as embedding:
-                yield {"norm": norm_D, "head": embedding.weights["embedding"].detach()}
+            with self._units.whole(self._store.embedding) as embedding:
+                yield {"norm": last["norm"], "head": embedding["embedding"]}
 
 
 def store_scorer(engine: StreamedEngine) -> LayerMajorScorer:

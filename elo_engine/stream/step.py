@@ -37,9 +37,10 @@ class Step:
     """One step under way."""
 
     def __init__(
-        self, engine: StreamedEngine, batches: list[tuple[Batch, Rope]], tokens_loss: int, lr: float, *, first: bool,
-        should_stop: Callable[[], bool],
+        self, engine: StreamedEngine, batches: list[tuple[Batch, Rope]], ids: Tensor, tokens_loss: int, lr: float, *,
+        first: bool, should_stop: Callable[[], bool],
     ) -> None:  # fmt: skip
+        self.ids = ids  # of all micro-batches, on the host
         self.engine, self.batches, self.lr, self.first = engine, batches, lr, first
         self.store, self.spec, self.units, self.hidden = engine.store, engine.spec, engine.device_units, engine.hidden
         self.scale = 1 / max(1, tokens_loss)
@@ -66,23 +67,27 @@ class Step:
         """Inputs of all layers, for all micro-batches."""
         units, hidden, L = self.units, self.hidden, self.spec.layers
         self.poll()
-        with units.outer(self.store.embedding) as present:
-            units.soon(0)
-            for m, (batch, _) in enumerate(self.batches):
-                hidden.put(0, m, F.embedding(batch.ids_N, present.weights["embedding"]))
+        self.embed()
         for number in range(L):
             with units.layer(number) as present:
                 for m, (batch, rope) in enumerate(self.batches):
                     self.poll()
                     entered_ND = hidden.get(number, m)
-                    self._soon(number, m)
+                    self.soon(number, m)
                     out_ND = decoder_layer(self.spec, present.weights, entered_ND, rope, batch.packing)
                     hidden.used(number, m, again=True)
                     hidden.put(number + 1, m, out_ND)
                     del entered_ND, out_ND
                 units.soon(number + 1 if number + 1 < L else None)
 
-    def _soon(self, place: int, m: int, *more: int) -> None:
+    def embed(self) -> None:
+        """What enters the first layer."""
+        with self.units.outer(self.store.embedding) as present:
+            self.units.soon(0)
+            for m, (batch, _) in enumerate(self.batches):
+                self.hidden.put(0, m, F.embedding(batch.ids_N, present.weights["embedding"]))
+
+    def soon(self, place: int, m: int, *more: int) -> None:
         """The next micro-batch's hidden states of these places."""
         if m + 1 < len(self.batches):
             for where in (place, *more):
@@ -120,7 +125,7 @@ class Step:
         for m, (batch, _) in enumerate(self.batches):
             self.poll()
             entered_ND = hidden.get(self.spec.layers, m).detach().requires_grad_()
-            self._soon(self.spec.layers, m)
+            self.soon(self.spec.layers, m)
             with torch.enable_grad():
                 normed_ND = ops.rms_norm(entered_ND, last.weights["norm"], self.spec.norm_eps)
                 loss = ops.linear_cross_entropy(normed_ND, head_VD, batch.labels_N, d_head_sum_VD=sum_VD)
@@ -137,7 +142,7 @@ class Step:
         assert grad is not None
         return grad
 
-    def backward(self, ids: Tensor) -> None:
+    def backward(self) -> None:
         """Layers from the last to the first, then the embedding's rows."""
         units, hidden, spec = self.units, self.hidden, self.spec
         for number in reversed(range(spec.layers)):
@@ -149,7 +154,7 @@ class Step:
                     if not self.engine.at_once:
                         self.poll()
                     entered_ND, d_out_ND = hidden.get(number, m), hidden.get(self.turn, m)
-                    self._soon(number, m, self.turn)
+                    self.soon(number, m, self.turn)
                     d_hidden_ND = layer_gradient(
                         spec, present.weights, entered_ND, rope, batch.packing, d_out_ND, need_d_hidden=True,
                         before=units.let_leave if m == 0 else None,
@@ -164,16 +169,13 @@ class Step:
                 present.grads.clear()
                 self._take(present, grads)
                 del grads
-        self._embedding(ids)
+        self.embedding_rows()
 
-    def _embedding(self, ids: Tensor) -> None:
+    def embedding_rows(self) -> None:
         """The embedding's whole gradient: its rows, on top of the head's where the two are tied."""
         store, units, spec = self.store, self.units, self.spec
         units.let_leave()
-        rows = TokenRows(ids, spec.D, store.device)
-        for m, (batch, _) in enumerate(self.batches):
-            rows.add(batch.ids_N, self.hidden.get(self.turn, m))
-            self.hidden.used(self.turn, m)
+        rows = self.rows()
         if spec.tied and self.d_tied_VD is None:
             d_VD = units.gradients_back(store.embedding)["embedding"]
         elif self.d_tied_VD is not None:
@@ -187,27 +189,35 @@ class Step:
             with units.outer(store.embedding) as present:
                 self._take(present, grads)
         else:
-            self._wait(store.embedding, grads)
+            self.wait(store.embedding, grads)
         units.let_leave()
+
+    def rows(self) -> TokenRows:
+        """The gradient by the embedded tokens of the step."""
+        found = TokenRows(self.ids, self.spec.D, self.store.device)
+        for m, (batch, _) in enumerate(self.batches):
+            found.add(batch.ids_N, self.hidden.get(self.turn, m))
+            self.hidden.used(self.turn, m)
+        return found
 
     # -- gradients and numbers
 
     def _take(self, present: Present, grads: list[Any]) -> None:
         """The gradients of a unit are complete: they wait, or update it at once by numbers of its own."""
         if not self.engine.at_once:
-            self._wait(present.number, grads)
+            self.wait(present.number, grads)
             return
-        made = self._checked(present.number, grads)
+        made = self.checked(present.number, grads)
         norms = leaf_norms(made)
         self.norms[present.number] = norms
         numbers = self._numbers(self.store.powers.clone(), norms, self.engine.config.clip)
         self.units.update_now(present, made, numbers)
 
-    def _wait(self, number: int, grads: list[Any]) -> None:
-        self.norms[number] = self.units.send(number, self._checked(number, grads))
+    def wait(self, number: int, grads: list[Any]) -> None:
+        self.norms[number] = self.units.send(number, self.checked(number, grads))
 
-    def _checked(self, number: int, grads: list[Any]) -> list[Tensor]:
-        unit = self.store.units[number]
+    def checked(self, number: int, grads: list[Any]) -> list[Tensor]:
+        unit = self.store.parts[number].unit
         if self.first:
             require_gradients(_named(unit, grads))
         there = [grad for grad in grads if grad is not None]
@@ -225,14 +235,14 @@ class Step:
     def finish(self) -> StepOutcome:
         """The norm of all gradients, and what follows from it; the step's wait for the device."""
         engine, units = self.engine, self.units
-        norms = [norm for number in range(len(self.store.units)) for norm in self.norms[number]]
+        norms = [norm for number in range(len(self.store.parts)) for norm in self.norms[number]]
         clip = None if engine.at_once else engine.config.clip  # at once, each unit has been clipped by its own
         numbers = self._numbers(self.store.powers, norms, clip)
         total, norm, taken = torch.stack((self.loss_sum, *(part.float() for part in numbers.result))).tolist()
         engine.optimizer.attempts += 1
         units.forget()
         if not engine.at_once and taken == 1.0:
-            units.numbers, units.waiting = numbers, set(range(len(self.store.units)))
+            units.numbers, units.waiting = numbers, set(range(len(self.store.parts)))
         if engine.at_once and taken != 1.0:
             engine.broken = (
                 f"align.stream.update=at_once: the gradient's norm is {norm}, and what came before the first bad "

@@ -16,6 +16,7 @@ from elo_engine.model.ops.adamw import AdamwState
 from elo_engine.model.spec import ModelSpec
 from elo_engine.stream.lanes import Fence
 from elo_engine.stream.layout import BLOCKS, BlockName, Unit, adamw_state, model_units
+from elo_engine.stream.parts import sliced_parts, whole_parts
 from elo_engine.stream.slabs import Slab
 
 
@@ -26,9 +27,12 @@ class Store:
         dtype: of the weights the model computes with.
         folder: None keeps it in memory; else the folder whose disk holds it.
         waits: whether gradients wait here until their update (else they are never kept).
+        sliced: whether embedding and head come to the device a few rows at a time.
 
     Attributes:
-        units: decoder layers, embedding, final norm and head, in the order of the model's leaves.
+        units: decoder layers, embedding, final norm and head, in the order of the model's leaves. views: their tensors.
+        parts: what comes to the device at once: the units, or with `sliced` layers, slices, and the final norm. They
+            have numbers, of which the layers' are those of the units. part_views: their tensors.
         powers: fp64, of AdamW, on the device.
 
     Raises:
@@ -44,7 +48,9 @@ class Store:
         *,
         folder: Path | None = None,
         waits: bool = True,
+        sliced: bool = False,
     ) -> None:
+        self.sliced = sliced
         self.spec, self.dtype, self.device = spec, dtype, device
         self.units = model_units(spec, dtype, optimizer)
         self.powers = torch.tensor([1.0, 1.0, 0.0, *optimizer.betas], dtype=torch.float64, device=device)
@@ -57,10 +63,14 @@ class Store:
                 begins.append(begins[-1] + unit.block(name).nbytes)
             self._begins[name] = begins
             self._slabs[name] = Slab(begins[-1], folder=folder, pin=device.type == "cuda")
-        self.fences = [{name: Fence() for name in kept} for _ in self.units]
         self.views = [
-            {name: unit.block(name).views(self.flat(number, name)) for name in kept}
+            {name: unit.block(name).views(self._bytes(number, name)) for name in kept}
             for number, unit in enumerate(self.units)
+        ]
+        self.parts = sliced_parts(spec, self.units, dtype, optimizer) if sliced else whole_parts(self.units)
+        self.fences = [{name: Fence() for name in kept} for _ in self.parts]
+        self.part_views = [
+            {name: part.of(views) for name, views in self.views[part.owner].items()} for part in self.parts
         ]
 
     @property
@@ -83,15 +93,28 @@ class Store:
         """Of the host's memory."""
         return sum(slab.memory.numel() for slab in self._slabs.values())
 
-    def flat(self, number: int, name: BlockName) -> Tensor:
-        """A block of a unit as bytes."""
+    def parts_of(self, owner: int, key: str) -> list[int]:
+        """The numbers of the parts that hold this leaf of a unit."""
+        return [i for i, part in enumerate(self.parts) if part.owner == owner and key in part.unit.keys]
+
+    def _bytes(self, number: int, name: BlockName) -> Tensor:
         begins = self._begins[name]
         return self._slabs[name].memory[begins[number] : begins[number + 1]]
 
+    def copies(self, number: int, name: BlockName, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A block of a part here, and in memory of the device: pieces of equal sizes, as few as there can be."""
+        part = self.parts[number]
+        block = part.unit.block(name)
+        if part.whole:
+            return [(self._bytes(part.owner, name), flat[: block.nbytes])]
+        here, there = self.part_views[number][name], block.views(flat)
+        return [(here[field.key], there[field.key]) for field in block.fields]
+
     def soon(self, number: int, name: BlockName) -> None:
-        """This block will be read."""
-        begins = self._begins[name]
-        self._slabs[name].soon(begins[number], begins[number + 1])
+        """This block will be read; for a slice, whose tensors lie apart, the file's own reading ahead will do."""
+        part, begins = self.parts[number], self._begins[name]
+        if part.whole:
+            self._slabs[name].soon(begins[part.owner], begins[part.owner + 1])
 
     def whole_state(self) -> AdamwState:
         """AdamW's state of all leaves, as views of this memory."""

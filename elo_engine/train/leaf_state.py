@@ -34,6 +34,11 @@ class LeafState:
         self._attempts = 0
 
     @property
+    def state(self) -> AdamwState:
+        """AdamW's."""
+        return self._state
+
+    @property
     def _master(self) -> Master:
         """Of 8-bit state."""
         return "24" if self._state.lows is not None else "none" if self._state.leaves is None else "32"

@@ -38,6 +38,7 @@ class Progress:
     tokens_loss: int = 0
     skipped: int = 0  # steps whose gradient was not finite, left out
     skipped_in_a_row: int = 0
+    loss_tokens_of: dict[str, int] = field(default_factory=dict)  # of the kinds of steps, where there are several
 
 
 @dataclass
@@ -129,6 +130,51 @@ def micro_batches(rows: RowBatch, micro_batch: int) -> Iterator[RowBatch]:
         )
 
 
+@dataclass(frozen=True)
+class Turn:
+    """An optimizer step to come.
+
+    Attributes:
+        kind: "" where all steps of a stage are alike, else which kind this is; number: how many of it were before.
+        row, rows: the first one of the mixture, and how many.
+    """
+
+    engine: Engine
+    number: int
+    row: int
+    rows: int
+    lr: float
+    kind: str = ""
+
+
+class Turns(Protocol):
+    """The steps of a stage, a pure function of their number."""
+
+    @property
+    def steps(self) -> int:
+        """How many."""
+
+    def turn(self, step: int) -> Turn:
+        """Step number `step`, from 0."""
+
+
+@dataclass(frozen=True)
+class Straight:
+    """One engine, one schedule, row after row from `first_row` on."""
+
+    engine: Engine
+    config: StageConfig
+    steps: int
+    sequence_length: int
+    first_row: int = 0
+
+    def turn(self, step: int) -> Turn:
+        """See `Turns`."""
+        rows = self.config.tokens_per_step // self.sequence_length
+        lr = learning_rate(step, self.steps, self.config.optimizer.lr, self.config.schedule)
+        return Turn(self.engine, step, self.first_row + step * rows, rows, lr)
+
+
 def train(
     engine: Engine,
     mixture: Mixture,
@@ -140,22 +186,29 @@ def train(
     hooks: Hooks,
     first_row: int = 0,
 ) -> bool:
-    """Run optimizer steps until `steps` are done; True when they are, False when `should_stop` ended it early.
+    """`train_turns` with one engine. The stage reads the mixture from row `first_row` on, so that a stage after another
+    one sees new text.
+    """
+    return train_turns(Straight(engine, config, steps, sequence_length, first_row), mixture, progress, hooks)
 
-    Stopped early, the model stands exactly at the end of the last completed step. The stage reads the mixture from row
-    `first_row` on, so that a stage after another one sees new text.
+
+def train_turns(turns: Turns, mixture: Mixture, progress: Progress, hooks: Hooks) -> bool:
+    """Run optimizer steps until all are done; True when they are, False when `should_stop` ended it early.
+
+    Stopped early, the model stands exactly at the end of the last completed step.
 
     Raises:
         FailedError: gradients missing or wrong on the first step, or not finite NON_FINITE_LIMIT times in a row.
     """
-    rows_per_step = config.tokens_per_step // sequence_length
-    while progress.step < steps:
+    while progress.step < turns.steps:
         started = time.perf_counter()
-        rows = mixture.rows(first_row + progress.step * rows_per_step, rows_per_step)
+        turn = turns.turn(progress.step)
+        rows = mixture.rows(turn.row, turn.rows)
         tokens_loss = int((rows.labels_BT >= 0).sum())
         data_s = time.perf_counter() - started
-        lr = learning_rate(progress.step, steps, config.optimizer.lr, config.schedule)
-        outcome = engine.step(rows, tokens_loss, lr, first=progress.step == 0, should_stop=hooks.should_stop)
+        outcome = turn.engine.step(
+            rows, tokens_loss, turn.lr, first=turn.number == 0, should_stop=hooks.should_stop
+        )
         if outcome is None:
             return False
         total, norm, updated = outcome
@@ -164,17 +217,25 @@ def train(
         progress.step += 1
         progress.tokens_total += rows.ids_BT.size
         progress.tokens_loss += tokens_loss
+        if turn.kind:
+            before = progress.loss_tokens_of.get(turn.kind, 0)
+            progress.loss_tokens_of[turn.kind] = before + tokens_loss
         progress.skipped += not updated
         progress.skipped_in_a_row = 0 if updated else progress.skipped_in_a_row + 1
-        metrics = {
+        metrics: dict[str, Any] = {
             "loss_nats": loss_mean,
             "gradient_norm": norm,
-            "lr": lr,
+            "lr": turn.lr,
             "step_s": seconds,
             "data_wait_s": data_s,
             "tokens_per_s": rows.ids_BT.size / seconds,
             "updated": updated,
         }
+        if turn.kind:
+            metrics |= {
+                "kind": turn.kind, "number": turn.number + 1, "kind_tokens_total": (turn.number + 1) * rows.ids_BT.size,
+                "kind_tokens_loss": progress.loss_tokens_of[turn.kind],
+            }  # fmt: skip
         hooks.on_step(progress, metrics)
         if progress.skipped_in_a_row >= NON_FINITE_LIMIT:
             raise FailedError(
@@ -183,7 +244,7 @@ def train(
                 "steps changed nothing. Start a new run with a lower learning rate or without the text of these steps"
             )
         for interval, callbacks in hooks.every.items():
-            if interval and progress.step % interval == 0 and progress.step < steps:
+            if interval and progress.step % interval == 0 and progress.step < turns.steps:
                 for callback in callbacks:
                     callback(progress)
     return True

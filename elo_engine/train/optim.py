@@ -11,17 +11,29 @@ and widened only when a second one arrives. The update itself is elo_engine.mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from elo_engine.config import OptimizerConfig
-from elo_engine.model.decoder import Decoder
+from elo_engine.model.decoder import Decoder, Leaf
 from elo_engine.model.ops.adamw import AdamwState, StepResult, adamw_step
 from elo_engine.model.reference_adamw import step_key
 from elo_engine.train.gradients import Gradients
 from elo_engine.train.leaf_state import LeafState
+
+
+def fresh_state(leaves: Sequence[Leaf], config: OptimizerConfig) -> AdamwState:
+    """AdamW's state of these leaves before the first step."""
+    tensors = [leaf.tensor.detach() for leaf in leaves]
+    master = config.kept_master(bf16=tensors[0].dtype != torch.float32)
+    copies = tensors if master == "32" else None
+    # detach() shares the storage: an update in place is seen by the model.
+    weights = tensors if copies is None else [tensor.float() for tensor in tensors]
+    bits: Literal[8, 32] = 8 if config.state == "8bit" else 32
+    return AdamwState.zeros(weights, copies, config.betas, bits=bits, split=master == "24")
 
 
 class MasterAdamW(LeafState):
@@ -34,14 +46,7 @@ class MasterAdamW(LeafState):
     """
 
     def __init__(self, model: Decoder, config: OptimizerConfig, seed: int = 42) -> None:
-        eight = config.state == "8bit"
-        tensors = [leaf.tensor.detach() for leaf in model.leaves]
-        master = config.kept_master(bf16=model.dtype != torch.float32)
-        copies = tensors if master == "32" else None
-        # detach() shares the storage: an update in place is seen by the model.
-        weights = tensors if copies is None else [tensor.float() for tensor in tensors]
-        bits, split = 8 if eight else 32, master == "24"
-        super().__init__(model.leaves, AdamwState.zeros(weights, copies, config.betas, bits=bits, split=split))
+        super().__init__(model.leaves, fresh_state(model.leaves, config))
         self._config, self._seed = config, seed
         self._grads = Gradients(model.leaves)
 

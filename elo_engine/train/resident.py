@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +13,20 @@ from elo_engine.data import RowBatch
 from elo_engine.errors import FailedError
 from elo_engine.measure.components import held_bytes
 from elo_engine.model.decoder import Decoder
+from elo_engine.model.ops.adamw import StepResult
 from elo_engine.train.loop import StepOutcome, micro_batches, to_batch
-from elo_engine.train.optim import MasterAdamW
+
+
+class Optimizer(Protocol):
+    """What an engine asks of `MasterAdamW`, which see."""
+
+    def zero_grad(self) -> None: ...
+
+    def take(self, outer: Iterator[tuple[Tensor, Tensor]]) -> None: ...
+
+    def gradients(self) -> Iterator[tuple[str, Tensor | None]]: ...
+
+    def step(self, lr: float) -> StepResult: ...
 
 
 class ResidentEngine:
@@ -23,7 +36,7 @@ class ResidentEngine:
         micro_batch: rows that go through the model at once.
     """
 
-    def __init__(self, model: Decoder, optimizer: MasterAdamW, micro_batch: int) -> None:
+    def __init__(self, model: Decoder, optimizer: Optimizer, micro_batch: int) -> None:
         self.model, self.optimizer = model, optimizer
         self._micro_batch = micro_batch
 
@@ -45,7 +58,8 @@ class ResidentEngine:
     def held(self) -> dict[str, int]:
         """Bytes on the device by component, after a step whose gradients are still there."""
         weights, gradients = self.model.trainable() | self.model.frozen(), dict(self.optimizer.gradients())
-        return held_bytes(weights.values(), gradients.values(), self.optimizer, self.device)
+        present = [*weights.values(), *self.model.bridge_tensors]
+        return held_bytes(present, gradients.values(), self.optimizer, self.device)
 
     def step(
         self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
@@ -72,7 +86,7 @@ class ResidentEngine:
         return StepOutcome(total, norm, taken == 1.0)
 
 
-def check_first_gradients(model: Decoder, optimizer: MasterAdamW) -> None:
+def check_first_gradients(model: Decoder, optimizer: Optimizer) -> None:
     """After the first backward pass: everything that should learn has a finite, non-zero gradient, nothing else has
     one.
 

@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from elo_engine.checkpoint import (
     StoredTensor,
@@ -26,7 +27,6 @@ from elo_engine.checkpoint import (
     write_safetensors,
 )
 from elo_engine.errors import FailedError, RefusedError
-from elo_engine.train.leaf_state import LeafState
 from elo_engine.train.loop import Progress
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -44,9 +44,22 @@ def _steps(stage_folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in found if match and path.is_dir())
 
 
+class Saved(Protocol):
+    """Weights and moments by name, as `LeafState` has them."""
+
+    def weights(self) -> dict[str, Tensor]: ...
+
+    def moments(self) -> dict[str, Tensor]: ...
+
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None: ...
+
+    @property
+    def snapshot_bytes(self) -> int: ...
+
+
 def save_snapshot(
     stage_folder: Path,
-    optimizer: LeafState,
+    optimizer: Saved,
     progress: Progress,
     identity: dict[str, Any],
     numerics: dict[str, Any],
@@ -116,7 +129,7 @@ def read_progress(folder: Path, identity: dict[str, Any]) -> tuple[Progress, dic
     return Progress(**state["progress"]), state["numerics"]
 
 
-def restore(folder: Path, optimizer: LeafState) -> None:
+def restore(folder: Path, optimizer: Saved) -> None:
     """Load weights and moments of a verified snapshot into the optimizer and its model."""
     optimizer.load(load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors"))
 

@@ -1,0 +1,173 @@
+"""A step whose embedding and head come to the device in slices, for a vocabulary too large to be there whole.
+
+The layers are those of `step.py`. A softmax and a norm over slices add up in another order than over a whole matrix, so
+a step agrees with the whole one to rounding, not to the bit, and the random bits of 8-bit state are others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elo_engine.model import ops
+from elo_engine.model.sliced_head import SlicedLoss
+from elo_engine.stream.step import Step
+from elo_engine.train.resident import require_gradients
+
+
+class SlicedStep(Step):
+    """One step under way."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        store = self.store
+        self._embedding = store.parts_of(store.embedding, "embedding")
+        (self._norm,) = store.parts_of(store.last, "norm")
+        self._head = self._embedding if self.spec.tied else store.parts_of(store.last, "head")
+        self._sums = self.engine.sums
+        self._first_norms: dict[str, list[Tensor]] = {}
+
+    # -- slices
+
+    def _rows(self, number: int) -> tuple[int, int]:
+        """Of a slice, in its matrix."""
+        found = self.store.parts[number].slice
+        assert found is not None
+        return found[1:]
+
+    def _slices(self, numbers: list[int], after: int) -> closing[Generator[tuple[int, Tensor]]]:
+        """The number and the weights of each slice; while one is used the next comes, at last part `after`."""
+
+        def each() -> Generator[tuple[int, Tensor]]:
+            for number, following in zip(numbers, [*numbers[1:], after], strict=True):
+                with self.units.rows(number) as weights_SD:
+                    self.units.soon(following)
+                    yield number, weights_SD
+
+        return closing(each())
+
+    def embed(self) -> None:
+        """See `Step`: the rows of the step's tokens are gathered from the slices."""
+        device = self.store.device
+        ids_U = torch.unique(self.ids.reshape(-1))  # in order, so that a slice's are next to each other
+        here_U = ids_U.to(device)
+        table_UD = torch.empty((len(ids_U), self.spec.D), dtype=self.store.dtype, device=device)
+        with self._slices(self._embedding, 0) as slices:
+            for number, weights_SD in slices:
+                self.poll()
+                begin, first, last = self._span(ids_U, number)
+                table_UD[first:last] = F.embedding(here_U[first:last] - begin, weights_SD)
+        for m, (batch, _) in enumerate(self.batches):
+            self.hidden.put(0, m, F.embedding(torch.searchsorted(here_U, batch.ids_N), table_UD))
+
+    def _span(self, ids_U: Tensor, number: int) -> tuple[int, int, int]:
+        """The first row of a slice, and where its tokens begin and end among the ordered ones on the host."""
+        begin, end = self._rows(number)
+        first, last = torch.searchsorted(ids_U, torch.tensor([begin, end])).tolist()
+        return begin, first, last
+
+    def head(self) -> None:
+        """See `Step`: once through the slices for the losses, once back for the gradients."""
+        units, hidden, L = self.units, self.hidden, self.spec.layers
+        losses = [SlicedLoss(batch.labels_N) for batch, _ in self.batches]
+        back = self._head[::-1]
+        with units.outer(self._norm) as last:
+            norm_D = last.weights["norm"]
+            with self._slices(self._head, back[0]) as slices:
+                for number, head_SD in slices:
+                    for m, loss in enumerate(losses):
+                        self.poll()
+                        normed_ND = ops.rms_norm(hidden.get(L, m), norm_D, self.spec.norm_eps)
+                        self.soon(L, m)
+                        loss.observe(normed_ND, head_SD, self._rows(number)[0])
+                        hidden.used(L, m, again=True)
+            for loss in losses:
+                self.loss_sum += loss.losses_N().sum()
+            with self._slices(back, L - 1) as slices:
+                for number, head_SD in slices:
+                    self._gradients(number, head_SD, norm_D, losses)
+            self._through_norm(norm_D)
+            self.wait(self._norm, list(last.grads.as_they_came()))
+
+    def _gradients(self, number: int, head_SD: Tensor, norm_D: Tensor, losses: list[SlicedLoss]) -> None:
+        """The second pass of one slice."""
+        units, hidden, sums, L = self.units, self.hidden, self._sums, self.spec.layers
+        d_head_SD = torch.zeros(head_SD.shape, dtype=torch.float32, device=head_SD.device)
+        for m, loss in enumerate(losses):
+            self.poll()
+            normed_ND = ops.rms_norm(hidden.get(L, m), norm_D, self.spec.norm_eps)
+            self.soon(L, m)
+            d_normed_ND = loss.gradients(normed_ND, head_SD, self._rows(number)[0], d_head_SD)
+            hidden.used(L, m, again=True)
+            if number != self._head[-1]:
+                d_normed_ND.add_(sums.get(0, m))
+                sums.used(0, m)
+                if m + 1 < len(losses):
+                    sums.soon(0, m + 1)
+            sums.put(0, m, d_normed_ND)
+            del normed_ND, d_normed_ND
+        units.let_leave()
+        grads: list[Any] = [d_head_SD.mul_(self.scale)]
+        del d_head_SD
+        if self.spec.tied:  # until the embedding's rows are known
+            units.send(number, grads)
+        else:
+            self.wait(number, grads)
+
+    def _through_norm(self, norm_D: Tensor) -> None:
+        """The gradient of the final norm, and that of what entered it."""
+        hidden, sums, L = self.hidden, self._sums, self.spec.layers
+        for m in range(len(self.batches)):
+            self.poll()
+            entered_ND = hidden.get(L, m).detach().requires_grad_()
+            d_normed_ND = (sums.get(0, m) * self.scale).to(entered_ND.dtype)
+            sums.used(0, m)
+            if m + 1 < len(self.batches):
+                sums.soon(0, m + 1)
+            self.soon(L, m)
+            with torch.enable_grad():
+                ops.rms_norm(entered_ND, norm_D, self.spec.norm_eps).backward(d_normed_ND)
+            hidden.used(L, m)
+            assert entered_ND.grad is not None
+            hidden.put(self.turn, m, entered_ND.grad)
+            del entered_ND, d_normed_ND
+
+    def embedding_rows(self) -> None:
+        """See `Step`, slice by slice."""
+        store, units, spec = self.store, self.units, self.spec
+        units.let_leave()
+        rows = self.rows()
+        ids_U = torch.unique(self.ids.reshape(-1))
+        for number in self._embedding:
+            begin, first, last = self._span(ids_U, number)
+            if spec.tied:
+                d_SD = units.gradients_back(number)["embedding"]
+            else:
+                size = self._rows(number)[1] - begin
+                d_SD = torch.zeros((size, spec.D), dtype=store.dtype, device=store.device)
+            d_SD.index_add_(0, rows.ids_U[first:last] - begin, rows.sum_UD[first:last].to(d_SD.dtype))
+            units.let_leave()
+            grads: list[Any] = [d_SD]
+            del d_SD
+            self.wait(number, grads)
+        units.let_leave()
+
+    # -- the first step's check
+
+    def checked(self, number: int, grads: list[Any]) -> list[Tensor]:
+        """See `Step`. A slice may hold no token of the step, so a matrix is zero only where all its slices are."""
+        part = self.store.parts[number]
+        if not self.first or part.slice is None:
+            return super().checked(number, grads)
+        there, leaf = list(grads), part.unit.parts[0]
+        grads.clear()
+        norms = self._first_norms.setdefault(leaf.key, [])
+        norms.append(torch.linalg.vector_norm(there[0], torch.inf))
+        if len(norms) == len(self._embedding if leaf.key == "embedding" else self._head):
+            require_gradients([(leaf.names[0], torch.stack(norms))])
+        return there

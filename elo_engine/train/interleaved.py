@@ -1,0 +1,291 @@
+"""ELO pretraining and alignment in turns (`align.when: interleaved`): one whole model, of which most steps train the
+detached layers alone, as the shallow model does, and some, spread evenly, everything.
+
+The two kinds of steps share the detached layers, their masters and their moments, so a whole-model step goes on where
+the shallow ones are. Every other weight learns in whole-model steps alone, and has counts of its own for AdamW's bias
+correction. Where a bridge stands in for the middle, each whole-model step also shows what the middle does now: the
+bridge's statistics are taken from its activations, without another pass, over a window of `detach.bridge_tokens`
+tokens, and the bridge is fitted anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elo_engine.config import OptimizerConfig, RunConfig, StageConfig
+from elo_engine.data import RowBatch
+from elo_engine.measure.components import held_bytes
+from elo_engine.model.bridge import Bridge, Collector, Gap, GapStatistics
+from elo_engine.model.decoder import Decoder
+from elo_engine.model.ops.adamw import StepResult, adamw_step, adamw_update, leaf_norms, step_numbers
+from elo_engine.model.reference_adamw import step_key
+from elo_engine.train.gradients import Gradients
+from elo_engine.train.leaf_state import LeafState
+from elo_engine.train.loop import StepOutcome, Turn
+from elo_engine.train.optim import fresh_state
+from elo_engine.train.resident import Optimizer, ResidentEngine
+from elo_engine.train.schedule import learning_rate
+
+_COUNTS = ("powers", "step", "attempts", "master")  # names that a snapshot's moments have once for all leaves
+_REST = "rest."
+
+
+class _Group(LeafState):
+    """Leaves that are updated together."""
+
+    def attempt(self) -> int:
+        """One more step, taken or skipped; how many there were before."""
+        self._attempts += 1
+        return self._attempts - 1
+
+
+class SharedAdamW:
+    """AdamW for steps of two kinds; what a snapshot holds is under the names of every other snapshot.
+
+    Args:
+        whole, shallow: models of the same tensors.
+        configs: of shallow steps and of whole-model steps; equal in what the state is made of.
+        bridge: what else a snapshot keeps.
+    """
+
+    def __init__(
+        self, whole: Decoder, shallow: Decoder, configs: tuple[OptimizerConfig, OptimizerConfig], *, seed: int,
+        bridge: MovingBridge | None,
+    ) -> None:  # fmt: skip
+        inside = {id(leaf.tensor) for leaf in shallow.leaves}
+        self._places = (
+            [i for i, leaf in enumerate(whole.leaves) if id(leaf.tensor) in inside],
+            [i for i, leaf in enumerate(whole.leaves) if id(leaf.tensor) not in inside],
+        )
+        leaves = [[whole.leaves[i] for i in places] for places in self._places]
+        self._groups = [_Group(part, fresh_state(part, configs[1])) for part in leaves]
+        self._names = {name for leaf in shallow.leaves for name in leaf.names}
+        self._configs, self._seed, self._bridge = configs, seed, bridge
+        self._grads = Gradients(whole.leaves)
+
+    def step(self, lr: float, *, whole: bool) -> StepResult:
+        """As `MasterAdamW.step`, of the leaves of either kind of step; clipped by the norm of their gradients."""
+        config, grads = self._configs[whole], self._grads.of_one_type()
+        detached, rest = self._groups
+        number = detached.attempt()
+        key = step_key(self._seed, number) if config.state == "8bit" else 0
+        own = [[grads[i] for i in places] for places in self._places]
+        rates = {"lr": lr, "eps": config.eps, "weight_decay": config.weight_decay}
+        if not whole:
+            return adamw_step(detached.state, own[0], clip=config.clip, key=key, **rates)
+        rest.attempt()
+        there = [[grad for grad in part if grad is not None] for part in own]
+        assert [len(part) for part in there] == [len(places) for places in self._places], "everything learns"
+        norms, first, result = leaf_norms([*there[0], *there[1]]), 0, None
+        for group, part in zip(self._groups, there, strict=True):
+            numbers = step_numbers(
+                group.state.powers, norms, bits=8 if config.state == "8bit" else 32, clip=config.clip, key=key, **rates
+            )
+            adamw_update(group.state, part, numbers, first=first)
+            first, result = len(part), numbers.result
+        assert result is not None
+        return result
+
+    def of(self, kind: str) -> _OneKind:
+        """What an engine takes for an optimizer: of `pretrain` or of `align`."""
+        return _OneKind(self, kind == "align")
+
+    # -- snapshots; see `LeafState`
+
+    def weights(self) -> dict[str, Tensor]:
+        """Checkpoint names -> the tensors that are updated, as views."""
+        return {name: tensor for group in self._groups for name, tensor in group.weights().items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """Of both groups, and the bridge's statistics; what is counted for whole-model steps alone has a prefix."""
+        rest = {_REST + name if name in _COUNTS else name: t for name, t in self._groups[1].moments().items()}
+        kept = {} if self._bridge is None else self._bridge.state()
+        return self._groups[0].moments() | rest | kept
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of what a snapshot holds."""
+        kept = {} if self._bridge is None else self._bridge.state()
+        return sum(group.snapshot_bytes for group in self._groups) + sum(t.nbytes for t in kept.values())
+
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        """Take over a snapshot. Raises as `LeafState.load`, and FailedError: the bridge's statistics are not there."""
+        own = {name: t for name, t in moments.items() if not name.startswith(_REST)}
+        self._groups[0].load(weights, own)
+        counts = {name.removeprefix(_REST): t for name, t in moments.items() if name.startswith(_REST)}
+        self._groups[1].load(weights, own | counts if counts else {})
+        if self._bridge is not None:
+            self._bridge.load(moments)
+
+
+class _OneKind(Optimizer):
+    """The optimizer as one of the two engines sees it."""
+
+    def __init__(self, shared: SharedAdamW, whole: bool) -> None:
+        self.shared, self._whole = shared, whole
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.shared._grads.clear()
+
+    def take(self, outer: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Gradients of leaves that were added up beside autograd."""
+        self.shared._grads.take(outer)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Checkpoint name -> gradient of the step so far, of what this kind of step trains."""
+        names = self.shared._names
+        return ((name, grad) for name, grad in self.shared._grads.by_name() if self._whole or name in names)
+
+    def step(self, lr: float) -> StepResult:
+        """See `SharedAdamW.step`."""
+        return self.shared.step(lr, whole=self._whole)
+
+
+class MovingBridge:
+    """The bridge of a shallow model, fitted again and again to what the whole model does.
+
+    Args:
+        statistics: those that the first bridge was fitted to. window: tokens after which the oldest are forgotten.
+    """
+
+    def __init__(
+        self, shallow: Decoder, statistics: Mapping[Gap, GapStatistics], *, ridge: float, window: int
+    ) -> None:
+        self._shallow, self._ridge, self._window = shallow, ridge, window
+        self._statistics = dict(statistics)
+
+    def collector(self) -> Collector:
+        """Of one whole-model step."""
+        device, D = self._shallow.device, self._shallow.spec.D
+        return Collector({gap: GapStatistics(D, device) for gap in self._statistics})
+
+    def move(self, seen: Collector) -> None:
+        """Count the states of a completed step, forget as many, and fit."""
+        for gap, known in self._statistics.items():
+            new = seen.statistics[gap]
+            known.scale(min(1.0, max(0.0, self._window - new.tokens) / max(known.tokens, 1.0)))
+            known.merge(new)
+        self._fit()
+
+    def _fit(self) -> None:
+        fitted: dict[Gap, Bridge] = {gap: known.fit(self._ridge).bridge for gap, known in self._statistics.items()}
+        self._shallow.replace_bridges(fitted)
+
+    def state(self) -> dict[str, Tensor]:
+        """For a snapshot; the bridge follows from it."""
+        return {
+            f"bridge.{gap[0]}.{gap[1]}.{name}": total
+            for gap, known in self._statistics.items()
+            for name, total in known.state().items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave. Raises FailedError: it is not there, or of another model."""
+        for gap, known in self._statistics.items():
+            prefix = f"bridge.{gap[0]}.{gap[1]}."
+            known.load({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
+        self._fit()
+
+
+class _WholeEngine(ResidentEngine):
+    """Whole-model steps that move the bridge."""
+
+    def __init__(self, model: Decoder, optimizer: _OneKind, micro_batch: int, bridge: MovingBridge | None) -> None:
+        super().__init__(model, optimizer, micro_batch)
+        self._bridge = bridge
+
+    def step(
+        self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
+    ) -> StepOutcome | None:
+        """See `Engine`. A step that is given up, or skipped, leaves the bridge as it was."""
+        if self._bridge is None:
+            return super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
+        seen = self._bridge.collector()
+        self.model.observers = seen.observers
+        try:
+            outcome = super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
+        finally:
+            self.model.observers = {}
+        if outcome is not None and outcome.updated:
+            self._bridge.move(seen)
+        return outcome
+
+
+@dataclass(frozen=True)
+class Interleaving:
+    """Shallow steps with whole-model steps spread evenly among them, the last of all being one; each kind has the rows
+    and learning rates that it would have as a stage of its own.
+    """
+
+    engines: tuple[ResidentEngine, ResidentEngine]
+    sections: tuple[StageConfig, StageConfig]
+    each: tuple[int, int]  # steps
+    sequence_length: int
+
+    @property
+    def steps(self) -> int:
+        """See `Turns`."""
+        return sum(self.each)
+
+    def turn(self, step: int) -> Turn:
+        """See `Turns`."""
+        before = step * self.each[1] // self.steps  # whole-model steps
+        whole = (step + 1) * self.each[1] // self.steps > before
+        number, section = (before if whole else step - before), self.sections[whole]
+        rows = [part.tokens_per_step // self.sequence_length for part in self.sections]
+        row = number * rows[whole] + (self.each[0] * rows[0] if whole else 0)
+        lr = learning_rate(number, self.each[whole], section.optimizer.lr, section.schedule)
+        return Turn(self.engines[whole], number, row, rows[whole], lr, "align" if whole else "pretrain")
+
+
+class InterleavedEngine:
+    """Both kinds of steps of one run.
+
+    Args:
+        whole: everything learns.
+        layers: the detached ones. bridges: what stands in for the others, of the fit to these `statistics`.
+    """
+
+    def __init__(
+        self, whole: Decoder, layers: tuple[int, ...], config: RunConfig, *, bridges: Mapping[Gap, Bridge],
+        statistics: Mapping[Gap, GapStatistics],
+    ) -> None:  # fmt: skip
+        self.model = whole
+        sections: tuple[StageConfig, StageConfig] = (config.pretrain, config.align)
+        shallow = whole.shallow(layers, recompute=config.pretrain.recompute == "layer", bridges=bridges)
+        moving = None
+        if bridges:
+            detach = config.detach
+            moving = MovingBridge(shallow, statistics, ridge=detach.ridge, window=detach.bridge_tokens)
+        configs = sections[0].optimizer, sections[1].optimizer
+        self.optimizer = SharedAdamW(whole, shallow, configs, seed=config.seed, bridge=moving)
+        self.shallow = ResidentEngine(shallow, self.optimizer.of("pretrain"), sections[0].micro_batch)
+        self.whole = _WholeEngine(whole, self.optimizer.of("align"), sections[1].micro_batch, moving)
+        each = config.steps("pretrain"), config.steps("align")
+        self.turns = Interleaving((self.shallow, self.whole), sections, each, config.data.sequence_length)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model computes."""
+        return self.model.dtype
+
+    @property
+    def scorer(self) -> Decoder:
+        """The whole model."""
+        return self.model
+
+    def held(self) -> dict[str, int]:
+        """Bytes on the device by component, after a step whose gradients are still there."""
+        present = [*self.model.trainable().values(), *self.shallow.model.bridge_tensors]
+        gradients = dict(self.optimizer.of("align").gradients())
+        return held_bytes(present, gradients.values(), self.optimizer, self.device)
