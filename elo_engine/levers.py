@@ -5,7 +5,7 @@ found by planning again with it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from elo_engine.errors import UsageError
 from elo_engine.measure.flops import bridge_step, calibration_flops
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.planner import STREAMED
-from elo_engine.measure.setting import Setting
+from elo_engine.measure.setting import Setting, ShallowTurns
 from elo_engine.model.bridge import gaps
 from elo_engine.model.spec import ModelSpec, choose_layers
 
@@ -27,6 +27,10 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
     """A stage as the counts and the memory planner take it; `auto_dtype` is what `dtype: auto` means there."""
     section: StageConfig = getattr(config, stage)
     T, layers = config.data.sequence_length, choose_layers(config.detach.layers, spec.layers)
+    turns = None
+    if stage == "align" and config.align.when == "interleaved":
+        shallow = stage_setting(config, "pretrain", spec, device, auto_dtype)
+        turns = ShallowTurns(**{field.name: getattr(shallow, field.name) for field in fields(ShallowTurns)})
     return Setting(
         arm="elo_pretrain" if stage == "pretrain" else "elo_align",
         spec=spec,
@@ -40,6 +44,7 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         recompute=section.recompute == "layer",
         device="cuda" if device == "cuda" else "cpu",
         bridges=len(gaps(spec.layers, layers)) if stage == "pretrain" and config.detach.bridge == "linear" else 0,
+        turns=turns,
     )
 
 

@@ -293,6 +293,33 @@ def test_the_choice_keeps_the_model_on_the_device() -> None:
     assert OptimizerConfig().betas == configured().align.optimizer.betas
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["whole steps decide", "shallow steps decide"])
+def test_the_predicted_peak_is_the_traced_one(wide: bool) -> None:
+    """Over whole-model steps and shallow ones, with the sums of the bridge and of the step."""
+    from elo_engine.levers import stage_setting
+    from elo_engine.measure.planner import predict_memory
+    from elo_engine.measure.tensor_trace import traced_tensor_bytes
+
+    spec = replace(SPEC, D=128, F=352, V=3000, H=2, K=2, E=64)
+    config = configured(4, 4)
+    rows = 6 if wide else 1
+    parts = {"pretrain": {"micro_batch": rows}, "align": {"micro_batch": 1}}
+    tree = config.model_dump()
+    for name, fields in parts.items():
+        tree[name] |= fields
+    tree["detach"]["bridge_tokens"] = 640
+    config = make_config(tree)
+    made = engine(config, spec)
+    run(made, 0, 2)
+    with traced_tensor_bytes() as trace:
+        run(made, 2, 6)
+    predicted = predict_memory(stage_setting(config, "align", spec, "cpu", "fp32"))
+    standing = sum(tensor.nbytes for tensor in made.model.trainable().values())
+    assert trace.peak_bytes > standing
+    ratio = predicted.peak_bytes / trace.peak_bytes
+    assert 1.0 <= ratio <= 1.08, (ratio, predicted)
+
+
 @pytest.fixture
 def tree(run_tree: dict[str, Any]) -> dict[str, Any]:
     run_tree["align"] |= {"when": "interleaved", "recompute": "none"}

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from elo_engine.measure.ledger import COMPONENTS, Ledger
-from elo_engine.measure.setting import ENGINE, ArmName, Setting
+from elo_engine.measure.setting import ENGINE, ArmName, Setting, ShallowTurns
 
 STREAMED: ArmName = "elo_align_streamed"
+_FP64_CHUNK = 64 << 20  # model/bridge.py
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,25 @@ def predict_memory(setting: Setting) -> MemoryPlan:
     run_step(setting, ledger)
     components = {name: ledger.at_peak[name] for name in COMPONENTS}
     components["slack"] += slack_bytes(setting, ledger)
-    return MemoryPlan(components, ledger.peak_moment)
+    found = MemoryPlan(components, ledger.peak_moment)
+    return found if setting.turns is None else _with_turns(setting, setting.turns, found)
+
+
+def _with_turns(setting: Setting, turns: ShallowTurns, whole: MemoryPlan) -> MemoryPlan:
+    """The higher of two peaks: of a whole-model step that takes the sums of its bridges, and of a shallow step beside
+    the weights and the optimizer state of the whole model.
+    """
+    shallow = predict_memory(replace(setting, arm="elo_pretrain", turns=None, **vars(turns)))
+    D = setting.spec.D
+    maps, sums = turns.bridges * (D + 1) * D * setting.width, turns.bridges * 16 * D * (D + 2)
+    kept = {"weights": maps, "optimizer": sums}
+    first = whole.components | {name: whole.components[name] + kept[name] for name in kept}
+    if turns.bridges:  # the sums of the step; states in fp64 as they are counted, or what solving for a map takes
+        first["activations"] += sums + max(16 * min(setting.N * D, _FP64_CHUNK // 16), 8 * 8 * D**2)
+    second = shallow.components | {name: whole.components[name] + kept[name] for name in kept}
+    if sum(first.values()) >= sum(second.values()):
+        return MemoryPlan(first, whole.moment)
+    return MemoryPlan(second, f"shallow step: {shallow.moment}")
 
 
 def fits(setting: Setting, cap_bytes: int) -> bool:

@@ -59,6 +59,17 @@ def vocabulary_slices(spec: ModelSpec) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
+class ShallowTurns:
+    """The shallow steps that take turns with those of (g) in one run (`align.when: interleaved`); as in `Setting`."""
+
+    layers: tuple[int, ...]
+    micro_batch: int
+    micro_batches: int
+    recompute: bool
+    bridges: int
+
+
+@dataclass(frozen=True)
 class Setting:
     """One arm at one size.
 
@@ -90,6 +101,7 @@ class Setting:
     streaming: Streaming = Streaming()
     master: Literal["none", "24", "32"] = "none"
     bridges: int = 0
+    turns: ShallowTurns | None = None
 
     @property
     def master_bytes(self) -> int:
