@@ -28,13 +28,14 @@ from elo_engine.pipeline import read_results, run_pipeline
 from elo_engine.run_dir import RunDir
 
 SEQUENCE_LENGTH = 512
+DETACH = {"bridge": "linear", "bridge_tokens": 8192}
 PRETRAIN = {
     "tokens": 46_080, "tokens_per_step": 1536, "micro_batch": 3,
     "optimizer": {"lr": 3e-4}, "schedule": {"warmup": 0.05},
 }  # fmt: skip
 ALIGN = {
     "tokens": 5120, "tokens_per_step": 512, "micro_batch": 1, "recompute": "none",
-    "optimizer": {"lr": 1.5e-4}, "schedule": {"warmup": 0.1},
+    "optimizer": {"lr": 1.5e-4}, "schedule": {"warmup": 0.1}, "when": "interleaved",
 }  # fmt: skip
 HELDOUT_EVERY = 90  # one document in so many is set aside
 HELDOUT_TOKENS = 3072  # a language; scored three times
@@ -152,6 +153,7 @@ def _configuration(model: str, output: Path, shards: dict[str, str], heldout: di
             "model": model,
             "output": str(output),
             "data": {"shards": shards, "mix": mix, "sequence_length": SEQUENCE_LENGTH},
+            "detach": DETACH,
             "pretrain": PRETRAIN,
             "align": ALIGN,
             "evaluate": {"every": 0, "shards": heldout, "tokens": HELDOUT_TOKENS},
@@ -228,7 +230,8 @@ def _sections(results: dict[str, Any]) -> list[str]:
             "at the paper's 9 : 1 "
             f"split of tokens ({speed['run_split']:.2f}x at this run's {speed['run_pretrain_share']:.2f} : "
             f"{1 - speed['run_pretrain_share']:.2f}). transformers ran {base['tokens_per_s']:.0f} tokens/s (steps of "
-            f"{base['tokens_per_step']} tokens took {steps} s in a fresh process, after the run)."
+            f"{base['tokens_per_step']} tokens took {steps} s in a fresh process, after the run). The fit of the bridge, "
+            "once a run, is not in it."
         )
     if "samples" in results:
         shown = results["samples"]

@@ -23,6 +23,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same recipe at the tiny model's size."""
     monkeypatch.setattr(demo, "SEQUENCE_LENGTH", 64)
     monkeypatch.setattr(demo, "HELDOUT_TOKENS", 512)
+    monkeypatch.setattr(demo, "DETACH", demo.DETACH | {"bridge_tokens": 512})
     monkeypatch.setattr(demo, "PRETRAIN", demo.PRETRAIN | {"tokens": 256 * 6, "tokens_per_step": 256})
     monkeypatch.setattr(demo, "ALIGN", demo.ALIGN | {"tokens": 128 * 3, "tokens_per_step": 128, "micro_batch": 2})
 
@@ -41,7 +42,8 @@ def test_demo_with_own_model_and_text(
     status, shown = elo(*arguments)
     assert status == 0, shown
     results = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert set(results["evaluations"]) == {"base", "reattached", "aligned"}
+    assert set(results["evaluations"]) == {"base", "aligned"}
+    assert results["stages"]["pretrain"]["bridge"]["gaps"], "the recipe has a bridge"
     assert set(results["evaluations"]["base"]) == {"ja", "en"}
     base, speed = results["baseline"], results["speedup"]
     stages = results["stages"]
