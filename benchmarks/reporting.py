@@ -24,6 +24,7 @@ from elo_engine.report import markdown_table
 BEGIN, END = "<!-- speedup table: made by elo bench report -->", "<!-- end -->"
 HEADINGS = {
     "speedup": "Speedup", "memory": "Memory", "kernels": "Kernels", "loading": "Loading", "loss": "Loss against time",
+    "quality": "Quality: what is learned, and what is kept",
 }  # fmt: skip
 INTRODUCTION = """\
 # Benchmarks

@@ -2,7 +2,7 @@
 
 Themes: `speedup` (the arms' steps), `memory` (predicted and measured peaks, the frontier under caps), `kernels` (the
 contests of contest.py), `loading` (as bench_loading.py writes it), `loss` (held-out loss of the whole model against
-seconds of training).
+seconds of training), `quality` (held-out loss of methods side by side, over seeds).
 """
 
 from __future__ import annotations
@@ -72,6 +72,20 @@ _CONTEST = _part(
 )
 _STAGE_MEMORY = _part(label=str, stage=str, predicted_bytes=int, measured_bytes=int, components=_COMPONENTS)
 _LOSS_POINT = _part(seconds=float, tokens=int, language=str, loss_nats=float, stage=str)
+_BY_KIND = _part(shallow=float | None, whole=float | None)
+_QUALITY_POINT = _part(
+    moment=Literal["base", "training", "reattached", "end"], shallow=int, whole=int, seconds=float,
+    loss_nats=dict[str, float], bits_per_byte=dict[str, float],
+)  # fmt: skip
+_QUALITY_RUN = _part(
+    seed=int, seconds=float, fit_seconds=float, steps=_part(shallow=int, whole=int), seconds_per_token=_BY_KIND,
+    points=list[_QUALITY_POINT],
+)  # fmt: skip
+_QUALITY_METHOD = _part(
+    letter=str, name=str, label=str, kind=Literal["elo", "whole", "lora", "outer"], full=bool, overrides=list[str],
+    tokens=_part(shallow=int, whole=int, fit=int), runs=list[_QUALITY_RUN], failed=list[_part(seed=int, why=str)],
+    cost=dict[Literal["plain", "checkpointed"], _part(shallow=float, whole=float, fit=float)],
+)  # fmt: skip
 
 SCHEMAS = {
     "speedup": _part(
@@ -87,6 +101,11 @@ SCHEMAS = {
     "loading": _part(results=dict[str, Any]),
     "loss": _part(
         {"memory": list[_STAGE_MEMORY]}, conditions=str, series=list[_part(label=str, points=list[_LOSS_POINT])]
+    ),
+    "quality": _part(
+        conditions=str, model=_MODEL, device=_DEVICE, dtype=str, sequence_length=int, target=str, others=list[str],
+        seeds=list[int], base=dict[str, _part(loss_nats=float, bits_per_byte=float)], cost_model=str, cost_length=int,
+        methods=list[_QUALITY_METHOD],
     ),
 }  # fmt: skip
 
@@ -174,7 +193,40 @@ def _kernel_faults(result: dict[str, Any]) -> list[str]:
     ]
 
 
-_FAULTS = {"speedup": _speedup_faults, "memory": _memory_faults, "kernels": _kernel_faults, "loss": _loss_faults}
+def _quality_faults(result: dict[str, Any]) -> Iterator[str]:
+    """Every run of a method spent the same tokens, began at the one base model and was scored in every language."""
+    languages = {result["target"], *result["others"]}
+    if set(result["base"]) != languages:
+        yield f"base: scored in {sorted(result['base'])}, and the languages are {sorted(languages)}"
+        return
+    for method in result["methods"]:
+        where = f"methods.{method['name']}"
+        if not method["runs"] and not method["failed"]:
+            yield f"{where}: neither ran nor failed"
+        for run in method["runs"]:
+            points, at = run["points"], f"{where}.runs, seed {run['seed']}"
+            if len(points) < 2 or points[0]["moment"] != "base" or points[-1]["moment"] != "end":
+                yield f"{at}: its points do not go from base to end"
+                continue
+            spent = {kind: points[-1][kind] for kind in ("shallow", "whole")}
+            if spent != {kind: method["tokens"][kind] for kind in spent}:
+                yield f"{at}: ends after {spent} tokens, and the method's are {method['tokens']}"
+            if any(set(point[what]) != languages for point in points for what in ("loss_nats", "bits_per_byte")):
+                yield f"{at}: a point is not scored in every language"
+            elif any(points[0]["loss_nats"][name] != result["base"][name]["loss_nats"] for name in languages):
+                yield f"{at}: does not begin at the base model's losses"
+            if run["seed"] not in result["seeds"]:
+                yield f"{at}: is none of the seeds {result['seeds']}"
+
+
+def _quality(result: dict[str, Any]) -> list[str]:
+    return list(_quality_faults(result))
+
+
+_FAULTS = {
+    "speedup": _speedup_faults, "memory": _memory_faults, "kernels": _kernel_faults, "loss": _loss_faults,
+    "quality": _quality,
+}  # fmt: skip
 
 
 def check_raw(theme: str, raw: Any, where: str) -> None:
