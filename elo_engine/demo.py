@@ -230,8 +230,8 @@ def _sections(results: dict[str, Any]) -> list[str]:
             "at the paper's 9 : 1 "
             f"split of tokens ({speed['run_split']:.2f}x at this run's {speed['run_pretrain_share']:.2f} : "
             f"{1 - speed['run_pretrain_share']:.2f}). transformers ran {base['tokens_per_s']:.0f} tokens/s (steps of "
-            f"{base['tokens_per_step']} tokens took {steps} s in a fresh process, after the run). The fit of the bridge, "
-            "once a run, is not in it."
+            f"{base['tokens_per_step']} tokens took {steps} s in a fresh process, after the run). The fit of the "
+            "bridge, once a run, is not in it."
         )
     if "samples" in results:
         shown = results["samples"]
