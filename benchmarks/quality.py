@@ -14,7 +14,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from elo_engine import console, demo, demo_assets
+from elo_engine.benchmarks.claims import take_claim
 from elo_engine.benchmarks.quality_costs import COST_LENGTH, COST_MODEL, relative_costs
 from elo_engine.benchmarks.quality_methods import (
     Evaluations,
@@ -206,44 +207,12 @@ class Job:
         taken over.
         """
         claim = self.path.with_suffix(".claim")
-        mine = _claim(claim)
+        mine = take_claim(claim)
         try:
             yield mine
         finally:
             if mine:
                 claim.unlink(missing_ok=True)
-
-
-def _claim(path: Path) -> bool:
-    for _ in range(2):
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(f"{os.uname().nodename} {os.getpid()}\n")
-            return True
-        except FileExistsError:
-            host, _, process = _read_claim(path).partition(" ")
-            if host != os.uname().nodename or not process or _alive(int(process)):
-                return False
-            with suppress(FileNotFoundError):
-                path.unlink()
-    return False
-
-
-def _read_claim(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return ""
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def make_jobs(options: Options, source: Source, data: tuple[Any, Any]) -> list[Job]:

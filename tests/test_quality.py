@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from elo_engine.benchmarks import quality, quality_costs
+from elo_engine.benchmarks.claims import take_claim
 from elo_engine.benchmarks.quality_methods import choose_methods
 from elo_engine.benchmarks.quality_report import verdicts
 from elo_engine.benchmarks.schemas import check_result
@@ -87,9 +88,9 @@ def test_done_jobs_are_not_done_again_and_other_settings_are_refused(measured: A
 
 def test_a_job_of_a_living_process_is_left_to_it(measured: Any, tmp_path: Path) -> None:
     path = tmp_path / "x.claim"
-    assert quality._claim(path) and not quality._claim(path)
+    assert take_claim(path) and not take_claim(path)
     path.write_text(path.read_text().split()[0] + " 999999999\n")  # of a process that is gone
-    assert quality._claim(path)
+    assert take_claim(path)
 
 
 def test_contradictions_of_a_result_are_found(measured: Any) -> None:
