@@ -7,18 +7,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from planner_cases import only_what_is_made_here
 from safetensors.torch import load_file
 from stream_cases import CPU, ROWS, SPEC, T, differing, never, random_tensors, step_rows
 from torch import Tensor
 
-from elo_engine.config import OptimizerConfig, RunConfig, make_config
+from elo_engine.config import RunConfig, make_config
 from elo_engine.engine_choice import choose
 from elo_engine.model import ops
 from elo_engine.model.bridge import Collector, GapStatistics, gaps
@@ -32,6 +33,12 @@ from elo_engine.train.resident import ResidentEngine
 Elo = Callable[..., tuple[int, str]]
 LAYERS = (0, 4)
 ROW_TOKENS = ROWS * T
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_search() -> Iterator[None]:
+    with only_what_is_made_here():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -214,9 +221,8 @@ def test_the_bridge_follows_the_whole_model() -> None:
     expected.scale(min(1.0, (window - tokens) / expected.tokens))
     expected.merge(states)
     fitted = expected.fit(made.whole._bridge._ridge).bridge
-    for mine, wanted, old in zip(
-        made.shallow.model.bridge_tensors, (fitted.matrix_DD, fitted.bias_D), before, strict=True
-    ):
+    now = made.shallow.model.bridge_tensors
+    for mine, wanted, old in zip(now, (fitted.matrix_DD, fitted.bias_D), before, strict=True):
         assert torch.allclose(mine, wanted, atol=1e-6) and not torch.allclose(mine, old, atol=1e-6)
     assert moving._statistics[gap].tokens == pytest.approx(min(window, 2 * ROW_TOKENS + tokens), rel=0.02)
 
@@ -290,7 +296,6 @@ def test_what_cannot_be_interleaved_is_refused_by_name(align: Any, pretrain: Any
 def test_the_choice_keeps_the_model_on_the_device() -> None:
     found = choose(configured(), SPEC, "cpu", "fp32", None, None, None)
     assert found.engine == "resident" and "interleaved keeps the whole model on the device" in found.why
-    assert OptimizerConfig().betas == configured().align.optimizer.betas
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["whole steps decide", "shallow steps decide"])
@@ -302,8 +307,7 @@ def test_the_predicted_peak_is_the_traced_one(wide: bool) -> None:
 
     spec = replace(SPEC, D=128, F=352, V=3000, H=2, K=2, E=64)
     config = configured(4, 4)
-    rows = 6 if wide else 1
-    parts = {"pretrain": {"micro_batch": rows}, "align": {"micro_batch": 1}}
+    parts = {"pretrain": {"micro_batch": 6 if wide else 1}, "align": {"micro_batch": 1}}
     tree = config.model_dump()
     for name, fields in parts.items():
         tree[name] |= fields
@@ -314,8 +318,6 @@ def test_the_predicted_peak_is_the_traced_one(wide: bool) -> None:
     with traced_tensor_bytes() as trace:
         run(made, 2, 6)
     predicted = predict_memory(stage_setting(config, "align", spec, "cpu", "fp32"))
-    standing = sum(tensor.nbytes for tensor in made.model.trainable().values())
-    assert trace.peak_bytes > standing
     ratio = predicted.peak_bytes / trace.peak_bytes
     assert 1.0 <= ratio <= 1.08, (ratio, predicted)
 

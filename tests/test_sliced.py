@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from planner_cases import llama
+from planner_cases import llama, only_what_is_made_here
 from stream_cases import CPU, ROWS, SPEC, Case, T, differing, everything, never, step_rows
 from test_memory_streamed import Rows, engine_of, measured_peak, streamed
 from torch import Tensor
@@ -27,6 +28,13 @@ from elo_engine.stream import sliced
 from elo_engine.stream.device import DeviceUnits
 
 SLICED = Streaming(vocabulary="sliced")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_search() -> Iterator[None]:
+    """Traced memory is of this file's tensors, whatever other tests have left."""
+    with only_what_is_made_here():
+        yield
 
 
 @pytest.fixture(autouse=True)
