@@ -148,11 +148,16 @@ class Curve:
         return None
 
 
+def is_full(method: dict[str, Any]) -> bool:
+    """Full continual pretraining with some budget; alignment alone is that with its small one."""
+    return bool(method["kind"] == "whole" and not method["overrides"])
+
+
 def full_curve(result: dict[str, Any], seed: int) -> Curve | None:
     """None without a run of full continual pretraining with this seed."""
     found = {}
     base = result["base"][result["target"]]["loss_nats"]
-    runs = [run for method in by_name(result).values() if method["full"] for run in method["runs"]]
+    runs = [run for method in by_name(result).values() if is_full(method) for run in method["runs"]]
     runs = [run for run in runs if run["seed"] == seed]
     if not runs:
         return None
@@ -168,10 +173,12 @@ def full_curve(result: dict[str, Any], seed: int) -> Curve | None:
 class BreakEven:
     """Of one ELO method: cost ratios r of a shallow token to one of the whole model by seed, at which the method costs
     as much as full continual pretraining that reaches the same loss. `beyond`: seeds whose loss no measured full
-    continual pretraining reaches; for them the ratio is at least what is given, at its largest budget.
+    continual pretraining reaches; for them the ratio is at least what is given, at its largest budget. `fit`: what the
+    fit of a bridge, whose cost does not grow with the budget, takes off each ratio.
     """
 
     ratios: dict[int, float]
+    fit: float
     beyond: tuple[int, ...]
     finished: bool
 
@@ -182,10 +189,17 @@ class BreakEven:
         assert found
         return found
 
+    @property
+    def without_fit(self) -> Spread:
+        """Over the seeds, as if the bridge had cost nothing."""
+        found = Spread.of([ratio + self.fit for ratio in self.ratios.values()])
+        assert found
+        return found
+
 
 def break_even(result: dict[str, Any], method: dict[str, Any]) -> BreakEven | None:
     """S r + W + fit = the tokens of full continual pretraining for the same loss; the fit of a bridge at COST_MODEL's
-    cost, plain. A ratio at or below 0: even if shallow tokens were free, full continual pretraining would be cheaper.
+    cost, plain. A ratio at or below 0: even if shallow tokens were free, full continual pretraining would cost no more.
     None without one of the two, or for a method without shallow tokens.
     """
     ratios, beyond, finished = {}, [], True
@@ -200,7 +214,7 @@ def break_even(result: dict[str, Any], method: dict[str, Any]) -> BreakEven | No
             beyond.append(run["seed"])
         ratios[run["seed"]] = (tokens - end["whole"] - fit) / end["shallow"]
         finished = finished and curve.finished
-    return BreakEven(ratios, tuple(beyond), finished) if ratios else None
+    return BreakEven(ratios, fit / method["tokens"]["shallow"], tuple(beyond), finished) if ratios else None
 
 
 def at_equal_cost(result: dict[str, Any], method: dict[str, Any], mode: str) -> Spread | None:

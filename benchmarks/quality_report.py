@@ -13,6 +13,7 @@ from elo_engine.benchmarks.quality_costs import (
     clear,
     cost,
     end_spread,
+    is_full,
     paired,
     seconds_per_token,
 )
@@ -95,18 +96,19 @@ def _costs(result: dict[str, Any], methods: dict[str, Any]) -> list[str]:
     target, model = result["target"], result["cost_model"]
     header = ["method", "seconds measured", "of it fitting the bridge", "ms a shallow token", "ms a whole-model token",
               f"cost on {model}, plain", "checkpointed", "loss less full CP's at that cost, plain", "checkpointed",
-              "break-even r"]  # fmt: skip
+              "break-even r", "fit left out"]  # fmt: skip
     rows = []
     for method in methods.values():
         each, level = seconds_per_token(method), break_even(result, method)
         end, fits = method["runs"][0]["points"][-1], [run["fit_seconds"] for run in method["runs"]]
         seconds = Spread.of([run["seconds"] for run in method["runs"]])
-        equal = ["" if method["full"] else _range(at_equal_cost(result, method, mode), sign="+") for mode in MODES]
+        equal = ["" if is_full(method) else _range(at_equal_cost(result, method, mode), sign="+") for mode in MODES]
         rows.append([
             _called(method), _range(seconds, 0), _range(Spread.of(fits), 0) if any(fits) else "",
             *(_number(1e3 * each[kind]) if each[kind] else "" for kind in ("shallow", "whole")),
             *(f"{cost(method, end, mode):,.0f}" for mode in MODES), *equal,
             "" if level is None else (">= " if level.beyond else "") + _range(level.spread),
+            _range(level.without_fit) if level is not None and level.fit else "",
         ])  # fmt: skip
     words = (
         f"Cost: in tokens of full continual pretraining of {model} in rows of {result['cost_length']}, by executed "
@@ -178,13 +180,19 @@ def _level(result: dict[str, Any], best: dict[str, Any]) -> list[str]:
             f"{seeds}); ELO is at least level at r = {_range(found)}."
         )
     elif found.high <= 0:
+        what = "its whole-model tokens and the fit of its bridge" if level.fit else "its whole-model tokens"
         said.append(
-            f"{_called(best)} reaches a loss that full continual pretraining reaches with fewer whole-model tokens "
-            f"than ELO's own (break-even r {_range(found)}): in this comparison it pays at no cost ratio."
+            f"Full continual pretraining reaches the loss of {_called(best)} for no more than {what} cost (break-even "
+            f"r {_range(found)}; from {curve}): at this budget ELO pays at no cost ratio."
         )
     else:
         said.append(
             f"{_called(best)} draws level with full continual pretraining at r = {_range(found)} (from {curve})."
+        )
+    if level.fit:
+        said.append(
+            f"The fit of the bridge costs the same at any budget; left out, the break-even is at r = "
+            f"{_range(level.without_fit)}."
         )
     if each["shallow"] and each["whole"]:
         ratio = each["shallow"] / each["whole"]
