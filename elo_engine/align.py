@@ -25,6 +25,7 @@ from elo_engine.reattach import final_weights, write_model
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import StageEngine, log_model, run_stage
 from elo_engine.stream.engine import open_streamed
+from elo_engine.stream.interleaved import StreamedInterleaving, WholeTurn
 from elo_engine.summary import stage_summary
 from elo_engine.train.interleaved import InterleavedEngine
 from elo_engine.train.optim import MasterAdamW
@@ -84,6 +85,11 @@ def _load(
     """
     config, spec = run.config, source.spec
     section = config.align
+    bridges, statistics = ({}, {}) if fitted is None else (fitted.bridges, fitted.statistics)
+    turns = section.when == "interleaved"
+    if turns:
+        steps = config.steps("align"), config.steps("pretrain")
+        run.say("align: interleaved, {} whole-model steps among {} of the detached layers".format(*steps))
     with console.bytes_bar("load the whole model") as progress:
         if choice.streaming is None:
             model, _ = load_full(
@@ -95,17 +101,18 @@ def _load(
                 progress=progress,
             )
             log_model(run, set(model.trainable()), set(model.frozen()), index)
-            if section.when == "interleaved":
-                steps = config.steps("align"), config.steps("pretrain")
-                run.say("align: interleaved, {} whole-model steps among {} of the detached layers".format(*steps))
-                bridges, statistics = ({}, {}) if fitted is None else (fitted.bridges, fitted.statistics)
+            if turns:
                 return InterleavedEngine(model, source.layers, config, bridges=bridges, statistics=statistics)
             return ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.micro_batch)
         engine = open_streamed(
             spec, source.dtype, section, source.device, choice.streaming, config.data.sequence_length,
-            seed=config.seed, folder=run.path,
+            seed=config.seed, folder=run.path, apart=source.layers if turns else (), kind=WholeTurn if turns else None,
         )  # fmt: skip
         engine.store.load(index, progress)
+    if isinstance(engine, WholeTurn):
+        both = StreamedInterleaving(engine, source.layers, config, bridges=bridges, statistics=statistics)
+        log_model(run, both.trainable(), set(), index)
+        return both
     log_model(run, set(engine.trainable()), set(), index)
     return engine
 

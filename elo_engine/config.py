@@ -175,15 +175,6 @@ class AlignConfig(StageConfig):
     # stages are one; the last step is a whole-model step, and the detached layers have one optimizer state
     when: Literal["after", "interleaved"] = "after"
 
-    @model_validator(mode="after")
-    def _resident(self) -> AlignConfig:
-        if self.when == "interleaved" and self.engine == "streamed":
-            raise ValueError(
-                "when: interleaved keeps the whole model on the device, and engine: streamed does not; use engine: "
-                "auto or resident, or when: after"
-            )
-        return self
-
 
 class EvaluateConfig(_Section):
     """Held-out evaluation while training and between the stages."""

@@ -105,9 +105,6 @@ def choose(
     """
     resident = stage_setting(config, "align", spec, device, auto_dtype)
     wanted, rooms = config.align.engine, Rooms(device_room, host_room, disk_room)
-    if config.align.when == "interleaved":
-        why = "align.when: interleaved keeps the whole model on the device"
-        return EngineChoice("resident", None, resident, why, needs_of(resident).device)
     if wanted == "resident":
         return EngineChoice("resident", None, resident, "as align.engine says")
     said, resident_bytes = "as align.engine says", None

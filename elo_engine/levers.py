@@ -124,11 +124,11 @@ _ONE_MICRO_BATCH = "one micro-batch"  # stands for a number of tokens, known onc
 def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tuple[str, Any]]:
     """Keys and values that could make the stage smaller."""
     found: list[tuple[str, Any]] = []
-    if stage == "align" and config.align.when == "interleaved":
-        found.append(("align.when", "after"))  # then it can be streamed
-    elif stage == "align" and config.align.engine == "resident":
+    if stage == "align" and config.align.engine == "resident":
         found.append(("align.engine", "streamed"))
     if setting.arm == STREAMED:
+        if setting.turns is not None:
+            found.append(("align.when", "after"))  # then the shallow model is not there beside it
         if setting.streaming.store == "memory":
             found.append(("align.stream.store", "disk"))
         if setting.streaming.inputs == "device":

@@ -25,6 +25,7 @@ from elo_engine.measure.setting import Setting
 from elo_engine.model import cpu, ops
 from elo_engine.run_dir import RunDir
 from elo_engine.stream.engine import StreamedEngine
+from elo_engine.stream.interleaved import StreamedInterleaving
 from elo_engine.summary import stage_summary
 from elo_engine.train import state
 from elo_engine.train.interleaved import InterleavedEngine
@@ -34,7 +35,7 @@ from elo_engine.train.resident import ResidentEngine
 StageName = Literal["pretrain", "align"]
 
 
-StageEngine = ResidentEngine | StreamedEngine | InterleavedEngine
+StageEngine = ResidentEngine | StreamedEngine | InterleavedEngine | StreamedInterleaving
 
 
 def log_model(run: RunDir, trains: set[str], frozen: set[str], index: CheckpointIndex) -> None:
@@ -58,6 +59,8 @@ def snapshot_identity(run: RunDir, stage: StageName, index: CheckpointIndex, con
 
 def _numerics(engine: StageEngine) -> dict[str, Any]:
     """What may change between two starts but then costs bit-for-bit equality, so it is recorded."""
+    whole = engine.whole if isinstance(engine, StreamedInterleaving) else engine
+    streamed = isinstance(whole, StreamedEngine)
     return {
         "elo_engine": __version__,
         "torch": torch.__version__,
@@ -67,8 +70,8 @@ def _numerics(engine: StageEngine) -> dict[str, Any]:
         "kernels": ops.describe(engine.device),
         "dtype": str(engine.dtype),
         # in fp32 both engines are the same to the last bit
-        "gradients": "wait in bf16" if engine.dtype != torch.float32 and isinstance(engine, StreamedEngine) else "stay",
-        "vocabulary": "sliced" if isinstance(engine, StreamedEngine) and engine.store.sliced else "whole",
+        "gradients": "wait in bf16" if engine.dtype != torch.float32 and streamed else "stay",
+        "vocabulary": "sliced" if isinstance(whole, StreamedEngine) and whole.store.sliced else "whole",
     }
 
 
@@ -126,7 +129,7 @@ def run_stage(
     section: StageConfig = config.pretrain if name == "pretrain" else config.align
     steps = config.last_step(name)
     turns: Turns
-    if isinstance(engine, InterleavedEngine):
+    if isinstance(engine, InterleavedEngine | StreamedInterleaving):
         turns = engine.turns
     else:
         turns = Straight(engine, section, steps, config.data.sequence_length, first_row)

@@ -14,27 +14,23 @@ from typing import Any
 
 import pytest
 import torch
+from interleaved_cases import LAYERS, ROW_TOKENS, configured, engine, everything, run, seen, whole
 from planner_cases import only_what_is_made_here
 from safetensors.torch import load_file
-from stream_cases import CPU, ROWS, SPEC, T, differing, never, random_tensors, step_rows
+from stream_cases import CPU, ROWS, SPEC, differing, never, step_rows
 from torch import Tensor
 
-from elo_engine.config import RunConfig, make_config
+from elo_engine.config import make_config
 from elo_engine.engine_choice import choose
+from elo_engine.measure.expected import Needs
+from elo_engine.measure.machine import Room
+from elo_engine.measure.planner import predict_memory, shallow_of
 from elo_engine.model import ops
-from elo_engine.model.bridge import Collector, GapStatistics, gaps
-from elo_engine.model.decoder import Decoder
-from elo_engine.model.spec import ModelSpec
-from elo_engine.train.interleaved import InterleavedEngine
-from elo_engine.train.loop import to_batch
+from elo_engine.model.bridge import gaps
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
 
 Elo = Callable[..., tuple[int, str]]
-LAYERS = (0, 4)
-ROW_TOKENS = ROWS * T
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _bounded_search() -> Iterator[None]:
     with only_what_is_made_here():
@@ -46,61 +42,6 @@ def _fast() -> Any:
     ops.configure("auto", CPU)
     yield
     ops.configure("auto", CPU)
-
-
-def configured(pretrain: int = 4, align: int = 2, state: str = "fp32", **more: Any) -> RunConfig:
-    optimizer = {"state": state, "clip": 0.5, "lr": 1e-2, "weight_decay": 0.1}
-    stage = {"tokens_per_step": ROW_TOKENS, "micro_batch": 2, "optimizer": optimizer}
-    return make_config(
-        {
-            "model": "x", "output": "y", "seed": 7, "data": {"shards": {"ja": "z"}, "sequence_length": T},
-            "detach": {"layers": list(LAYERS), "bridge": "linear", "bridge_tokens": 4 * ROW_TOKENS},
-            "pretrain": stage | {"tokens": pretrain * ROW_TOKENS, "optimizer": optimizer | {"lr": 2e-2}},
-            "align": stage | {"tokens": align * ROW_TOKENS, "recompute": "none", "when": "interleaved"},
-        }
-        | more
-    )
-
-
-def whole(spec: ModelSpec = SPEC, dtype: torch.dtype = torch.float32) -> Decoder:
-    return Decoder(spec, random_tensors(spec, dtype), tuple(range(spec.layers)), train_outer=True)
-
-
-def seen(model: Decoder, *numbers: int) -> dict[Any, GapStatistics]:
-    """Statistics of the gaps over some steps' rows, collected by whole passes."""
-    collector = Collector({gap: GapStatistics(model.spec.D, CPU) for gap in gaps(model.spec.layers, LAYERS)})
-    model.observers = collector.observers
-    for number in numbers:
-        with torch.no_grad():
-            model.hidden_states(to_batch(step_rows(number, model.spec), CPU))
-    model.observers = {}
-    return collector.statistics
-
-
-def engine(config: RunConfig | None = None, spec: ModelSpec = SPEC, dtype: torch.dtype = torch.float32) -> Any:
-    config = config or configured()
-    model = whole(spec, dtype)
-    if config.detach.bridge == "none":
-        return InterleavedEngine(model, LAYERS, config, bridges={}, statistics={})
-    statistics = seen(model, 100, 101)
-    bridges = {gap: known.fit(config.detach.ridge).bridge for gap, known in statistics.items()}
-    return InterleavedEngine(model, LAYERS, config, bridges=bridges, statistics=statistics)
-
-
-def run(made: Any, first: int, last: int) -> list[Any]:
-    """Steps of its own plan on the rows of their number."""
-    found = []
-    for number in range(first, last):
-        turn, rows = made.turns.turn(number), step_rows(number, made.model.spec)
-        tokens = int((rows.labels_BT >= 0).sum())
-        outcome = turn.engine.step(rows, tokens, turn.lr, first=turn.number == 0, should_stop=never)
-        assert outcome is not None and outcome.updated
-        found.append(outcome)
-    return found
-
-
-def everything(made: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in (made.optimizer.weights() | made.optimizer.moments()).items()}
 
 
 # -- the order
@@ -277,7 +218,6 @@ def test_a_snapshot_continues_bit_for_bit(bridge: str, state: str) -> None:
 @pytest.mark.parametrize(
     ("align", "pretrain", "match"),
     [
-        ({"engine": "streamed"}, {}, "keeps the whole model on the device"),
         ({"optimizer": {"state": "8bit"}}, {}, r"one optimizer state .* pretrain\.optimizer\.state is fp32"),
         ({}, {"optimizer": {"betas": [0.9, 0.99]}}, r"optimizer\.betas"),
     ],
@@ -293,9 +233,16 @@ def test_what_cannot_be_interleaved_is_refused_by_name(align: Any, pretrain: Any
         make_config(tree)
 
 
-def test_the_choice_keeps_the_model_on_the_device() -> None:
-    found = choose(configured(), SPEC, "cpu", "fp32", None, None, None)
-    assert found.engine == "resident" and "interleaved keeps the whole model on the device" in found.why
+def test_the_choice_is_made_as_for_any_alignment() -> None:
+    """Where the whole model does not fit, its steps are streamed, and the shallow model is counted beside them."""
+    config, spec = configured(), replace(SPEC, layers=40)
+    whole_there = choose(config, spec, "cuda", "fp32", Room(1 << 40, "free"), None, None)
+    assert whole_there.engine == "resident" and whole_there.resident_bytes is not None
+    found = choose(config, spec, "cuda", "fp32", Room(whole_there.resident_bytes - 1, "free"), None, None)
+    assert found.engine == "streamed" and found.setting.turns == whole_there.setting.turns is not None
+    alone = Needs.of(replace(found.setting, turns=None)).device
+    together, shallow = Needs.of(found.setting).device, predict_memory(shallow_of(found.setting, found.setting.turns))
+    assert max(alone, shallow.peak_bytes) < together < alone + shallow.peak_bytes
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["whole steps decide", "shallow steps decide"])

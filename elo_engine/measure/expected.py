@@ -7,7 +7,7 @@ optimizer, evaluation, reading and snapshots is not in them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from elo_engine.measure.flops import arm_flops
 from elo_engine.measure.machine import resident_bytes
 from elo_engine.measure.memory_streamed import standing_bytes
 from elo_engine.measure.memory_units import host_parts, loading_bytes, store_bytes
-from elo_engine.measure.planner import STREAMED, MemoryPlan, predict_memory
+from elo_engine.measure.planner import STREAMED, MemoryPlan, between_turns, predict_memory, shallow_of
 from elo_engine.measure.setting import SHALLOW, Setting
 
 # Training 7 to 8 billion parameters is published at some 0.27 of the peak on an H100 (MegaTrain, 272 TFLOP/s) and at
@@ -108,6 +108,8 @@ def snapshot_host_bytes(setting: Setting) -> int:
     """
     if setting.device == "cuda" and setting.arm != STREAMED:
         return snapshot_bytes(setting)
+    if setting.device == "cuda" and setting.turns is not None:  # the detached layers are there
+        return snapshot_bytes(shallow_of(setting, setting.turns)) + snapshot_host_bytes(replace(setting, turns=None))
     return 4 * trainable_parameters(setting) if setting.master_bytes == 1 else 0
 
 
@@ -123,7 +125,8 @@ def host_by_part(setting: Setting, memory: MemoryPlan) -> dict[str, int]:
     if setting.arm == STREAMED:
         if setting.streaming.store == "memory":
             found |= host_parts(setting)
-        standing, loading = standing_bytes(setting), loading_bytes(setting)
+        standing = standing_bytes(setting) + sum(between_turns(setting).values())
+        loading = loading_bytes(setting)
     if setting.device == "cuda":
         return found | {"snapshot": max(saving, loading)}
     parts = memory.components

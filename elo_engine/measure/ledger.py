@@ -39,6 +39,11 @@ class Ledger:
         """Sum of what is live now."""
         return self._total
 
+    @property
+    def live(self) -> dict[str, int]:
+        """What is live now, by component."""
+        return dict(self._live)
+
     def add(self, component: str, count: int) -> Held:
         """`count` bytes appear. Keep what is returned: it is what `drop` takes."""
         assert component in self._live and count >= 0, f"{count} bytes of {component!r}"

@@ -62,18 +62,53 @@ def predict_memory(setting: Setting) -> MemoryPlan:
     return found if setting.turns is None else _with_turns(setting, setting.turns, found)
 
 
+def shallow_of(setting: Setting, turns: ShallowTurns) -> Setting:
+    """The shallow steps of interleaved alignment, as a stage of their own."""
+    return replace(setting, arm="elo_pretrain", turns=None, **vars(turns))
+
+
+def between_turns(setting: Setting) -> dict[str, int]:
+    """By component, what the shallow steps of interleaved alignment leave on the device during a whole-model step:
+    where the model is there anyway only the bridge and its sums, beside a streamed one also the shallow model and its
+    state.
+    """
+    found = dict.fromkeys(COMPONENTS, 0)
+    if setting.turns is None:
+        return found
+    if setting.arm == STREAMED:
+        ledger = Ledger()
+        run_step(shallow_of(setting, setting.turns), ledger)
+        found |= ledger.live | {"gradients": 0}  # those are let go of
+    else:
+        found["weights"] = setting.turns.bridges * (setting.spec.D + 1) * setting.spec.D * setting.width
+    found["optimizer"] += _sums_bytes(setting, setting.turns)
+    return found
+
+
+def _sums_bytes(setting: Setting, turns: ShallowTurns) -> int:
+    """Statistics of the bridges, fp64."""
+    return turns.bridges * 16 * setting.spec.D * (setting.spec.D + 2)
+
+
 def _with_turns(setting: Setting, turns: ShallowTurns, whole: MemoryPlan) -> MemoryPlan:
     """The higher of two peaks: of a whole-model step that takes the sums of its bridges, and of a shallow step beside
-    the weights and the optimizer state of the whole model.
+    what the other kind keeps: weights and optimizer state of the whole model, or the room of a streamed one.
     """
-    shallow = predict_memory(replace(setting, arm="elo_pretrain", turns=None, **vars(turns)))
-    D = setting.spec.D
-    maps, sums = turns.bridges * (D + 1) * D * setting.width, turns.bridges * 16 * D * (D + 2)
-    kept = {"weights": maps, "optimizer": sums}
-    first = whole.components | {name: whole.components[name] + kept[name] for name in kept}
+    from elo_engine.measure.memory_streamed import step_of
+
+    D, kept, sums = setting.spec.D, between_turns(setting), _sums_bytes(setting, turns)
+    first = {name: whole.components[name] + kept[name] for name in COMPONENTS}
     if turns.bridges:  # the sums of the step; states in fp64 as they are counted, or what solving for a map takes
         first["activations"] += sums + max(16 * min(setting.N * D, _FP64_CHUNK // 16), 8 * 8 * D**2)
-    second = shallow.components | {name: whole.components[name] + kept[name] for name in kept}
+    shallow = predict_memory(shallow_of(setting, turns))
+    second = dict(shallow.components)
+    if setting.arm == STREAMED:
+        room = Ledger()
+        step_of(setting, room).standing()
+        second = {name: second[name] + room.live[name] for name in COMPONENTS}
+        second["optimizer"] += sums
+    else:
+        second |= {name: first[name] for name in ("weights", "optimizer")}
     if sum(first.values()) >= sum(second.values()):
         return MemoryPlan(first, whole.moment)
     return MemoryPlan(second, f"shallow step: {shallow.moment}")

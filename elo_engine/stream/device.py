@@ -7,7 +7,7 @@ exact, although no gradient but one layer's was ever on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -66,8 +66,8 @@ class DeviceUnits:
     """Brings parts of a store to the device, updates them there, and sends them and their gradients back.
 
     Attributes:
-        numbers: of the last completed step, for the updates that wait. waiting: the numbers of the parts whose gradient
-            waits in the store for them.
+        numbers: of the last completed step by part, for the updates that wait. waiting: the numbers of the parts whose
+            gradient waits in the store for them.
     """
 
     def __init__(self, store: Store, lanes: Lanes) -> None:
@@ -80,7 +80,7 @@ class DeviceUnits:
         self._turn = 0
         self._coming: tuple[int, int] | None = None  # part, slot
         self._leaving: tuple[Fence, list[Tensor]] | None = None
-        self.numbers: StepNumbers | None = None
+        self.numbers: Mapping[int, StepNumbers] = {}
         self.waiting: set[int] = set()
 
     def held(self) -> dict[str, int]:
@@ -138,9 +138,9 @@ class DeviceUnits:
         slot, unit = self._slots[self._coming[1]], self._store.parts[number].unit
         if number in self.waiting:
             views, state = unit.weights.views(slot.piece.flat), unit.state.views(self._state.flat)
-            adamw = adamw_state(unit, views, state, self._store.powers)
+            adamw = adamw_state(unit, views, state, self._store.powers_of(number))
             grads = list(unit.gradients.views(self._gradients.flat).values())
-            self._update(number, adamw, grads, self.numbers, slot.piece, self._state, self._gradients)
+            self._update(number, adamw, grads, self.numbers[number], slot.piece, self._state, self._gradients)
         self._coming = None
         with self._lanes.on("compute", reads=[slot.piece.fence]):
             yield slot
@@ -181,9 +181,9 @@ class DeviceUnits:
             state, gradients = Piece(unit.state.nbytes, lanes), Piece(unit.gradients.nbytes, lanes)
             self._down(number, "state", state)
             self._down(number, "gradients", gradients)
-            adamw = adamw_state(unit, views, unit.state.views(state.flat), self._store.powers)
+            adamw = adamw_state(unit, views, unit.state.views(state.flat), self._store.powers_of(number))
             grads = list(unit.gradients.views(gradients.flat).values())
-            self._update(number, adamw, grads, self.numbers, piece, state, gradients)
+            self._update(number, adamw, grads, self.numbers[number], piece, state, gradients)
             self._lanes.keep_until_read(state, gradients)
             del state, gradients, adamw, grads
         leaves = {key: view.detach().requires_grad_() for key, view in views.items()}
@@ -192,10 +192,9 @@ class DeviceUnits:
         self._lanes.keep_until_read(piece)
 
     def _update(
-        self, number: int, adamw: AdamwState, grads: list[Tensor], numbers: StepNumbers | None, weights: Piece,
+        self, number: int, adamw: AdamwState, grads: list[Tensor], numbers: StepNumbers, weights: Piece,
         state: Piece, gradients: Piece,
     ) -> None:  # fmt: skip
-        assert numbers is not None
         part = self._store.parts[number]
         with self._lanes.on("compute", writes=[weights.fence, state.fence, gradients.fence]):
             adamw_update(adamw, grads, part.numbers(numbers), first=part.unit.first)
@@ -255,7 +254,7 @@ class DeviceUnits:
             state = Piece(unit.state.nbytes, lanes)
             self._down(present.number, "state", state)
         views = {key: leaf.detach() for key, leaf in present.weights.items()}
-        adamw = adamw_state(unit, views, unit.state.views(state.flat), self._store.powers)
+        adamw = adamw_state(unit, views, unit.state.views(state.flat), self._store.powers_of(present.number))
         self._update(present.number, adamw, of_type, numbers, present.piece, state, Piece(0, lanes))
         if state is not self._state:
             self._lanes.keep_until_read(state)

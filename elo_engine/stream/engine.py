@@ -12,7 +12,7 @@ when the layer is brought for the next step. A step that is given up, or whose n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from elo_engine.config import OptimizerConfig, StageConfig
 from elo_engine.data import RowBatch
 from elo_engine.errors import FailedError
 from elo_engine.measure.setting import Streaming
+from elo_engine.model.bridge import Gap, GapStatistics
 from elo_engine.model.layers import RopeTable
 from elo_engine.model.spec import ModelSpec
 from elo_engine.stream.device import DeviceUnits
@@ -38,11 +39,12 @@ from elo_engine.train.loop import StepOutcome, micro_batches, to_batch
 
 def open_streamed(
     spec: ModelSpec, dtype: torch.dtype, section: StageConfig, device: torch.device, streaming: Streaming,
-    sequence_length: int, *, seed: int = 42, folder: Path | None = None,
+    sequence_length: int, *, seed: int = 42, folder: Path | None = None, apart: tuple[int, ...] = (),
+    kind: type[StreamedEngine] | None = None,
 ) -> StreamedEngine:  # fmt: skip
     """An engine with an empty store, for a stage of this configuration; `engine.store.load` fills it.
 
-    folder: on whose disk the store is, where it is on one.
+    folder: on whose disk the store is, where it is on one. apart: see `Store`. kind: of engine.
 
     Raises:
         RefusedError: the host does not have the memory, or the disk the room. FailedError: it cannot be registered.
@@ -52,7 +54,7 @@ def open_streamed(
     where = folder if streaming.store == "disk" else None
     sliced = streaming.vocabulary == "sliced"
     assert not (sliced and at_once), "StreamConfig refuses it"
-    store = Store(spec, dtype, section.optimizer, device, folder=where, waits=not at_once, sliced=sliced)
+    store = Store(spec, dtype, section.optimizer, device, folder=where, waits=not at_once, sliced=sliced, apart=apart)
 
     def host(places: int, kind: torch.dtype, ahead: int) -> Hidden:
         tokens = section.tokens_per_step
@@ -64,7 +66,7 @@ def open_streamed(
     if streaming.inputs == "host":
         hidden = host(spec.layers + 2, dtype, AHEAD)
         sums = host(1, torch.float32, SUMS_AHEAD) if sliced else sums
-    return StreamedEngine(
+    return (kind or StreamedEngine)(
         store, lanes, hidden, section.optimizer, micro_batch=section.micro_batch, seed=seed, at_once=at_once, sums=sums
     )
 
@@ -77,6 +79,10 @@ class StreamedEngine:
             slices of the head, in fp32.
         micro_batch: rows that go through a layer at once.
         at_once: see above.
+
+    Attributes:
+        attempts: the number of the step to come, taken or skipped, which its random bits depend on.
+        watched: gaps whose ends are counted in the forward pass.
     """
 
     def __init__(
@@ -93,12 +99,13 @@ class StreamedEngine:
     ) -> None:
         self.sums = sums or DeviceHidden()
         self.store, self.spec = store, store.spec
-        self._lanes, self.hidden, self.config = lanes, hidden, optimizer
+        self.lanes, self.hidden, self.config = lanes, hidden, optimizer
         self._micro_batch, self.seed, self.at_once = micro_batch, seed, at_once
         self.device_units = DeviceUnits(store, lanes)
         self._rope = RopeTable(store.spec, store.device)
         self.optimizer = StreamedState(store, self.flush)
         self.broken = ""
+        self.watched: Mapping[Gap, GapStatistics] = {}
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +121,11 @@ class StreamedEngine:
     def scorer(self) -> LayerMajorScorer:
         """Whose held-out losses are scored: the model as it is after the last step."""
         return store_scorer(self)
+
+    @property
+    def attempts(self) -> int:
+        """See above."""
+        return self.optimizer.attempts
 
     def held(self) -> dict[str, int]:
         """Bytes on the device by component, between the steps."""
@@ -133,7 +145,7 @@ class StreamedEngine:
             raise FailedError(self.broken)
         for number in sorted(self.device_units.waiting):
             self.device_units.bring(number)
-        self._lanes.finish()
+        self.lanes.finish()
 
     def step(
         self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
@@ -150,6 +162,7 @@ class StreamedEngine:
                 self.hidden.begin([len(batch.ids_N) for batch in pieces])
                 self.sums.begin([len(batch.ids_N) for batch in pieces])
                 step.forward()
+                step.observe(self.watched)
                 step.head()
                 step.backward()
             except Stopped:
@@ -166,4 +179,4 @@ class StreamedEngine:
         self.hidden.begin([])
         self.sums.begin([])
         self.device_units.forget()
-        self._lanes.finish()
+        self.lanes.finish()

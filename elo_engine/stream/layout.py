@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -143,6 +143,15 @@ def model_units(spec: ModelSpec, dtype: torch.dtype, optimizer: OptimizerConfig)
     units.append(make_unit("embedding", [embedding], first, dtype, eight=eight, master=master))
     units.append(make_unit("final norm and head", last, first + 1, dtype, eight=eight, master=master))
     return units
+
+
+def numbered(units: list[Unit], before: Sequence[int]) -> list[Unit]:
+    """The same units, those of these numbers having the first leaves."""
+    first, found = 0, list(units)
+    for number in sorted(range(len(units)), key=lambda number: number not in before):
+        found[number] = replace(units[number], first=first)
+        first += len(units[number].parts)
+    return found
 
 
 def adamw_state(unit: Unit, weights: dict[str, Tensor], state: dict[str, Tensor], powers: Tensor) -> AdamwState:

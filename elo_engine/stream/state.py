@@ -11,27 +11,18 @@ from elo_engine.train.leaf_state import LeafState
 
 
 class StreamedState(LeafState):
-    """Views of a store; updates that wait are made before anything is handed out.
+    """Views of a store, but of the layers that it counts apart; updates that wait are made before anything is handed
+    out.
 
     Args:
         flush: makes them.
     """
 
     def __init__(self, store: Store, flush: Callable[[], None]) -> None:
-        leaves = [
-            leaf for unit, views in zip(store.units, store.views, strict=True) for leaf in unit.leaves(views["weights"])
-        ]
-        super().__init__(leaves, store.whole_state())
+        numbers = [number for number in range(len(store.units)) if number not in store.apart]
+        leaves = [leaf for number in numbers for leaf in store.units[number].leaves(store.views[number]["weights"])]
+        super().__init__(leaves, store.state_of(numbers, store.powers))
         self._flush = flush
-
-    @property
-    def attempts(self) -> int:
-        """Steps taken or skipped."""
-        return self._attempts
-
-    @attempts.setter
-    def attempts(self, count: int) -> None:
-        self._attempts = count
 
     def leaf_views(self) -> dict[str, Tensor]:
         """Checkpoint names -> the weights the model computes with, as they are now."""

@@ -6,7 +6,7 @@ store or to be used at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elo_engine.errors import FailedError
 from elo_engine.model import ops
+from elo_engine.model.bridge import Gap, GapStatistics
 from elo_engine.model.decoder import Batch, Leaf
 from elo_engine.model.layers import Rope, decoder_layer, layer_gradient
 from elo_engine.model.ops.adamw import StepNumbers, leaf_norms, step_numbers
@@ -49,7 +50,7 @@ class Step:
         self.norms: dict[int, list[Tensor]] = {}
         self.loss_sum = torch.zeros((), dtype=torch.float32, device=self.store.device)
         self.d_tied_VD: Tensor | None = None  # the head's part, where it does not wait in the store
-        self.key = step_key(engine.seed, engine.optimizer.attempts) if engine.config.state == "8bit" else 0
+        self.key = step_key(engine.seed, engine.attempts) if engine.config.state == "8bit" else 0
 
     def poll(self) -> None:
         """Between micro-batches."""
@@ -79,6 +80,16 @@ class Step:
                     hidden.put(number + 1, m, out_ND)
                     del entered_ND, out_ND
                 units.soon(number + 1 if number + 1 < L else None)
+
+    def observe(self, statistics: Mapping[Gap, GapStatistics]) -> None:
+        """Count what enters and what leaves these gaps; between the forward and the backward pass, when it is there."""
+        for gap, known in statistics.items():
+            for m in range(len(self.batches)):
+                self.poll()
+                ends = gap[0] + 1, gap[1]
+                known.add(*(self.hidden.get(place, m) for place in ends))
+                for place in ends:
+                    self.hidden.used(place, m, again=True)
 
     def embed(self) -> None:
         """What enters the first layer."""
@@ -210,7 +221,8 @@ class Step:
         made = self.checked(present.number, grads)
         norms = leaf_norms(made)
         self.norms[present.number] = norms
-        numbers = self._numbers(self.store.powers.clone(), norms, self.engine.config.clip)
+        powers = self.store.powers_of(present.number).clone()
+        numbers = self._numbers(powers, norms, self.engine.config.clip)
         self.units.update_now(present, made, numbers)
 
     def wait(self, number: int, grads: list[Any]) -> None:
@@ -234,15 +246,17 @@ class Step:
 
     def finish(self) -> StepOutcome:
         """The norm of all gradients, and what follows from it; the step's wait for the device."""
-        engine, units = self.engine, self.units
-        norms = [norm for number in range(len(self.store.parts)) for norm in self.norms[number]]
+        engine, units, store = self.engine, self.units, self.store
+        norms = [norm for number in store.order for norm in self.norms[number]]
         clip = None if engine.at_once else engine.config.clip  # at once, each unit has been clipped by its own
-        numbers = self._numbers(self.store.powers, norms, clip)
+        numbers = self._numbers(store.powers, norms, clip)
+        apart = self._numbers(store.apart_powers, norms, clip) if store.apart else numbers
         total, norm, taken = torch.stack((self.loss_sum, *(part.float() for part in numbers.result))).tolist()
         engine.optimizer.attempts += 1
         units.forget()
         if not engine.at_once and taken == 1.0:
-            units.numbers, units.waiting = numbers, set(range(len(self.store.parts)))
+            units.waiting = set(store.order)
+            units.numbers = {n: apart if store.parts[n].owner in store.apart else numbers for n in store.order}
         if engine.at_once and taken != 1.0:
             engine.broken = (
                 f"align.stream.update=at_once: the gradient's norm is {norm}, and what came before the first bad "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from elo_engine.model.names import expected_shapes
 from elo_engine.model.ops.adamw import AdamwState
 from elo_engine.model.spec import ModelSpec
 from elo_engine.stream.lanes import Fence
-from elo_engine.stream.layout import BLOCKS, BlockName, Unit, adamw_state, model_units
+from elo_engine.stream.layout import BLOCKS, BlockName, Unit, adamw_state, model_units, numbered
 from elo_engine.stream.parts import sliced_parts, whole_parts
 from elo_engine.stream.slabs import Slab
 
@@ -28,12 +28,15 @@ class Store:
         folder: None keeps it in memory; else the folder whose disk holds it.
         waits: whether gradients wait here until their update (else they are never kept).
         sliced: whether embedding and head come to the device a few rows at a time.
+        apart: layers whose steps AdamW counts apart, since they learn in other steps as well; their leaves are numbered
+            before all others.
 
     Attributes:
         units: decoder layers, embedding, final norm and head, in the order of the model's leaves. views: their tensors.
         parts: what comes to the device at once: the units, or with `sliced` layers, slices, and the final norm. They
             have numbers, of which the layers' are those of the units. part_views: their tensors.
-        powers: fp64, of AdamW, on the device.
+        powers: fp64, of AdamW, on the device. apart_powers: those of the layers `apart`.
+        order: the numbers of the parts as their leaves are numbered.
 
     Raises:
         RefusedError: the memory or the disk does not have the room.
@@ -49,11 +52,13 @@ class Store:
         folder: Path | None = None,
         waits: bool = True,
         sliced: bool = False,
+        apart: tuple[int, ...] = (),
     ) -> None:
-        self.sliced = sliced
+        self.sliced, self.apart = sliced, apart
         self.spec, self.dtype, self.device = spec, dtype, device
-        self.units = model_units(spec, dtype, optimizer)
+        self.units = numbered(model_units(spec, dtype, optimizer), apart)
         self.powers = torch.tensor([1.0, 1.0, 0.0, *optimizer.betas], dtype=torch.float64, device=device)
+        self.apart_powers = self.powers.clone()
         kept = [name for name in BLOCKS if waits or name != "gradients"]
         self._begins: dict[BlockName, list[int]] = {}
         self._slabs: dict[BlockName, Slab] = {}
@@ -68,6 +73,7 @@ class Store:
             for number, unit in enumerate(self.units)
         ]
         self.parts = sliced_parts(spec, self.units, dtype, optimizer) if sliced else whole_parts(self.units)
+        self.order = sorted(range(len(self.parts)), key=lambda number: self.parts[number].owner not in apart)
         self.fences = [{name: Fence() for name in kept} for _ in self.parts]
         self.part_views = [
             {name: part.of(views) for name, views in self.views[part.owner].items()} for part in self.parts
@@ -116,11 +122,15 @@ class Store:
         if part.whole:
             self._slabs[name].soon(begins[part.owner], begins[part.owner + 1])
 
-    def whole_state(self) -> AdamwState:
-        """AdamW's state of all leaves, as views of this memory."""
+    def powers_of(self, number: int) -> Tensor:
+        """AdamW's for a part."""
+        return self.apart_powers if self.parts[number].owner in self.apart else self.powers
+
+    def state_of(self, numbers: Sequence[int], powers: Tensor) -> AdamwState:
+        """AdamW's state of the leaves of these units, as views of this memory, with these powers."""
         states = [
-            adamw_state(unit, views["weights"], views["state"], self.powers)
-            for unit, views in zip(self.units, self.views, strict=True)
+            adamw_state(self.units[number], self.views[number]["weights"], self.views[number]["state"], powers)
+            for number in numbers
         ]
 
         def joined(lists: list[list[Tensor]]) -> list[Tensor]:
@@ -135,7 +145,7 @@ class Store:
             joined([state.exp_avgs for state in states]),
             joined([state.exp_avg_sqs for state in states]),
             (joined([m for m, _ in scales]), joined([v for _, v in scales])) if scales else None,
-            self.powers,
+            powers,
             joined(lows) if lows else None,
         )
 

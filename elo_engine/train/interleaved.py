@@ -25,13 +25,11 @@ from elo_engine.model.ops.adamw import StepResult, adamw_step, adamw_update, lea
 from elo_engine.model.reference_adamw import step_key
 from elo_engine.train.gradients import Gradients
 from elo_engine.train.leaf_state import LeafState
-from elo_engine.train.loop import StepOutcome, Turn
+from elo_engine.train.loop import Engine, StepOutcome, Turn
 from elo_engine.train.optim import fresh_state
 from elo_engine.train.resident import Optimizer, ResidentEngine
 from elo_engine.train.schedule import learning_rate
-
-_COUNTS = ("powers", "step", "attempts", "master")  # names that a snapshot's moments have once for all leaves
-_REST = "rest."
+from elo_engine.train.shared_state import SharedState
 
 
 class _Group(LeafState):
@@ -39,11 +37,11 @@ class _Group(LeafState):
 
     def attempt(self) -> int:
         """One more step, taken or skipped; how many there were before."""
-        self._attempts += 1
-        return self._attempts - 1
+        self.attempts += 1
+        return self.attempts - 1
 
 
-class SharedAdamW:
+class SharedAdamW(SharedState):
     """AdamW for steps of two kinds; what a snapshot holds is under the names of every other snapshot.
 
     Args:
@@ -62,9 +60,11 @@ class SharedAdamW:
             [i for i, leaf in enumerate(whole.leaves) if id(leaf.tensor) not in inside],
         )
         leaves = [[whole.leaves[i] for i in places] for places in self._places]
-        self._groups = [_Group(part, fresh_state(part, configs[1])) for part in leaves]
+        detached, rest = (_Group(part, fresh_state(part, configs[1])) for part in leaves)
+        super().__init__(detached, rest, bridge)
+        self._groups = detached, rest
         self._names = {name for leaf in shallow.leaves for name in leaf.names}
-        self._configs, self._seed, self._bridge = configs, seed, bridge
+        self._configs, self._seed = configs, seed
         self._grads = Gradients(whole.leaves)
 
     def step(self, lr: float, *, whole: bool) -> StepResult:
@@ -93,33 +93,6 @@ class SharedAdamW:
     def of(self, kind: str) -> _OneKind:
         """What an engine takes for an optimizer: of `pretrain` or of `align`."""
         return _OneKind(self, kind == "align")
-
-    # -- snapshots; see `LeafState`
-
-    def weights(self) -> dict[str, Tensor]:
-        """Checkpoint names -> the tensors that are updated, as views."""
-        return {name: tensor for group in self._groups for name, tensor in group.weights().items()}
-
-    def moments(self) -> dict[str, Tensor]:
-        """Of both groups, and the bridge's statistics; what is counted for whole-model steps alone has a prefix."""
-        rest = {_REST + name if name in _COUNTS else name: t for name, t in self._groups[1].moments().items()}
-        kept = {} if self._bridge is None else self._bridge.state()
-        return self._groups[0].moments() | rest | kept
-
-    @property
-    def snapshot_bytes(self) -> int:
-        """Bytes of what a snapshot holds."""
-        kept = {} if self._bridge is None else self._bridge.state()
-        return sum(group.snapshot_bytes for group in self._groups) + sum(t.nbytes for t in kept.values())
-
-    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Take over a snapshot. Raises as `LeafState.load`, and FailedError: the bridge's statistics are not there."""
-        own = {name: t for name, t in moments.items() if not name.startswith(_REST)}
-        self._groups[0].load(weights, own)
-        counts = {name.removeprefix(_REST): t for name, t in moments.items() if name.startswith(_REST)}
-        self._groups[1].load(weights, own | counts if counts else {})
-        if self._bridge is not None:
-            self._bridge.load(moments)
 
 
 class _OneKind(Optimizer):
@@ -159,15 +132,20 @@ class MovingBridge:
         self._shallow, self._ridge, self._window = shallow, ridge, window
         self._statistics = dict(statistics)
 
-    def collector(self) -> Collector:
-        """Of one whole-model step."""
-        device, D = self._shallow.device, self._shallow.spec.D
-        return Collector({gap: GapStatistics(D, device) for gap in self._statistics})
+    @classmethod
+    def of(cls, shallow: Decoder, statistics: Mapping[Gap, GapStatistics], config: RunConfig) -> MovingBridge:
+        """As a run is configured."""
+        return cls(shallow, statistics, ridge=config.detach.ridge, window=config.detach.bridge_tokens)
 
-    def move(self, seen: Collector) -> None:
+    def fresh(self) -> dict[Gap, GapStatistics]:
+        """For the states of one whole-model step."""
+        device, D = self._shallow.device, self._shallow.spec.D
+        return {gap: GapStatistics(D, device) for gap in self._statistics}
+
+    def move(self, seen: Mapping[Gap, GapStatistics]) -> None:
         """Count the states of a completed step, forget as many, and fit."""
         for gap, known in self._statistics.items():
-            new = seen.statistics[gap]
+            new = seen[gap]
             known.scale(min(1.0, max(0.0, self._window - new.tokens) / max(known.tokens, 1.0)))
             known.merge(new)
         self._fit()
@@ -205,14 +183,14 @@ class _WholeEngine(ResidentEngine):
         """See `Engine`. A step that is given up, or skipped, leaves the bridge as it was."""
         if self._bridge is None:
             return super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
-        seen = self._bridge.collector()
+        seen = Collector(self._bridge.fresh())
         self.model.observers = seen.observers
         try:
             outcome = super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
         finally:
             self.model.observers = {}
         if outcome is not None and outcome.updated:
-            self._bridge.move(seen)
+            self._bridge.move(seen.statistics)
         return outcome
 
 
@@ -222,10 +200,16 @@ class Interleaving:
     and learning rates that it would have as a stage of its own.
     """
 
-    engines: tuple[ResidentEngine, ResidentEngine]
+    engines: tuple[Engine, Engine]
     sections: tuple[StageConfig, StageConfig]
     each: tuple[int, int]  # steps
     sequence_length: int
+
+    @classmethod
+    def of(cls, shallow: Engine, whole: Engine, config: RunConfig) -> Interleaving:
+        """The steps of a run."""
+        each = config.steps("pretrain"), config.steps("align")
+        return cls((shallow, whole), (config.pretrain, config.align), each, config.data.sequence_length)
 
     @property
     def steps(self) -> int:
@@ -258,16 +242,12 @@ class InterleavedEngine:
         self.model = whole
         sections: tuple[StageConfig, StageConfig] = (config.pretrain, config.align)
         shallow = whole.shallow(layers, recompute=config.pretrain.recompute == "layer", bridges=bridges)
-        moving = None
-        if bridges:
-            detach = config.detach
-            moving = MovingBridge(shallow, statistics, ridge=detach.ridge, window=detach.bridge_tokens)
+        moving = MovingBridge.of(shallow, statistics, config) if bridges else None
         configs = sections[0].optimizer, sections[1].optimizer
         self.optimizer = SharedAdamW(whole, shallow, configs, seed=config.seed, bridge=moving)
         self.shallow = ResidentEngine(shallow, self.optimizer.of("pretrain"), sections[0].micro_batch)
         self.whole = _WholeEngine(whole, self.optimizer.of("align"), sections[1].micro_batch, moving)
-        each = config.steps("pretrain"), config.steps("align")
-        self.turns = Interleaving((self.shallow, self.whole), sections, each, config.data.sequence_length)
+        self.turns = Interleaving.of(self.shallow, self.whole, config)
 
     @property
     def device(self) -> torch.device:

@@ -23,10 +23,7 @@ _MASTER = "master"  # bits of the masters; only an 8-bit snapshot with masters h
 
 
 class LeafState:
-    """Leaves in the model's order, and AdamW's state of each.
-
-    attempts: steps taken or skipped.
-    """
+    """Leaves in the model's order, and AdamW's state of each."""
 
     def __init__(self, leaves: Sequence[Leaf], state: AdamwState) -> None:
         self._leaves, self._state = leaves, state
@@ -37,6 +34,15 @@ class LeafState:
     def state(self) -> AdamwState:
         """AdamW's."""
         return self._state
+
+    @property
+    def attempts(self) -> int:
+        """Steps taken or skipped."""
+        return self._attempts
+
+    @attempts.setter
+    def attempts(self, count: int) -> None:
+        self._attempts = count
 
     @property
     def _master(self) -> Master:
