@@ -17,6 +17,7 @@ from stream_cases import CPU, SPEC, counter, differing, never, step_rows
 from elo_engine.config import make_config
 from elo_engine.engine_choice import streamed_setting
 from elo_engine.levers import stage_setting
+from elo_engine.measure.components import predicted_held
 from elo_engine.measure.planner import predict_memory
 from elo_engine.measure.setting import Streaming
 from elo_engine.measure.tensor_trace import traced_tensor_bytes
@@ -177,6 +178,8 @@ def test_the_predicted_peak_is_the_traced_one(way: dict[str, Any], wide: bool) -
     predicted = predict_memory(setting)
     ratio = predicted.peak_bytes / trace.peak_bytes
     assert 1.0 <= ratio <= 1.08, (ratio, predicted)
+    held = predicted_held(setting)
+    assert made.held() == pytest.approx({name: held[name] for name in made.held()}, rel=0.02)
 
 
 def test_a_run_leaves_the_files_of_a_resident_one(

@@ -31,20 +31,14 @@ def rest_name(peak: PeakWhat) -> str:
     return REST_OF_PROCESS if peak == "resident" else REST
 
 
-class _StepLedger(Ledger):
-    """Knows what of a component lives now."""
-
-    def live(self, component: str) -> int:
-        return self._live[component]
-
-
 def predicted_held(setting: Setting) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state when the optimizer steps, as the planner's ledger has them then.
     (At the predicted peak itself fewer gradients may be there: `MemoryPlan.components`.)
     """
-    ledger = _StepLedger()
+    ledger = Ledger()
     planner.run_step(setting, ledger)
-    return {name: ledger.live(name) for name in HELD}
+    kept = planner.between_turns(setting)
+    return {name: ledger.live(name) + kept[name] for name in HELD}
 
 
 def storages(tensors: Iterable[Tensor | None], device: torch.device) -> dict[int, int]:

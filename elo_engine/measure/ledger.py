@@ -39,10 +39,9 @@ class Ledger:
         """Sum of what is live now."""
         return self._total
 
-    @property
-    def live(self) -> dict[str, int]:
-        """What is live now, by component."""
-        return dict(self._live)
+    def live(self, component: str) -> int:
+        """What of it is live now."""
+        return self._live[component]
 
     def add(self, component: str, count: int) -> Held:
         """`count` bytes appear. Keep what is returned: it is what `drop` takes."""

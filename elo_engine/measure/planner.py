@@ -78,7 +78,7 @@ def between_turns(setting: Setting) -> dict[str, int]:
     if setting.arm == STREAMED:
         ledger = Ledger()
         run_step(shallow_of(setting, setting.turns), ledger)
-        found |= ledger.live | {"gradients": 0}  # those are let go of
+        found = {name: ledger.live(name) for name in COMPONENTS} | {"gradients": 0}  # those are let go of
     else:
         found["weights"] = setting.turns.bridges * (setting.spec.D + 1) * setting.spec.D * setting.width
     found["optimizer"] += _sums_bytes(setting, setting.turns)
@@ -105,7 +105,7 @@ def _with_turns(setting: Setting, turns: ShallowTurns, whole: MemoryPlan) -> Mem
     if setting.arm == STREAMED:
         room = Ledger()
         step_of(setting, room).standing()
-        second = {name: second[name] + room.live[name] for name in COMPONENTS}
+        second = {name: second[name] + room.live(name) for name in COMPONENTS}
         second["optimizer"] += sums
     else:
         second |= {name: first[name] for name in ("weights", "optimizer")}

@@ -165,7 +165,7 @@ class StreamedInterleaving:
         again = section.recompute == "layer"
         self.model = Decoder(spec, tensors, layers, train_outer=False, recompute=again, bridges=bridges)
         optimizer = MasterAdamW(self.model, section.optimizer, seed=config.seed)
-        bridge = MovingBridge.of(self.model, statistics, config) if bridges else None
+        self._bridge = bridge = MovingBridge.of(self.model, statistics, config) if bridges else None
         self.shallow = ResidentEngine(self.model, optimizer, section.micro_batch)
         self.optimizer = _State(optimizer, whole, whole.pair(self.model, optimizer, bridge), bridge)
         self.turns = Interleaving.of(self.shallow, whole, config)
@@ -186,8 +186,10 @@ class StreamedInterleaving:
         return self.whole.scorer
 
     def held(self) -> dict[str, int]:
-        """Bytes on the device by component, after a shallow step whose gradients are still there."""
-        return dict(Counter(self.shallow.held()) + Counter(self.whole.held()))
+        """Bytes on the device by component, after a whole-model step."""
+        sums = {} if self._bridge is None else self._bridge.state()
+        of_bridge = Counter(optimizer=sum(total.nbytes for total in sums.values()))
+        return dict(Counter(self.shallow.held()) + Counter(self.whole.held()) + of_bridge)
 
     def trainable(self) -> set[str]:
         """Checkpoint names of what learns."""
