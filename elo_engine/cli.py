@@ -1,5 +1,5 @@
-"""The `elo` command: one function per verb, nothing else. Exit status: 0 ok, 1 failed, 2 usage or configuration, 3
-refused, 130 interrupted after a clean snapshot.
+"""The `elo` command: one function per verb, nothing else; `cli_judge.py` and `cli_bench.py` have more of them. Exit
+status: 0 ok, 1 failed, 2 usage or configuration, 3 refused, 130 interrupted after a clean snapshot.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from elo_engine import __version__, console
+from elo_engine import __version__, cli_judge, console
 from elo_engine.cli_bench import benches
+from elo_engine.cli_judge import AsJson, Config, Overrides
 from elo_engine.command import verb as _verb
 from elo_engine.errors import UsageError
 
@@ -26,8 +27,6 @@ patches = typer.Typer(help="What changed between two checkpoints as a small file
 app.add_typer(patches, name="patch")
 app.add_typer(benches, name="bench")
 
-Config = Annotated[Path, typer.Argument(help="configuration file (YAML)")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="overrides such as pretrain.optimizer.lr=3e-4")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, show the plan, write nothing")]
 Resume = Annotated[str, typer.Option(help="auto: continue the run in the output folder; never: refuse if it exists")]
 HardLinks = Annotated[bool, typer.Option("--hard-links", help="unchanged shards become hard links to the source's")]
@@ -35,7 +34,6 @@ Folder = Annotated[str, typer.Argument(help="checkpoint: folder or hub id")]
 Patch = Annotated[Path, typer.Argument(help="patch file made by elo patch diff or average")]
 FolderOut = Annotated[Path, typer.Option("--out", help="new folder")]
 PatchOut = Annotated[Path, typer.Option("--out", help="new patch file")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def _resume(value: str) -> bool:
@@ -217,63 +215,9 @@ def chat_vector(
     console.out.print(body(base, instruct, target, out, weight), markup=False)
 
 
-@app.command("eval")
-@_verb
-def evaluate(
-    model: Annotated[str, typer.Argument(help="folder or hub id")],
-    more: Annotated[list[Path] | None, typer.Argument(help="further token folders", show_default=False)] = None,
-    tokens: Annotated[list[Path] | None, typer.Option("--tokens", help="folders made by elo data")] = None,
-    sequence_length: Annotated[int, typer.Option(min=2)] = 2048,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto",
-    engine: Annotated[
-        str, typer.Option(help="resident: the whole model on the device; streamed: a few layers at a time; or auto")
-    ] = "auto",
-    cloze: Annotated[int, typer.Option(min=0, help="so many questions about each text: what follows? (try 200)")] = 0,
-    cloze_shape: Annotated[str, typer.Option(help="tokens of context and of continuation, and choices")] = "64,16,4",
-    lm_eval: Annotated[
-        str | None, typer.Option(metavar="TASKS", help="only print the command of lm-evaluation-harness")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Held-out loss, perplexity, bits per byte and cloze accuracy of a whole model, per token folder."""
-    if lm_eval is not None:
-        from elo_engine.handoff import handoff_command
-
-        console.out.print(handoff_command(model, lm_eval), markup=False, emoji=False)
-        return
-    from elo_engine.evaluate import describe_evaluation, evaluate_command
-
-    found = evaluate_command(
-        model, [*(tokens or []), *(more or [])], sequence_length, device, dtype, engine,
-        quiet=as_json, cloze=cloze, cloze_shape=cloze_shape,
-    )  # fmt: skip
-    for line in [json.dumps(found, indent=2)] if as_json else [describe_evaluation(*item) for item in found.items()]:
-        console.out.print(line, markup=False)
-
-
-@app.command()
-@_verb
-def seams(
-    run_or_model: Annotated[str, typer.Argument(help="run folder, or a changed model: folder or hub id")],
-    base: Annotated[str | None, typer.Option(help="the model it was made from (default: the run's)")] = None,
-    tokens: Annotated[list[Path] | None, typer.Option("--tokens", help="held-out folders (default: the run's)")] = None,
-    layers: Annotated[str | None, typer.Option(help="detached: first,last or 0-1,28 (default: the run's)")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=2, help="default: the run's, else 2048")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="at most so many of each text")] = 8192,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (default: the run's)")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32 (default: the run's)")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """How far hidden states have moved from the base model's at each seam: scale, direction, CKA."""
-    from elo_engine.seams import describe_seams, seams_command
-
-    found = seams_command(
-        run_or_model, base, tokens or [], layers=layers, sequence_length=sequence_length, max_tokens=max_tokens,
-        device=device, dtype=dtype,
-    )  # fmt: skip
-    for line in [json.dumps(found, indent=2)] if as_json else describe_seams(found):
-        console.out.print(line, markup=False)
+app.command("eval")(cli_judge.evaluate)
+app.command()(cli_judge.seams)
+app.command()(cli_judge.search)
 
 
 @app.command()

@@ -187,9 +187,11 @@ def test_version_and_usage(elo: Elo) -> None:
     status, shown = elo("--help")
     assert status == 0
     verbs = ["inspect", "plan", "data", "pretrain", "reattach", "align", "run", "eval", "patch", "doctor", "demo"]
-    verbs += ["bench", "profile", "seams", "chat-vector"]
+    verbs += ["bench", "profile", "seams", "search", "chat-vector"]
     for verb in verbs:
         assert verb in shown
+    places = [shown.index(f" {verb} ") for verb in ("chat-vector", "eval", "seams", "search", "profile", "doctor")]
+    assert places == sorted(places), "verbs of other files are shown in their places"
 
 
 def test_starting_the_command_line_imports_nothing_heavy() -> None:
