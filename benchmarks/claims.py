@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """One process at a time, by a lock on this file."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def take_claim(path: Path) -> bool:
-    """Whether this process now has the claim; that of a process of this machine that is gone is taken over."""
-    for _ in range(2):
+    """Whether this process now has the claim; that of a process of this machine that is gone is taken over, as one that
+    was cut while it was written.
+    """
+    with only_one(path.parent / ".claims.lock"):
         try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(f"{os.uname().nodename} {os.getpid()}\n")
-            return True
-        except FileExistsError:
-            host, _, process = _read_claim(path).partition(" ")
-            if host != os.uname().nodename or not process or _alive(int(process)):
-                return False
-            with suppress(FileNotFoundError):
-                path.unlink()
-    return False
-
-
-def _read_claim(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return ""
+            host, _, process = path.read_text(encoding="utf-8").strip().partition(" ")
+        except FileNotFoundError:
+            host = process = ""
+        if process and (host != os.uname().nodename or _alive(int(process))):
+            return False
+        path.write_text(f"{os.uname().nodename} {os.getpid()}\n", encoding="utf-8")
+        return True
 
 
 def _alive(process: int) -> bool:

@@ -1,5 +1,5 @@
-"""`elo bench quality`: does it teach the language and keep the others, method beside method: same rows in the same
-order, same evaluation, several seeds.
+"""`elo bench quality`: does it teach the language and keep the others, method beside method: one mixture in
+one order, same evaluation, several seeds.
 
 Each method with each seed is a job. What a job found is kept in the work folder as JSON as soon as it ends, so a
 comparison that was cut goes on where it stood (`--resume`), and several processes may share the jobs: whoever makes a
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from elo_engine import console, demo, demo_assets
-from elo_engine.benchmarks.claims import take_claim
+from elo_engine.benchmarks.claims import only_one, take_claim
 from elo_engine.benchmarks.quality_costs import COST_LENGTH, COST_MODEL, relative_costs
 from elo_engine.benchmarks.quality_methods import (
     Evaluations,
@@ -88,7 +88,7 @@ def prepare(options: Options, model: Path) -> tuple[dict[str, str], dict[str, st
     folder.mkdir(parents=True, exist_ok=True)
     shards: dict[str, str] = {}
     heldout: dict[str, str] = {}
-    with _only_one(folder / ".lock"):
+    with only_one(folder / ".lock"):
         for language, texts in documents.items():
             every = min(HELDOUT_EVERY, len(texts))
             aside = [text for number, text in enumerate(texts) if number % every == every // 2]
@@ -105,16 +105,6 @@ def prepare(options: Options, model: Path) -> tuple[dict[str, str], dict[str, st
                 lines.write_text(text, encoding="utf-8")
                 build_tokens([lines], model, target)
     return shards, heldout
-
-
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """One process at a time."""
-    import fcntl
-
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def configuration(options: Options, method: Method, seed: int, model: str, data: tuple[Any, Any]) -> RunConfig:
@@ -256,13 +246,21 @@ def open_base(options: Options, job: Job, source: Source) -> Evaluations:
     """The source model's evaluations, made by whoever comes first."""
     path = options.work / "results" / "base.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(path.with_name(".base.lock")):
+    config = job.config
+    heldout = [Path(folder, "manifest.json").read_text() for folder in config.evaluate.shards.values()]
+    settings = [config.data.sequence_length, config.evaluate.tokens, str(source.dtype), source.device.type]
+    about = hashlib.sha256(json.dumps([source.index.identity(), heldout, settings]).encode()).hexdigest()
+    with only_one(path.with_name(".base.lock")):
         if not path.exists():
             writing = path.with_name(".base.tmp")
-            writing.write_text(json.dumps(base_evaluations(source, job.config)), encoding="utf-8")
+            found = {"about": about, "evaluations": base_evaluations(source, config)}
+            writing.write_text(json.dumps(found), encoding="utf-8")
             os.replace(writing, path)
-    found: Evaluations = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if kept.get("about") != about:
+        raise RefusedError(f"{path}: was measured with other settings, text or model; choose another --work folder")
+    evaluations: Evaluations = kept["evaluations"]
+    return evaluations
 
 
 def make_result(options: Options, jobs: list[Job], base: Evaluations, source: Source) -> tuple[dict[str, Any], Any]:
@@ -284,7 +282,7 @@ def make_result(options: Options, jobs: list[Job], base: Evaluations, source: So
             "letter": method.letter, "name": method.name, "label": method.label, "kind": method.kind,
             "full": method.kind == "whole" and method.budget == "whole",
             "tokens": ran[0][1]["tokens"] if ran else {"shallow": 0, "whole": 0, "fit": 0},
-            "overrides": list(method.overrides),
+            "overrides": list(method.overrides), "lr": config.align.optimizer.lr,
             "cost": relative_costs(method.kind, layers, source.spec.layers, bridged, options.lora_rank),
             "runs": [{"seed": seed, "seconds": one["seconds"], "fit_seconds": one["fit_seconds"], "steps": one["steps"],
                       "seconds_per_token": _per_token(one), "points": one["points"]} for seed, one in ran],
@@ -322,7 +320,7 @@ def _conditions(options: Options, config: RunConfig, found: list[tuple[Job, dict
         f"{options.outer_lr:g}",
         f"{options.pretrain_step_tokens} tokens a step in the detached layers, {options.align_step_tokens} in the "
         "whole model, cosine schedule to a tenth",
-        f"at most {options.heldout_tokens:,} held-out tokens a language, of documents that no run is fed",
+        f"about {options.heldout_tokens:,} held-out tokens a language, of documents that no run is fed",
         f"{options.seeds} seeds, which change the order of the text",
         f"{' or '.join(map(str, threads))} threads a run" if threads else "nothing ran",
     ]

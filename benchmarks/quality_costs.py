@@ -157,8 +157,12 @@ def full_curve(result: dict[str, Any], seed: int) -> Curve | None:
     """None without a run of full continual pretraining with this seed."""
     found = {}
     base = result["base"][result["target"]]["loss_nats"]
-    runs = [run for method in by_name(result).values() if is_full(method) for run in method["runs"]]
-    runs = [run for run in runs if run["seed"] == seed]
+    methods = [method for method in by_name(result).values() if is_full(method)]
+    if not methods:
+        return None
+    longest = max(methods, key=lambda method: int(method["tokens"]["whole"]))  # with another rate it is another curve
+    alike = [method for method in methods if method.get("lr") == longest.get("lr")]
+    runs = [run for method in alike for run in method["runs"] if run["seed"] == seed]
     if not runs:
         return None
     finished = len({run["points"][-1]["whole"] for run in runs}) > 1

@@ -115,7 +115,8 @@ def _costs(result: dict[str, Any], methods: dict[str, Any]) -> list[str]:
         "operations, the fit of a bridge included; plain keeps all activations, checkpointed runs the layers of a "
         f"whole model again. Break-even r: seconds of a shallow token over one of the whole model at which the method "
         f"costs what full continual pretraining (full CP) of the same {target} loss costs; at a smaller r it is the "
-        "cheaper one, and an r at or below 0 means that it never is. Seconds: of training steps, evaluation left out."
+        "cheaper one, and an r at or below 0 means that it never is. "
+        "Seconds: of training steps and of the fit of a bridge, evaluation left out."
     )
     if not any(method["full"] for method in methods.values()):
         header, rows = header[:7], [row[:7] for row in rows]

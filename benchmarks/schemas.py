@@ -82,6 +82,7 @@ _QUALITY_RUN = _part(
     points=list[_QUALITY_POINT],
 )  # fmt: skip
 _QUALITY_METHOD = _part(
+    {"lr": float},  # peak learning rate of whole-model steps
     letter=str, name=str, label=str, kind=Literal["elo", "whole", "lora", "outer"], full=bool, overrides=list[str],
     tokens=_part(shallow=int, whole=int, fit=int), runs=list[_QUALITY_RUN], failed=list[_part(seed=int, why=str)],
     cost=dict[Literal["plain", "checkpointed"], _part(shallow=float, whole=float, fit=float)],

@@ -18,6 +18,7 @@ from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source
 from elo_engine.engine_choice import EngineChoice
 from elo_engine.errors import UsageError
+from elo_engine.evaluate import Scorer, batch_tokens
 from elo_engine.measure.expected import StageMemory, stage_memory
 from elo_engine.model.full import load_full
 from elo_engine.plan import align_engine
@@ -26,6 +27,7 @@ from elo_engine.run_dir import RunDir
 from elo_engine.stage import StageEngine, log_model, run_stage
 from elo_engine.stream.engine import open_streamed
 from elo_engine.stream.interleaved import StreamedInterleaving, WholeTurn
+from elo_engine.stream.scoring import LayerMajorScorer, why_not
 from elo_engine.summary import stage_summary
 from elo_engine.train.interleaved import InterleavedEngine
 from elo_engine.train.optim import MasterAdamW
@@ -57,12 +59,21 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
             "folder"
         )
     fitted = obtain_bridge(run, source, mixture, keep_statistics=True) if interleaved else None
+    if fitted is not None:  # its pass has left its own mark on the process
+        memory = StageMemory.now(memory.predicted, source.device)
     engine = _load(run, source, index, choice, fitted)
+    del fitted  # its maps in fp32
     # after ELO pretraining the alignment goes on where that stopped reading; the paper's stages share no text either
     rows_read = config.steps("pretrain") * config.pretrain.tokens_per_step // config.data.sequence_length
     first_row = rows_read if start.exists() else 0
+    scorers: dict[str, Scorer] = {"whole": engine.scorer}
+    if heldout is not None and isinstance(scorers["whole"], LayerMajorScorer):
+        reason = why_not(scorers["whole"], batch_tokens(heldout.sequence_length))
+        if reason:
+            run.say(f"align: the held-out loss is not followed: {reason}")
+            scorers = {}
     summary = run_stage(
-        run, "align", engine, index, mixture, {"whole": engine.scorer}, heldout,
+        run, "align", engine, index, mixture, scorers, heldout,
         memory=memory, setting=choice.setting, first_row=first_row,
     )  # fmt: skip
     extra = {"kind": "aligned", "run_id": run.run_id, "source": source.index.identity()}

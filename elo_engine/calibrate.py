@@ -231,7 +231,7 @@ def obtain_bridge(
         for one in found.fits:
             run.say(f"  {one.describe(source.spec.layers)}")
         return found
-    if any(run.folder("pretrain").glob("step-*")):
+    if any(step for stage in ("pretrain", "align") for step in run.folder(stage).glob("step-*")):
         raise FailedError(
             f"{path}: is gone although this run has trained with it, and another fit would be another model; put the "
             "file back, or start a new run in another output folder"

@@ -18,7 +18,7 @@ from typing import Any
 
 from elo_engine import console
 from elo_engine.checkpoint import CheckpointIndex, open_checkpoint, resolve_model
-from elo_engine.checkpoint.task_vector import Three, add_task_vector, require_addable
+from elo_engine.checkpoint.task_vector import ADDABLE, Three, add_task_vector, require_addable
 from elo_engine.errors import FailedError, RefusedError, UsageError
 from elo_engine.measure.meter import human_bytes
 from elo_engine.model import names
@@ -84,11 +84,23 @@ def check_tensors(three: Three) -> dict[str, str]:
             )
     for name in target.entries:
         if name not in wanted:
+            _require_copy(target, name)
             continue
         require_addable(three, name)
         for role, index in three.roles():
             _same_shape(role, index, target, name)
     return {name: names.EMBEDDING for name in target.entries if name not in wanted}
+
+
+def _require_copy(target: CheckpointIndex, name: str) -> None:
+    """A head that is the embedding stored again can be written as the embedding is."""
+    here, embedding = target.entry(name), target.entry(names.EMBEDDING)
+    if here.shape != embedding.shape or here.dtype not in ADDABLE:
+        raise RefusedError(
+            f"{target.folder}: tensor {name!r} is {here.dtype} {list(here.shape)} and {names.EMBEDDING!r} "
+            f"{embedding.dtype} {list(embedding.shape)}, although config.json says that they are tied; give a TARGET "
+            "whose head is stored as its embedding is, or not at all"
+        )
 
 
 def _own_tensors(index: CheckpointIndex) -> set[str]:

@@ -59,7 +59,7 @@ def seams(
     tokens: Annotated[list[Path] | None, typer.Option("--tokens", help="held-out folders (default: the run's)")] = None,
     layers: Annotated[str | None, typer.Option(help="detached: first,last or 0-1,28 (default: the run's)")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="default: the run's, else 2048")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="at most so many of each text")] = 8192,
+    max_tokens: Annotated[int, typer.Option(min=1, help="about so many of each text, in whole batches")] = 8192,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (default: the run's)")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32 (default: the run's)")] = None,
     as_json: AsJson = False,

@@ -183,7 +183,8 @@ class EvaluateConfig(_Section):
     # during ELO pretraining score the whole model too, with the layers as they are; the middle ones are streamed
     whole: bool = True
     shards: dict[str, str] = {}
-    tokens: Annotated[Count, Field(gt=0)] | None = None  # at most this many a language; null: all
+    # about this many a language, in whole batches of some 2048; null: all
+    tokens: Annotated[Count, Field(gt=0)] | None = None
 
 
 class SnapshotConfig(_Section):

@@ -38,7 +38,7 @@ ALIGN = {
     "optimizer": {"lr": 1.5e-4}, "schedule": {"warmup": 0.1}, "when": "interleaved",
 }  # fmt: skip
 HELDOUT_EVERY = 90  # one document in so many is set aside
-HELDOUT_TOKENS = 3072  # a language; scored three times
+HELDOUT_TOKENS = 3072  # a language; scored before and after
 BASELINE_STEPS, BASELINE_WARMUP, BASELINE_MICRO_BATCH = 2, 1, 2
 
 

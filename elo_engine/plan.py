@@ -26,6 +26,7 @@ from elo_engine.measure.environment import choose_device, choose_dtype
 from elo_engine.measure.flops import arm_flops, bridge_step, ideal_speedup, ideal_speedups
 from elo_engine.measure.machine import Room, device_room, give_back_freed_memory, host_room, resident_bytes
 from elo_engine.measure.meter import human_bytes
+from elo_engine.measure.planner import sums_bytes
 from elo_engine.measure.setting import Setting
 from elo_engine.model.presets import preset_spec
 from elo_engine.model.spec import ModelSpec, read_spec
@@ -212,18 +213,22 @@ def _disk(config: RunConfig, subject: Subject, settings: dict[StageName, Setting
     is published, those to keep are still there.
     """
     once = {stage: expected.snapshot_bytes(setting) for stage, setting in settings.items()}
-    saves = {stage: 1 + (config.steps(stage) - 1) // config.snapshot.every for stage in STAGES}
+    bridge, together = bridge_file_bytes(settings["pretrain"]), config.align.when == "interleaved"
+    if together:  # the stages are one; the bridge's file keeps what it was fitted to as well
+        once["pretrain"] = 0
+        bridge += sums_bytes(settings["align"])
+    saves = {stage: 1 + (config.last_step(stage) - 1) // config.snapshot.every for stage in STAGES}
     kept = {stage: min(config.snapshot.keep, saves[stage]) * once[stage] for stage in STAGES}
     beside = {stage: once[stage] if saves[stage] > config.snapshot.keep else 0 for stage in STAGES}
     copy = subject.checkpoint_bytes
     store = expected.store_disk_bytes(settings["align"])  # gone when the model is written
-    last = kept["pretrain"] + copy + kept["align"] + max(beside["align"] + store, copy)
-    bridge = bridge_file_bytes(settings["pretrain"])
+    reattached = 0 if together else copy
+    last = kept["pretrain"] + reattached + kept["align"] + max(beside["align"] + store, copy)
     return {
         "fetched_model": subject.fetch_bytes,
         **({"bridge": bridge} if bridge else {}),
         "pretrain_snapshots": kept["pretrain"],
-        "reattached": copy,
+        "reattached": reattached,
         "align_snapshots": kept["align"],
         "align_store": store,
         "model": copy,

@@ -42,7 +42,8 @@ def stage_rows(stages: dict[str, Any]) -> list[list[str]]:
             f"{summary['tokens_per_s']:.0f} tokens/s (step {times['median']:.2f} s, p10 {times['p10']:.2f}, p90 "
             f"{times['p90']:.2f})"
         )
-        memory = f"{human_bytes(summary['peak_bytes'])} {summary['peak_what']}"
+        peak = summary["peak_bytes"]  # none where steps of two kinds are one stage, which has it
+        memory = f"{human_bytes(peak)} {summary['peak_what']}" if peak else "with the other steps"
         if summary.get("memory"):
             taken = summary["memory"]
             memory += (

@@ -55,6 +55,10 @@ def put(name: str, value: Tensor | None) -> Callable[[dict[str, Tensor]], None]:
         (r"'model\.norm\.weight' of INSTRUCT is F8_E4M3", 1, put(NORM, torch.zeros(24).to(torch.float8_e4m3fn)), True),
         (r"'model\.norm\.weight': TARGET .* x \(INSTRUCT inf - BASE .* at position 3 is not finite as F32", 1,
          put(NORM, torch.ones(24).index_fill(0, torch.tensor([3]), float("inf"))), True),
+        (r"'lm_head\.weight' is F8_E4M3 .* although config\.json says that they are tied", 2,
+         put(HEAD, torch.zeros(40, 24).to(torch.float8_e4m3fn)), True),
+        (r"'lm_head\.weight' is F32 \[41, 24\] and 'model\.embed_tokens\.weight' F32 \[40, 24\]", 2,
+         put(HEAD, torch.zeros(41, 24)), True),
         (r"TARGET nan .* is not finite", 2, put(NORM, torch.full((24,), float("nan"))), True),
     ],
 )  # fmt: skip

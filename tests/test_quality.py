@@ -91,6 +91,30 @@ def test_a_job_of_a_living_process_is_left_to_it(measured: Any, tmp_path: Path) 
     assert take_claim(path) and not take_claim(path)
     path.write_text(path.read_text().split()[0] + " 999999999\n")  # of a process that is gone
     assert take_claim(path)
+    path.write_text("")  # of one that was cut while it wrote
+    assert take_claim(path) and not take_claim(path)
+
+
+def test_the_base_models_losses_are_of_these_settings(measured: Any) -> None:
+    """Also for a method that has not been run, whose own result could not refuse."""
+    chosen, _, _ = measured
+    changed = {"resume": True, "methods": "full_cp_half", "sequence_length": 16}
+    with pytest.raises(RefusedError, match=r"base\.json: was measured with other settings"):
+        quality.measure(quality.Options(**(vars(chosen) | changed)))
+
+
+def test_another_learning_rate_is_another_curve() -> None:
+    """Alignment alone is a point of full continual pretraining only where it learns at the same rate."""
+    result = result_of(2.4)
+    alone = course("whole", {1: (0, 50, 2.0), 2: (0, 50, 2.0)}, name="align_alone")
+    result["methods"].append(alone | {"lr": 1e-4})
+    before = quality_costs.full_curve(result_of(2.4), 1)
+    for method in result["methods"][:-1]:
+        method["lr"] = 3e-4
+    assert quality_costs.full_curve(result, 1) == before
+    alone["lr"] = 3e-4
+    result["methods"][-1] = alone
+    assert quality_costs.full_curve(result, 1) != before
 
 
 def test_contradictions_of_a_result_are_found(measured: Any) -> None:

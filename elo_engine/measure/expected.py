@@ -18,7 +18,7 @@ from elo_engine.measure.flops import arm_flops
 from elo_engine.measure.machine import resident_bytes
 from elo_engine.measure.memory_streamed import standing_bytes
 from elo_engine.measure.memory_units import host_parts, loading_bytes, store_bytes
-from elo_engine.measure.planner import STREAMED, MemoryPlan, between_turns, predict_memory, shallow_of
+from elo_engine.measure.planner import STREAMED, MemoryPlan, between_turns, predict_memory, shallow_of, sums_bytes
 from elo_engine.measure.setting import SHALLOW, Setting
 
 # Training 7 to 8 billion parameters is published at some 0.27 of the peak on an H100 (MegaTrain, 272 TFLOP/s) and at
@@ -88,11 +88,12 @@ def trainable_parameters(setting: Setting) -> int:
 
 def snapshot_bytes(setting: Setting) -> int:
     """Weights and moments that a snapshot of a stage holds: fp32 masters and moments, or the weights as they are (those
-    with masters, of whatever bits, in fp32), two codes and two scales for 256 of each.
+    with masters, of whatever bits, in fp32), two codes and two scales for 256 of each; interleaved the sums that the
+    bridge is fitted to.
     """
     weight = 4 if setting.master_bytes else setting.width
     each = 12.0 if setting.state == "fp32" else weight + 2 + 2 * 4 / GROUP
-    return int(trainable_parameters(setting) * each)
+    return int(trainable_parameters(setting) * each) + sums_bytes(setting)
 
 
 def stage_seconds(setting: Setting, steps: int, rate: Rate) -> float:

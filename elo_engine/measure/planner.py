@@ -81,13 +81,13 @@ def between_turns(setting: Setting) -> dict[str, int]:
         found = {name: ledger.live(name) for name in COMPONENTS} | {"gradients": 0}  # those are let go of
     else:
         found["weights"] = setting.turns.bridges * (setting.spec.D + 1) * setting.spec.D * setting.width
-    found["optimizer"] += _sums_bytes(setting, setting.turns)
+    found["optimizer"] += sums_bytes(setting)
     return found
 
 
-def _sums_bytes(setting: Setting, turns: ShallowTurns) -> int:
-    """Statistics of the bridges, fp64."""
-    return turns.bridges * 16 * setting.spec.D * (setting.spec.D + 2)
+def sums_bytes(setting: Setting) -> int:
+    """Statistics of the bridges of interleaved alignment, fp64."""
+    return 0 if setting.turns is None else setting.turns.bridges * 16 * setting.spec.D * (setting.spec.D + 2)
 
 
 def _with_turns(setting: Setting, turns: ShallowTurns, whole: MemoryPlan) -> MemoryPlan:
@@ -96,7 +96,7 @@ def _with_turns(setting: Setting, turns: ShallowTurns, whole: MemoryPlan) -> Mem
     """
     from elo_engine.measure.memory_streamed import step_of
 
-    D, kept, sums = setting.spec.D, between_turns(setting), _sums_bytes(setting, turns)
+    D, kept, sums = setting.spec.D, between_turns(setting), sums_bytes(setting)
     first = {name: whole.components[name] + kept[name] for name in COMPONENTS}
     if turns.bridges:  # the sums of the step; states in fp64 as they are counted, or what solving for a map takes
         first["activations"] += sums + max(16 * min(setting.N * D, _FP64_CHUNK // 16), 8 * 8 * D**2)

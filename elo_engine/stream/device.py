@@ -145,21 +145,6 @@ class DeviceUnits:
         with self._lanes.on("compute", reads=[slot.piece.fence]):
             yield slot
 
-    @contextmanager
-    def whole(self, owner: int) -> Iterator[dict[str, Tensor]]:
-        """The weights of a unit after the layers, whole, however it comes in training; no update of it may wait."""
-        store, unit, lanes = self._store, self._store.units[owner], self._lanes
-        parts = [number for number, part in enumerate(store.parts) if part.owner == owner]
-        assert self.waiting.isdisjoint(parts)
-        piece = Piece(unit.weights.nbytes, lanes)
-        views = unit.weights.views(piece.flat)
-        with lanes.on("down", reads=[store.fences[number]["weights"] for number in parts], writes=[piece.fence]):
-            for key, view in views.items():
-                view.copy_(store.views[owner]["weights"][key], non_blocking=True)
-        with lanes.on("compute", reads=[piece.fence]):
-            yield views
-        lanes.keep_until_read(piece)
-
     def bring(self, number: int) -> None:
         """Bring a part for its update alone."""
         part = self._store.parts[number]

@@ -61,6 +61,11 @@ class CheckpointWeights:
         return [self.index.entry(name) for name in sorted({name for unit in self.wanted() for name in unit})]
 
     @property
+    def outer_comes(self) -> bool:
+        """See `scoring.Weights`."""
+        return self.outer is None
+
+    @property
     def missing_bytes(self) -> int:
         """Of a hub's model: what would have to be fetched first."""
         remote = self.index.remote
@@ -98,6 +103,8 @@ class CheckpointWeights:
 
 class _CheckpointUnits:
     """Units in use; what is read comes one unit ahead."""
+
+    vocabulary = None  # embedding and head come whole
 
     def __init__(self, weights: CheckpointWeights, ahead: _Ahead) -> None:
         self._weights, self._ahead = weights, ahead

@@ -8,6 +8,7 @@ operations on each batch and their order are those of `Decoder.token_losses`, so
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +26,7 @@ from elo_engine.model.decoder import Batch, Decoder
 from elo_engine.model.layers import LayerWeights, RopeTable, decoder_layer
 from elo_engine.model.spec import ModelSpec
 from elo_engine.stream.reading import CheckpointWeights
+from elo_engine.stream.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from elo_engine.stream.engine import StreamedEngine
@@ -38,7 +40,14 @@ _LOGITS_BYTES = 1 << 30  # the head's loss makes logits in pieces, of this much 
 
 
 class Units(Protocol):
-    """The weights of one pass over the model, asked for in this order, each once; they are there inside the block."""
+    """The weights of one pass over the model, asked for in this order, each once; they are there inside the block.
+
+    vocabulary: how embedding and head come where they come in slices; `embedding` is not asked for then, and `last` is
+    the final norm alone.
+    """
+
+    @property
+    def vocabulary(self) -> Vocabulary | None: ...
 
     def embedding(self) -> AbstractContextManager[dict[str, Tensor]]:
         """Key `embedding`."""
@@ -56,6 +65,10 @@ class Weights(Protocol):
     spec: ModelSpec
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def outer_comes(self) -> bool:
+        """Whether embedding and head come to the device, each whole."""
 
     def sweep(self) -> AbstractContextManager[Units]:
         """One pass over the model. Whatever ends the block, nothing of it is under way after it."""
@@ -91,20 +104,41 @@ class LayerMajorScorer:
         spec, parts = self.spec, (self.spec.layers + 1) * len(batches)
         ropes = [self._rope.gather(batch.packing.positions_N, batch.longest) for batch in batches]
         with self.weights.sweep() as units:
-            with _only_inside(units.embedding()) as weights:
-                hidden = [F.embedding(batch.ids_N, weights["embedding"]) for batch in batches]
+            slices = units.vocabulary
+            if slices is not None:
+                rows_of = slices.embed(torch.cat([batch.ids_N for batch in batches]).cpu(), lambda: None)
+                hidden = [rows_of(batch.ids_N) for batch in batches]
+                del rows_of
+            else:
+                with _only_inside(units.embedding()) as weights:
+                    hidden = [F.embedding(batch.ids_N, weights["embedding"]) for batch in batches]
             for number in range(spec.layers):
                 with _only_inside(units.layer(number)) as weights:
                     for m, (batch, rope) in enumerate(zip(batches, ropes, strict=True)):
                         hidden[m] = decoder_layer(spec, weights, hidden[m], rope, batch.packing)
                         progress((number * len(batches) + m + 1) / parts)
-            losses = []
             with _only_inside(units.last()) as weights:
-                for m, batch in enumerate(batches):
-                    normed_ND = ops.rms_norm(hidden[m], weights["norm"], spec.norm_eps)
-                    losses.append(ops.token_losses(normed_ND, weights["head"], batch.labels_N))
-                    del normed_ND
-                    progress((spec.layers * len(batches) + m + 1) / parts)
+                return self._losses(units, weights, hidden, batches, progress)
+
+    def _losses(
+        self, units: Units, weights: dict[str, Tensor], hidden: list[Tensor], batches: Sequence[Batch],
+        progress: Callable[[float], None],
+    ) -> list[Tensor]:  # fmt: skip
+        """Of what leaves the last layer; `weights`: the final norm, and the head where it comes whole."""
+        before, parts = self.spec.layers * len(batches), (self.spec.layers + 1) * len(batches)
+
+        def normed_ND(m: int) -> Tensor:
+            return ops.rms_norm(hidden[m], weights["norm"], self.spec.norm_eps)
+
+        if units.vocabulary is not None:
+            share = 1 / len(units.vocabulary.head)
+            each, labels = itertools.count(before + share, share), [batch.labels_N for batch in batches]
+            made = units.vocabulary.losses(normed_ND, labels, lambda: progress(min(1.0, next(each) / parts)))
+            return [loss.losses_N() for loss in made]
+        losses = []
+        for m, batch in enumerate(batches):
+            losses.append(ops.token_losses(normed_ND(m), weights["head"], batch.labels_N))
+            progress((before + m + 1) / parts)
         return losses
 
 
@@ -164,6 +198,7 @@ class StoreWeights:
     def __init__(self, engine: StreamedEngine) -> None:
         self._engine = engine
         self.spec, self.device, self.dtype = engine.spec, engine.device, engine.dtype
+        self.outer_comes = not engine.store.sliced
 
     @contextmanager
     def sweep(self) -> Iterator[_StoreUnits]:
@@ -184,13 +219,14 @@ class _StoreUnits:
 
     def __init__(self, engine: StreamedEngine) -> None:
         self._store, self._units = engine.store, engine.device_units
+        self.vocabulary = Vocabulary(self._store, self._units) if self._store.sliced else None
 
     @contextmanager
     def embedding(self) -> Iterator[dict[str, Tensor]]:
         """See `Units`."""
-        with self._units.whole(self._store.embedding) as weights:
+        with self._units.outer(self._store.embedding) as present:
             self._units.soon(0)
-            yield {"embedding": weights["embedding"]}
+            yield {"embedding": present.weights["embedding"].detach()}
 
     @contextmanager
     def layer(self, number: int) -> Iterator[LayerWeights]:
@@ -202,12 +238,14 @@ class _StoreUnits:
     @contextmanager
     def last(self) -> Iterator[dict[str, Tensor]]:
         """See `Units`."""
-        with self._units.whole(self._store.last) as last:
-            if not self._store.spec.tied:
-                yield dict(last)
+        vocabulary, number = self.vocabulary, self._store.last
+        with self._units.outer(number if vocabulary is None else vocabulary.norm) as last:
+            weights = {key: leaf.detach() for key, leaf in last.weights.items()}
+            if vocabulary is not None or not self._store.spec.tied:
+                yield weights
                 return
-            with self._units.whole(self._store.embedding) as embedding:
-                yield {"norm": last["norm"], "head": embedding["embedding"]}
+            with self._units.outer(self._store.embedding) as embedding:
+                yield weights | {"head": embedding.weights["embedding"].detach()}
 
 
 def store_scorer(engine: StreamedEngine) -> LayerMajorScorer:
@@ -240,9 +278,7 @@ def streamed_bytes(scorer: LayerMajorScorer, tokens: int) -> int:
     """
     spec, width, weights = scorer.spec, scorer.weights.dtype.itemsize, scorer.weights
     layer = width * layer_elements(spec)
-    outer = width * spec.V * spec.D
-    if isinstance(weights, CheckpointWeights) and weights.outer is not None:
-        outer = 0
+    outer = width * spec.V * spec.D if weights.outer_comes else 0
     return layer + max(layer, outer) + batch_bytes(spec, tokens) + 2 * tokens * spec.D * width
 
 

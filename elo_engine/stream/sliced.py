@@ -6,17 +6,15 @@ a step agrees with the whole one to rounding, not to the bit, and the random bit
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import closing
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elo_engine.model import ops
 from elo_engine.model.sliced_head import SlicedLoss
 from elo_engine.stream.step import Step
+from elo_engine.stream.vocabulary import Vocabulary
 from elo_engine.train.resident import require_gradients
 
 
@@ -25,70 +23,37 @@ class SlicedStep(Step):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        store = self.store
-        self._embedding = store.parts_of(store.embedding, "embedding")
-        (self._norm,) = store.parts_of(store.last, "norm")
-        self._head = self._embedding if self.spec.tied else store.parts_of(store.last, "head")
+        self._vocabulary = Vocabulary(self.store, self.units)
+        self._embedding, self._norm = self._vocabulary.embedding, self._vocabulary.norm
+        self._head = self._vocabulary.head
         self._sums = self.engine.sums
         self._first_norms: dict[str, list[Tensor]] = {}
 
-    # -- slices
-
-    def _rows(self, number: int) -> tuple[int, int]:
-        """Of a slice, in its matrix."""
-        found = self.store.parts[number].slice
-        assert found is not None
-        return found[1:]
-
-    def _slices(self, numbers: list[int], after: int) -> closing[Generator[tuple[int, Tensor]]]:
-        """The number and the weights of each slice; while one is used the next comes, at last part `after`."""
-
-        def each() -> Generator[tuple[int, Tensor]]:
-            for number, following in zip(numbers, [*numbers[1:], after], strict=True):
-                with self.units.rows(number) as weights_SD:
-                    self.units.soon(following)
-                    yield number, weights_SD
-
-        return closing(each())
-
     def embed(self) -> None:
         """See `Step`: the rows of the step's tokens are gathered from the slices."""
-        device = self.store.device
-        ids_U = torch.unique(self.ids.reshape(-1))  # in order, so that a slice's are next to each other
-        here_U = ids_U.to(device)
-        table_UD = torch.empty((len(ids_U), self.spec.D), dtype=self.store.dtype, device=device)
-        with self._slices(self._embedding, 0) as slices:
-            for number, weights_SD in slices:
-                self.poll()
-                begin, first, last = self._span(ids_U, number)
-                table_UD[first:last] = F.embedding(here_U[first:last] - begin, weights_SD)
+        rows_of = self._vocabulary.embed(self.ids, self.poll)
         for m, (batch, _) in enumerate(self.batches):
-            self.hidden.put(0, m, F.embedding(torch.searchsorted(here_U, batch.ids_N), table_UD))
-
-    def _span(self, ids_U: Tensor, number: int) -> tuple[int, int, int]:
-        """The first row of a slice, and where its tokens begin and end among the ordered ones on the host."""
-        begin, end = self._rows(number)
-        first, last = torch.searchsorted(ids_U, torch.tensor([begin, end])).tolist()
-        return begin, first, last
+            self.hidden.put(0, m, rows_of(batch.ids_N))
 
     def head(self) -> None:
         """See `Step`: once through the slices for the losses, once back for the gradients."""
-        units, hidden, L = self.units, self.hidden, self.spec.layers
-        losses = [SlicedLoss(batch.labels_N) for batch, _ in self.batches]
-        back = self._head[::-1]
-        with units.outer(self._norm) as last:
+        hidden, L, back = self.hidden, self.spec.layers, self._head[::-1]
+        with self.units.outer(self._norm) as last:
             norm_D = last.weights["norm"]
-            with self._slices(self._head, back[0]) as slices:
-                for number, head_SD in slices:
-                    for m, loss in enumerate(losses):
-                        self.poll()
-                        normed_ND = ops.rms_norm(hidden.get(L, m), norm_D, self.spec.norm_eps)
-                        self.soon(L, m)
-                        loss.observe(normed_ND, head_SD, self._rows(number)[0])
-                        hidden.used(L, m, again=True)
+
+            def normed_ND(m: int) -> Tensor:
+                made_ND = ops.rms_norm(hidden.get(L, m), norm_D, self.spec.norm_eps)
+                self.soon(L, m)
+                return made_ND
+
+            def used(m: int) -> None:
+                hidden.used(L, m, again=True)
+
+            labels = [batch.labels_N for batch, _ in self.batches]
+            losses = self._vocabulary.losses(normed_ND, labels, self.poll, used, after=back[0])
             for loss in losses:
                 self.loss_sum += loss.losses_N().sum()
-            with self._slices(back, L - 1) as slices:
+            with self._vocabulary.slices(back, L - 1) as slices:
                 for number, head_SD in slices:
                     self._gradients(number, head_SD, norm_D, losses)
             self._through_norm(norm_D)
@@ -102,7 +67,7 @@ class SlicedStep(Step):
             self.poll()
             normed_ND = ops.rms_norm(hidden.get(L, m), norm_D, self.spec.norm_eps)
             self.soon(L, m)
-            d_normed_ND = loss.gradients(normed_ND, head_SD, self._rows(number)[0], d_head_SD)
+            d_normed_ND = loss.gradients(normed_ND, head_SD, self._vocabulary.rows(number)[0], d_head_SD)
             hidden.used(L, m, again=True)
             if number != self._head[-1]:
                 d_normed_ND.add_(sums.get(0, m))
@@ -144,11 +109,11 @@ class SlicedStep(Step):
         rows = self.rows()
         ids_U = torch.unique(self.ids.reshape(-1))
         for number in self._embedding:
-            begin, first, last = self._span(ids_U, number)
+            begin, first, last = self._vocabulary.span(ids_U, number)
             if spec.tied:
                 d_SD = units.gradients_back(number)["embedding"]
             else:
-                size = self._rows(number)[1] - begin
+                size = self._vocabulary.rows(number)[1] - begin
                 d_SD = torch.zeros((size, spec.D), dtype=store.dtype, device=store.device)
             d_SD.index_add_(0, rows.ids_U[first:last] - begin, rows.sum_UD[first:last].to(d_SD.dtype))
             units.let_leave()

@@ -123,7 +123,8 @@ class MovingBridge:
     """The bridge of a shallow model, fitted again and again to what the whole model does.
 
     Args:
-        statistics: those that the first bridge was fitted to. window: tokens after which the oldest are forgotten.
+        statistics: those that the first bridge was fitted to. window: tokens that the sums weigh at
+            most; what was counted earlier fades.
     """
 
     def __init__(
