@@ -1,4 +1,5 @@
-"""Two records of one theme against each other: the ratio of the times of every arm that both have, with an interval.
+"""Two records of one theme against each other: the ratio of the times of every arm that both have, with an interval; of
+`quality` the losses of every method (`quality_compare.py`).
 
 The two runs had nothing to do with each other, so each one's rounds are drawn by themselves; a machine that was slower
 on one day shows as a difference, which is why the conditions that differ are stated first. Ratios of one run's own arms
@@ -24,6 +25,7 @@ from elo_engine.benchmarks.intervals import (
     seconds_per_token,
     with_arms,
 )
+from elo_engine.benchmarks.quality_compare import compare_quality
 from elo_engine.benchmarks.recording import Record, read_record
 from elo_engine.errors import UsageError
 
@@ -34,7 +36,8 @@ def compare(a: Path, b: Path) -> list[str]:
     """Lines for a person: what differs in the conditions, then B over A for each arm that both records have.
 
     Raises:
-        UsageError: a folder is no record, an earlier record, or the themes differ or have no times (`memory`, `loss`).
+        UsageError: a folder is no record, an earlier record, or the themes differ or have no times (`memory`, `loss`),
+            or two records of `quality` cannot be compared.
         FailedError: a record's files do not fit their schema or were changed.
     """
     records = [read_record(a), read_record(b)]
@@ -46,6 +49,10 @@ def compare(a: Path, b: Path) -> list[str]:
         raise UsageError(
             f"{a.name} is of the theme {first.theme!r}, {b.name} of {second.theme!r}: nothing in them can be compared"
         )
+    if first.theme == "quality":
+        assert first.result and second.result
+        heading = [f"A: {a.name}", f"B: {b.name}", *_withdrawn(first), *_withdrawn(second)]
+        return heading + compare_quality(first.result, second.result)
     if first.theme not in _TIMES:
         raise UsageError(
             f"records of the theme {first.theme!r} hold no times that could be compared; read their tables side by side"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from elo_engine.benchmarks.loading_table import draw_loading, has_picture
+from elo_engine.benchmarks.quality_plots import draw_course, draw_ends, draw_level, quality_kinds
 from elo_engine.benchmarks.schemas import COMPONENTS, measured_peak
 from elo_engine.benchmarks.tables import by_letter, cap_name, number
 from elo_engine.errors import UsageError
@@ -43,6 +44,8 @@ def kinds(result: dict[str, Any]) -> list[str]:
         return [*(["frontier"] if result["caps"] else []), *(["predicted"] if measured else [])]
     if result["theme"] == "loading":
         return ["loading"] if has_picture(result) else []
+    if result["theme"] == "quality":
+        return quality_kinds(result)
     return ["loss"] if result["theme"] == "loss" and any(s["points"] for s in result["series"]) else []
 
 
@@ -314,5 +317,5 @@ def _loss(figure: Any, result: dict[str, Any]) -> None:
 
 _DRAW: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "steps": _steps, "memory": _memory, "frontier": _frontier, "predicted": _predicted, "loss": _loss,
-    "loading": draw_loading,
+    "loading": draw_loading, "ends": draw_ends, "course": draw_course, "level": draw_level,
 }  # fmt: skip

@@ -74,6 +74,7 @@ class Options:
     threads: int = 0
     resume: bool = False
     keep_weights: bool = False
+    note: str = ""
 
 
 def prepare(options: Options, model: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -324,7 +325,8 @@ def _conditions(options: Options, config: RunConfig, found: list[tuple[Job, dict
         f"{options.seeds} seeds, which change the order of the text",
         f"{' or '.join(map(str, threads))} threads a run" if threads else "nothing ran",
     ]
-    return "; ".join(said + ([f"every run with {', '.join(options.overrides)}"] if options.overrides else []))
+    said += [f"every run with {', '.join(options.overrides)}"] if options.overrides else []
+    return "; ".join(said + ([options.note] if options.note else []))
 
 
 def measure(options: Options, *, run: bool = True) -> tuple[dict[str, Any], Any, int]:

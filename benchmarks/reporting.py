@@ -231,6 +231,8 @@ _ALT = {
     "steps": "time per 1000 tokens of each arm", "memory": "peak memory of each arm, predicted and measured",
     "frontier": "largest micro-batch under memory caps", "predicted": "predicted over measured peak memory",
     "loss": "held-out loss against time", "loading": "seconds of loading, cold and warm",
+    "ends": "held-out loss of each method at the end", "course": "target loss against cost and against time",
+    "level": "cost ratio at which ELO draws level with full continual pretraining",
 }  # fmt: skip
 
 

@@ -155,6 +155,7 @@ def quality(
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="with --resume: run nothing, show what is there")] = False,
     keep_weights: Annotated[bool, typer.Option("--keep-weights", help="do not drop models and snapshots")] = False,
+    note: Annotated[str, typer.Option(help="kept with the conditions, such as what else the machine did")] = "",
     record: Record = True,
     records: Records = None,
 ) -> None:
@@ -167,7 +168,7 @@ def quality(
         align_tokens=align_tokens, whole_tokens=whole_tokens, heldout_tokens=heldout_tokens,
         pretrain_step_tokens=pretrain_step_tokens, align_step_tokens=align_step_tokens, pretrain_lr=pretrain_lr,
         align_lr=align_lr, whole_lr=whole_lr, lora_lr=lora_lr, outer_lr=outer_lr, lora_rank=lora_rank,
-        evaluations=evaluations, threads=threads, resume=resume, keep_weights=keep_weights,
+        evaluations=evaluations, threads=threads, resume=resume, keep_weights=keep_weights, note=note,
     )  # fmt: skip
 
 
