@@ -75,7 +75,13 @@ def draw_ends(figure: Any, result: dict[str, Any]) -> None:
 def _named(method: dict[str, Any]) -> str:
     tokens = method["tokens"]
     words = f"{tokens['shallow']:,} + {tokens['whole']:,}" if tokens["shallow"] else f"{tokens['whole']:,}"
-    return f"({method['letter']}) {method['label']}\n{words} tokens"
+    return f"{_called(method)}\n{words} tokens"
+
+
+def _called(method: dict[str, Any]) -> str:
+    """One's own by the name, which the table beside the picture explains."""
+    own = method["letter"].startswith("x")
+    return f"({method['letter']}) {method['name' if own else 'label']}"
 
 
 def draw_course(figure: Any, result: dict[str, Any]) -> None:
@@ -108,7 +114,7 @@ def _courses(axis: Any, method: dict[str, Any], xs: list[list[float]], target: s
     errors = [[spread.mean - spread.low], [spread.high - spread.mean]]
     mark = "s" if is_full(method) and not method["full"] else "o"  # its smaller budgets
     axis.errorbar(x, spread.mean, yerr=errors, fmt=mark, color=colour, markersize=6, capsize=3,
-                  label=f"({method['letter']}) {method['label']}")  # fmt: skip
+                  label=_called(method))  # fmt: skip
 
 
 def draw_level(figure: Any, result: dict[str, Any]) -> None:
