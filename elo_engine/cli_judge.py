@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,16 +62,30 @@ def seams(
     max_tokens: Annotated[int, typer.Option(min=1, help="about so many of each text, in whole batches")] = 8192,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (default: the run's)")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32 (default: the run's)")] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="another run; of all of them: do seams predict the aligned loss")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """How far hidden states have moved from the base model's at each seam: scale, direction, CKA."""
+    from elo_engine.seam_prediction import describe_prediction, predict
     from elo_engine.seams import describe_seams, seams_command
 
-    found = seams_command(
-        run_or_model, base, tokens or [], layers=layers, sequence_length=sequence_length, max_tokens=max_tokens,
-        device=device, dtype=dtype,
-    )  # fmt: skip
-    for line in [json.dumps(found, indent=2)] if as_json else describe_seams(found):
+    runs = [run_or_model, *(beside or [])]
+    found = [
+        seams_command(
+            one, base, tokens or [], layers=layers, sequence_length=sequence_length, max_tokens=max_tokens,
+            device=device, dtype=dtype,
+        )
+        for one in runs
+    ]  # fmt: skip
+    lines = [line for one in found for line in describe_seams(one)]
+    made: dict[str, Any] = found[0]
+    if beside:
+        made = predict(list(zip(runs, found, strict=True)))
+        lines += describe_prediction(made)
+        made |= {"seams": dict(zip(runs, found, strict=True))}
+    for line in [json.dumps(made, indent=2)] if as_json else lines:
         console.out.print(line, markup=False)
 
 
