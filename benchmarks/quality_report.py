@@ -6,6 +6,7 @@ from typing import Any
 
 from elo_engine.benchmarks.quality_costs import (
     MODES,
+    BreakEven,
     Spread,
     at_equal_cost,
     break_even,
@@ -197,17 +198,20 @@ def _level(result: dict[str, Any], best: dict[str, Any]) -> list[str]:
         )
     if each["shallow"] and each["whole"]:
         ratio = each["shallow"] / each["whole"]
-        said.append(f"Measured here: r = {ratio:.3f}, {_side(ratio, found)}.")
+        said.append(f"Measured here: r = {ratio:.3f}, {_side(ratio, level)}.")
     for mode in MODES:
         ratio = best["cost"][mode]["shallow"]
-        side = _side(ratio, found)
+        side = _side(ratio, level)
         said.append(f"{model} by its operations, {mode}: r = {ratio:.4f}, {side}, if losses were as here.")
     return said
 
 
-def _side(ratio: float, level: Spread) -> str:
+def _side(ratio: float, at: BreakEven) -> str:
+    level = at.spread
     if ratio < level.low:
         return "so ELO is the cheaper way to this loss"
+    if at.beyond and ratio >= level.low:
+        return "which is above what is shown, since full continual pretraining was not measured down to this loss"
     if ratio > level.high:
         return "so full continual pretraining is the cheaper way to this loss"
     return "within the seeds' range of the break-even"

@@ -196,6 +196,11 @@ def test_break_even_is_where_costs_are_equal() -> None:
     better = result_of(1.5)
     found = quality_costs.break_even(better, better["methods"][1])
     assert found is not None and found.beyond == (1, 2) and found.spread.mean == pytest.approx((1000 - 100) / 500)
+    for method in better["methods"]:  # a ratio above what was measured is no proof against ELO either
+        for run in method["runs"]:
+            run["seconds_per_token"] = {"shallow": 2.0, "whole": 1.0}
+    (said,) = [line for line in verdicts(better) if line.startswith("Measured here: r = 2.000")]
+    assert "above what is shown" in said and "cheaper" not in said
 
 
 def test_a_difference_counts_only_beyond_the_spread() -> None:
