@@ -135,13 +135,15 @@ def watch_streamed(engine: Any, evidence: Evidence) -> None:
         place[0] = where
         return get(where, m)  # type: ignore[no-any-return]
 
-    def counted_layer(spec: Any, weights: Any, hidden_ND: Tensor, rope: Any, packing: Any) -> Tensor:
+    def counted_layer(
+        spec: Any, index: int, weights: Any, hidden_ND: Tensor, ropes: Any, packing: Any
+    ) -> Tensor:
         evidence.layer_runs += 1
         starts = packing.segment_starts
         assert starts[-1] == len(hidden_ND)
         if place[0] == 0:
             evidence.saw_rows([stop - start for start, stop in pairwise(starts)])
-        return layer(spec, weights, hidden_ND, rope, packing)
+        return layer(spec, index, weights, hidden_ND, ropes, packing)
 
     def counted_again(*args: Any, **options: Any) -> Tensor | None:
         evidence.layer_runs += 1

@@ -36,7 +36,7 @@ from elo_engine.measure.machine import give_back_freed_memory
 from elo_engine.measure.meter import human_bytes
 from elo_engine.model.bridge import Bridge, Collector, Fit, Gap, GapStatistics, Observer, gaps
 from elo_engine.model.decoder import Batch
-from elo_engine.model.layers import RopeTable, decoder_layer
+from elo_engine.model.layers import RopeTable, decoder_layer, scale_embedded
 from elo_engine.model.spec import ModelSpec
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import snapshot_identity
@@ -160,7 +160,7 @@ def _pass(
     ropes = [table.gather(batch.packing.positions_N, batch.longest) for batch in batches]
     with weights.sweep() as units:
         with units.embedding() as unit:
-            hidden = [F.embedding(batch.ids_N, unit["embedding"]) for batch in batches]
+            hidden = [scale_embedded(spec, F.embedding(batch.ids_N, unit["embedding"])) for batch in batches]
             unit.clear()
         for number in range(last + 1):
             for observers, states_ND in zip(watch, hidden, strict=True):
@@ -170,7 +170,7 @@ def _pass(
                 return
             with units.layer(number) as unit:
                 for m, (batch, rope) in enumerate(zip(batches, ropes, strict=True)):
-                    hidden[m] = decoder_layer(spec, unit, hidden[m], rope, batch.packing)
+                    hidden[m] = decoder_layer(spec, number, unit, hidden[m], rope, batch.packing)
                     progress((number * len(batches) + m + 1) / (last * len(batches)))
                 unit.clear()
 

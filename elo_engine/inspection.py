@@ -39,6 +39,7 @@ def inspect_model(model: str, *, verify: bool = False) -> dict[str, Any]:
         "shapes": {"V": spec.V, "D": spec.D, "F": spec.F, "H": spec.H, "K": spec.K, "E": spec.E},
         "tied_head": spec.tied,
         "rotary": {"theta": spec.rope.theta, "type": spec.rope.kind},
+        "windows": [spec.kind(layer).window for layer in range(spec.layers)] if spec.windows else None,
         "dtypes": sorted({entry.dtype for entry in index.entries.values()}),
         "bytes": _parts(index, spec),
         "shards": {name: shard.size for name, shard in index.shards.items()},

@@ -133,7 +133,7 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
         "rate": None if target.rate is None else target.rate.to_json(),
         "flops_ratio": arm_flops(pretrain).model.total / arm_flops(align).model.total,
         "ideal_pipeline_speedup": ideal_speedup(
-            spec, len(pretrain.layers), pretrain.sequence_length, share, bridge_step(pretrain)
+            spec, pretrain.layers, pretrain.sequence_length, share, bridge_step(pretrain)
         ),
         "ideal_executed_speedup": asdict(ideal_speedups(pretrain, align, share)),
         "warnings": _warnings(config, spec),

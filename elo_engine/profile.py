@@ -280,11 +280,13 @@ def step_shapes(subject: Subject, step: int) -> StepShapes:
     model, section, rows = subject.model, subject.section, subject.rows(step)
     several = rows.ids_BT.shape[0] > section.micro_batch
     width = model.embedding_VD.element_size()
+    starts = [int(start) for start in rows.segment_starts]
+    windows = [model.spec.kind(index).window for index in model.layer_indices]
     return StepShapes(
         layers=len(model.layers),
         tokens=rows.ids_BT.size,
         labelled=rows.tokens_loss,
-        pairs=attention_pairs([int(start) for start in rows.segment_starts], model.spec.window),
+        pairs=sum(attention_pairs(starts, window) for window in windows) // len(windows),
         trained=sum(leaf.tensor.numel() for leaf in model.leaves),
         width=width,
         gradient_width=4 if several else width,

@@ -35,7 +35,7 @@ from elo_engine.errors import FailedError, RefusedError, UsageError
 from elo_engine.evaluate import batch_tokens
 from elo_engine.measure.environment import choose_device, choose_dtype
 from elo_engine.model.decoder import Batch
-from elo_engine.model.layers import RopeTable, decoder_layer
+from elo_engine.model.layers import RopeTable, decoder_layer, scale_embedded
 from elo_engine.model.spec import choose_layers, read_spec
 from elo_engine.stream.reading import CheckpointWeights
 from elo_engine.train.loop import to_batch
@@ -201,9 +201,15 @@ class _Side:
         block = self._units.embedding() if boundary == 0 else self._units.layer(boundary - 1)
         with block as weights:
             if boundary == 0:
-                self.hidden = [F.embedding(batch.ids_N, weights["embedding"]) for batch in self.batches]
+                table_VD = weights["embedding"]
+                self.hidden = [
+                    scale_embedded(self.spec, F.embedding(batch.ids_N, table_VD)) for batch in self.batches
+                ]
+                del table_VD
             for m, batch in enumerate(self.batches if boundary else ()):
-                self.hidden[m] = decoder_layer(self.spec, weights, self.hidden[m], self._ropes[m], batch.packing)
+                self.hidden[m] = decoder_layer(
+                    self.spec, boundary - 1, weights, self.hidden[m], self._ropes[m], batch.packing
+                )
             weights.clear()
 
 

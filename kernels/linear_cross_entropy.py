@@ -150,7 +150,7 @@ def _cross_entropy_forward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # Rows are counted in 64 bits: 20,000 rows of 128256 already pass 2^31 elements. V_OWNED >= V columns may be read
-    # and written; what the padding holds is not used.
+    # and written; the padding holds zeros at the end, where gradients are made.
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_n
     label = tl.load(labels_ptr + row).to(tl.int64)
@@ -217,6 +217,9 @@ def _cross_entropy_forward_kernel(
                 if CAPPED:
                     d_x_V = d_x_V * slope_V
                 d_x_V = tl.where(col_V == target, d_target, d_x_V)
+                # The padding came uninitialised. The products leave it out, but a library may read a whole vector of it
+                # and multiply by zero, which of a NaN is NaN (seen with bf16 on a CPU with AVX-512).
+                d_x_V = tl.where(col_V < V, d_x_V, 0.0)
                 tl.store(row_ptr + col_V, d_x_V.to(logits_ptr.dtype.element_ty), mask=col_V < V_OWNED)
 
 

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def llama(layers: int, V: int, D: int, F: int, H: int, K: int, *, tied: bool) -> ModelSpec:
     """A small Llama; heads are D / H wide."""
     return ModelSpec(
-        family="llama", layers=layers, V=V, D=D, F=F, H=H, K=K, E=D // H, norm_eps=1e-5, rope=RopeSpec(10000.0),
+        family="llama", layers=layers, V=V, D=D, F=F, H=H, K=K, E=D // H, norm_eps=1e-5, ropes=(RopeSpec(10000.0),),
         tied=tied, max_positions=8192,
     )  # fmt: skip
 

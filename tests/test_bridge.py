@@ -265,7 +265,7 @@ def test_between_layers_and_at_the_ends(layers: tuple[int, ...], recompute: bool
             hidden_ND = hidden_ND + hidden_ND @ into[index].matrix_DD.T + into[index].bias_D
         if index < SPEC.layers:
             weights = plain.layers[layers.index(index)]
-            hidden_ND = decoder_layer(SPEC, weights, hidden_ND, rope, batch.packing)
+            hidden_ND = decoder_layer(SPEC, index, weights, hidden_ND, rope, batch.packing)
     expected = plain.head_loss(ops.rms_norm(hidden_ND, plain.norm_D, SPEC.norm_eps), batch.labels_N)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)

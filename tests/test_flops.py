@@ -29,7 +29,7 @@ from elo_engine.measure.setting import ENGINE, SHALLOW, Setting
 from elo_engine.model import cpu_native, names, ops
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.presets import preset_config, preset_spec
-from elo_engine.model.spec import ModelSpec, read_spec
+from elo_engine.model.spec import LayerKind, ModelSpec, read_spec
 
 CPU = torch.device("cpu")
 
@@ -175,7 +175,8 @@ def test_the_8b_model_at_8192_is_the_published_count() -> None:
     assert giga("elo_pretrain") == pytest.approx(5.14, rel=0.005)
     for arm in ("transformers_full", "engine_full", "elo_align"):
         assert giga(arm, "model", recompute=True) == full_step(spec, 8192).total / 1e9
-    assert arm_flops(Setting("elo_pretrain", spec, **sizes, recompute=True)).model == shallow_step(spec, 2, 8192)
+    elo = arm_flops(Setting("elo_pretrain", spec, **sizes, recompute=True)).model
+    assert elo == shallow_step(spec, (0, spec.layers - 1), 8192)
 
 
 def test_mini_is_the_8b_model_to_the_counts() -> None:
@@ -184,11 +185,12 @@ def test_mini_is_the_8b_model_to_the_counts() -> None:
     """
     big, mini = preset_spec("llama-3.1-8b"), preset_spec("llama-3.1-8b-mini")
     T = 8192 * mini.D // big.D
-    for count in (full_step, lambda spec, T: shallow_step(spec, 2, T)):
+    for count in (full_step, lambda spec, T: shallow_step(spec, (0, spec.layers - 1), T)):
         left, right = count(big, 8192), count(mini, T)
         for part in ("linear", "attention", "head"):
             assert getattr(left, part) / left.total == pytest.approx(getattr(right, part) / right.total, abs=0.002)
-    assert ideal_speedup(mini, 2, T, 0.9) == pytest.approx(ideal_speedup(big, 2, 8192, 0.9), rel=0.005)
+    of_mini = ideal_speedup(mini, (0, mini.layers - 1), T, 0.9)
+    assert of_mini == pytest.approx(ideal_speedup(big, (0, big.layers - 1), 8192, 0.9), rel=0.005)
 
 
 def test_ideal_speedups_are_of_what_is_executed() -> None:
@@ -196,7 +198,7 @@ def test_ideal_speedups_are_of_what_is_executed() -> None:
     elo = Setting("elo_pretrain", spec, (0, 31), 8192, 4)
     resident = Setting("elo_align", spec, (0, 31), 8192, 1)
     found = ideal_speedups(elo, resident, 0.9)
-    assert found.over_plain == pytest.approx(ideal_speedup(spec, 2, 8192, 0.9))
+    assert found.over_plain == pytest.approx(ideal_speedup(spec, (0, spec.layers - 1), 8192, 0.9))
     checkpointed = arm_flops(replace(resident, arm="transformers_full", recompute=True)).executed.total
     ours = 0.9 * arm_flops(elo).executed.total + 0.1 * arm_flops(resident).executed.total
     assert found.over_checkpointed == pytest.approx(checkpointed / ours) and found.over_checkpointed > found.over_plain
@@ -205,7 +207,7 @@ def test_ideal_speedups_are_of_what_is_executed() -> None:
 
 
 def test_a_window_bounds_what_a_query_sees() -> None:
-    spec = replace(preset_spec("mistral-7b-v0.3"), window=100)
+    spec = replace(preset_spec("mistral-7b-v0.3"), kinds=(LayerKind(window=100),))
     assert tokens_seen(spec, 80) == 40.5 and tokens_seen(spec, 100) == 50.5
     by_hand = sum(min(query + 1, 100) for query in range(1000)) / 1000
     assert tokens_seen(spec, 1000) == pytest.approx(by_hand)

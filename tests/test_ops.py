@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elo_engine.errors import UsageError
 from elo_engine.model import ops, reference
-from elo_engine.model.layers import Packing, Rope, decoder_layer
+from elo_engine.model.layers import Packing, Rope, Ropes, decoder_layer
 from elo_engine.model.ops.rms_norm import norm_linear
 from elo_engine.model.spec import ModelSpec, RopeSpec
 
@@ -270,8 +270,8 @@ def test_gradcheck_of_the_definitions(name: str) -> None:
     assert torch.autograd.gradcheck(definition, leaves)
 
 
-def tiny_layer(learns: bool) -> tuple[ModelSpec, dict[str, Tensor], Rope, Packing]:
-    spec = ModelSpec("llama", 1, 50, 64, 96, 4, 2, 16, EPS, RopeSpec(10_000.0), True, 64)
+def tiny_layer(learns: bool) -> tuple[ModelSpec, dict[str, Tensor], Ropes, Packing]:
+    spec = ModelSpec("llama", 1, 50, 64, 96, 4, 2, 16, EPS, (RopeSpec(10_000.0),), True, 64)
     shapes = {
         "norm_attention": (64,), "qkv": (128, 64), "output": (64, 64), "norm_mlp": (64,), "gate_up": (192, 64),
         "down": (64, 96),
@@ -280,7 +280,7 @@ def tiny_layer(learns: bool) -> tuple[ModelSpec, dict[str, Tensor], Rope, Packin
         key: (x * 0.2 + (len(x.shape) == 1)).to(DEVICE).requires_grad_(learns)
         for key, x in zip(shapes, draw(*shapes.values()), strict=True)
     }
-    return spec, weights, rope_for(POSITIONS, 8), Packing([0, 9, 13], POSITIONS.to(DEVICE))
+    return spec, weights, (rope_for(POSITIONS, 8),), Packing([0, 9, 13], POSITIONS.to(DEVICE))
 
 
 PRODUCTS = ("aten.mm", "aten.addmm")  # a GPU's attention in fp32 may be made of bmm
@@ -295,7 +295,7 @@ def test_nothing_below_the_first_layer_is_computed() -> None:
     for needed in (False, True):
         x_ND = hidden_ND.to(DEVICE).requires_grad_(needed)
         with FlopCounterMode(display=False) as counter:
-            decoder_layer(spec, weights, x_ND, rope, packing).sum().backward()
+            decoder_layer(spec, 0, weights, x_ND, rope, packing).sum().backward()
         flops[needed] = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in PRODUCTS)
         assert (x_ND.grad is not None) == needed
     matrices = sum(weights[key].numel() for key in ("qkv", "output", "gate_up", "down"))
@@ -309,7 +309,7 @@ def test_the_gradients_below_the_first_layer_are_the_same() -> None:
     for needed in (False, True):
         spec, weights, rope, packing = tiny_layer(learns=True)
         (hidden_ND,) = draw((13, 64))
-        decoder_layer(spec, weights, hidden_ND.to(DEVICE).requires_grad_(needed), rope, packing).sum().backward()
+        decoder_layer(spec, 0, weights, hidden_ND.to(DEVICE).requires_grad_(needed), rope, packing).sum().backward()
         found.append({key: x.grad for key, x in weights.items()})
     for key, grad in found[0].items():
         assert grad is not None
@@ -323,7 +323,7 @@ def test_what_a_layer_keeps_for_the_backward_pass(monkeypatch: pytest.MonkeyPatc
     if DEVICE.type == "cuda":  # what attention keeps is its backend's: here the queries stand for its result
         monkeypatch.setattr(ops, "attention", lambda q_NHE, *rest: q_NHE * 1.0)
     kept: dict[int, int] = {}
-    inputs = {x.untyped_storage().data_ptr() for x in (*weights.values(), hidden_ND, rope.cos_PR, rope.sin_PR)}
+    inputs = {x.untyped_storage().data_ptr() for x in (*weights.values(), hidden_ND, rope[0].cos_PR, rope[0].sin_PR)}
 
     def pack(x: Tensor) -> Tensor:
         if x.untyped_storage().data_ptr() not in inputs:
@@ -331,7 +331,7 @@ def test_what_a_layer_keeps_for_the_backward_pass(monkeypatch: pytest.MonkeyPatc
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out_ND = decoder_layer(spec, weights, hidden_ND, rope, packing)
+        out_ND = decoder_layer(spec, 0, weights, hidden_ND, rope, packing)
     assert out_ND.requires_grad
     N, D, C, F_, H = 13, 64, 128, 96, 4
     # qkv, attention's result and log-sum-exp, the sum after attention, gate and up, two root mean squares
@@ -362,7 +362,7 @@ def test_a_planted_error_in_the_seam_is_seen(planted: str, monkeypatch: pytest.M
 def test_no_gradient_is_made_where_none_is_needed() -> None:
     spec, weights, rope, packing = tiny_layer(learns=False)
     (hidden_ND,) = draw((13, 64))
-    out_ND = decoder_layer(spec, weights, hidden_ND.to(DEVICE), rope, packing)
+    out_ND = decoder_layer(spec, 0, weights, hidden_ND.to(DEVICE), rope, packing)
     assert not out_ND.requires_grad
     assert norm_linear(hidden_ND.to(DEVICE), weights["norm_mlp"], weights["gate_up"], None, EPS).grad_fn is None
 

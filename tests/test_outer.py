@@ -212,7 +212,7 @@ def test_frozen_they_have_none() -> None:
 
 # -- a layer that is run again
 
-WIDE = replace(SPEC, attention_bias=True, mlp_bias=True)
+WIDE = replace(SPEC, qkv_bias=True, output_bias=True, mlp_bias=True)
 
 
 class Layer:
@@ -229,13 +229,13 @@ class Layer:
     def once(self, need: bool = True) -> dict[str, Tensor | None]:
         """Forward and backward through the graph."""
         hidden_ND = self.hidden_ND.clone().requires_grad_(need)
-        decoder_layer(self.spec, self.weights, hidden_ND, self.rope, self.packing).backward(self.d_out_ND)
+        decoder_layer(self.spec, 0, self.weights, hidden_ND, self.rope, self.packing).backward(self.d_out_ND)
         return self._gradients() | {"hidden": hidden_ND.grad}
 
     def again(self, need: bool = True) -> dict[str, Tensor | None]:
         """From the input alone."""
         d_hidden_ND = layer_gradient(
-            self.spec, self.weights, self.hidden_ND, self.rope, self.packing, self.d_out_ND, need_d_hidden=need
+            self.spec, 0, self.weights, self.hidden_ND, self.rope, self.packing, self.d_out_ND, need_d_hidden=need
         )
         return self._gradients() | {"hidden": d_hidden_ND}
 
@@ -275,7 +275,7 @@ def test_the_last_product_is_not_run_again() -> None:
     layer = Layer(SPEC)
     down = 2 * len(layer.hidden_ND) * SPEC.D * SPEC.F
     with torch.no_grad():
-        forward = flops(lambda: decoder_layer(SPEC, layer.weights, layer.hidden_ND, layer.rope, layer.packing))
+        forward = flops(lambda: decoder_layer(SPEC, 0, layer.weights, layer.hidden_ND, layer.rope, layer.packing))
     assert forward > 3 * down
     assert flops(layer.again) == flops(layer.once) - down
 

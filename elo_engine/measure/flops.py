@@ -21,6 +21,7 @@ more forward pass":
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from elo_engine.measure.setting import ENGINE, SHALLOW, Setting
@@ -65,17 +66,17 @@ def _below_first(spec: ModelSpec) -> float:
     return 2.0 * spec.D * spec.E * (spec.H + 2 * spec.K)
 
 
-def tokens_seen(spec: ModelSpec, T: int) -> float:
-    """Tokens that a causal query sees on average in a document of T, itself included."""
-    if spec.window is not None and spec.window < T:
-        w = spec.window
+def tokens_seen(spec: ModelSpec, T: int, layer: int = 0) -> float:
+    """Tokens that a causal query of a layer sees on average in a document of T, itself included."""
+    w = spec.kind(layer).window
+    if w is not None and w < T:
         return (w * (w + 1) / 2 + (T - w) * w) / T
     return (T + 1) / 2
 
 
-def _attention_forward(spec: ModelSpec, T: int) -> float:
-    """Per token and layer: two products over the tokens that a query sees on average."""
-    return 2 * 2 * spec.H * spec.E * tokens_seen(spec, T)
+def _attention_forward(spec: ModelSpec, T: int, layers: Iterable[int]) -> float:
+    """Per token, of all these layers: two products over the tokens that a query sees on average."""
+    return sum(2 * 2 * spec.H * spec.E * tokens_seen(spec, T, layer) for layer in layers)
 
 
 def full_step(spec: ModelSpec, T: int, *, recompute: bool = False) -> TokenFlops:
@@ -83,21 +84,21 @@ def full_step(spec: ModelSpec, T: int, *, recompute: bool = False) -> TokenFlops
     twice.
     """
     passes = 4 if recompute else 3
-    attention = _attention_forward(spec, T) * (4.5 if recompute else 3.5)
+    attention = _attention_forward(spec, T, range(spec.layers)) * (4.5 if recompute else 3.5)
     return TokenFlops(
         linear=2.0 * passes * spec.layers * _layer_matrices(spec),
-        attention=spec.layers * attention,
+        attention=attention,
         head=6.0 * spec.D * spec.V,
     )
 
 
-def shallow_step(spec: ModelSpec, layers: int, T: int) -> TokenFlops:
-    """ELO pretraining of `layers` detached layers: the frozen head needs logits and dX alone, and nothing is needed
+def shallow_step(spec: ModelSpec, layers: Sequence[int], T: int) -> TokenFlops:
+    """ELO pretraining of these detached layers: the frozen head needs logits and dX alone, and nothing is needed
     below the first layer's query, key and value projection.
     """
     return TokenFlops(
-        linear=6.0 * layers * _layer_matrices(spec) - _below_first(spec),
-        attention=layers * _attention_forward(spec, T) * 3.5,
+        linear=6.0 * len(layers) * _layer_matrices(spec) - _below_first(spec),
+        attention=_attention_forward(spec, T, layers) * 3.5,
         head=4.0 * spec.D * spec.V,
     )
 
@@ -115,11 +116,13 @@ def calibration_flops(setting: Setting, tokens: int) -> float:
     """
     spec = setting.spec
     last = 1 + max(set(range(spec.layers)) - set(setting.layers))
-    layer = 2.0 * _layer_matrices(spec) + _attention_forward(spec, setting.sequence_length)
-    return tokens * (last * layer + 4.0 * setting.bridges * spec.D**2)
+    forward = 2.0 * last * _layer_matrices(spec) + _attention_forward(spec, setting.sequence_length, range(last))
+    return tokens * (forward + 4.0 * setting.bridges * spec.D**2)
 
 
-def ideal_speedup(spec: ModelSpec, layers: int, T: int, pretrain_share: float, bridges: float = 0.0) -> float:
+def ideal_speedup(
+    spec: ModelSpec, layers: Sequence[int], T: int, pretrain_share: float, bridges: float = 0.0
+) -> float:
     """Pipeline speedup over full continual pretraining if every operation took the same time.
 
     bridges: operations a token of the shallow model's bridges, of `bridge_step`.
@@ -136,11 +139,11 @@ def arm_flops(setting: Setting) -> ArmFlops:
     if setting.arm == "outer_unfrozen":
         return _outer_unfrozen(setting)
     if setting.arm in SHALLOW:
-        model, present = shallow_step(spec, len(setting.layers), T), len(setting.layers)
+        model, present = shallow_step(spec, setting.layers, T), setting.layers
         model = replace(model, linear=model.linear + bridge_step(setting))
         formed = 0.0 if setting.arm in ENGINE else _below_first(spec)
     else:
-        model, present, formed = full_step(spec, T), spec.layers, 0.0
+        model, present, formed = full_step(spec, T), tuple(range(spec.layers)), 0.0
     again = _run_again(setting, present)
     # a head in slices makes its logits twice: for the losses, then for their gradients
     sliced = setting.arm == "elo_align_streamed" and setting.streaming.vocabulary == "sliced"
@@ -150,15 +153,16 @@ def arm_flops(setting: Setting) -> ArmFlops:
     )
 
 
-def _run_again(setting: Setting, layers: int) -> TokenFlops:
-    """The recomputed forward passes of `layers` layers; see the top of this file for what is left out of them."""
+def _run_again(setting: Setting, layers: Sequence[int]) -> TokenFlops:
+    """The recomputed forward passes of these layers; see the top of this file for what is left out of them."""
     if not setting.recompute and setting.arm != "elo_align_streamed":
         return TokenFlops(0.0, 0.0, 0.0)
     spec = setting.spec
-    down = spec.D * spec.F
+    # a norm after the product needs its value, whoever runs the layer again
+    down = spec.D * spec.F if spec.norms == "pre" else 0
     return TokenFlops(
-        layers * 2.0 * (_layer_matrices(spec) - down),
-        layers * _attention_forward(spec, setting.sequence_length),
+        len(layers) * 2.0 * (_layer_matrices(spec) - down),
+        _attention_forward(spec, setting.sequence_length, layers),
         0.0,
     )
 
@@ -168,15 +172,18 @@ def _outer_unfrozen(setting: Setting) -> ArmFlops:
     alone. The head is frozen.
     """
     spec = setting.spec
-    matrices, forward = _layer_matrices(spec), _attention_forward(spec, setting.sequence_length)
+    everything = tuple(range(spec.layers))
+    matrices, T = _layer_matrices(spec), setting.sequence_length
     head = 4.0 * spec.D * spec.V
 
     def step(reached: int) -> TokenFlops:  # layers that a gradient passes
         linear = 2.0 * matrices * (spec.layers + reached + len(setting.layers))
-        return TokenFlops(linear, forward * (spec.layers + 2.5 * reached), head)
+        through = everything[spec.layers - reached :]
+        forward, backward = _attention_forward(spec, T, everything), 2.5 * _attention_forward(spec, T, through)
+        return TokenFlops(linear, forward + backward, head)
 
     needed = step(spec.layers - min(setting.layers))
-    done, again = step(spec.layers) if setting.recompute else needed, _run_again(setting, spec.layers)
+    done, again = step(spec.layers) if setting.recompute else needed, _run_again(setting, everything)
     return ArmFlops(
         replace(needed, linear=needed.linear - _below_first(spec)),
         TokenFlops(done.linear + again.linear, done.attention + again.attention, head),
@@ -191,12 +198,13 @@ def _lora(setting: Setting) -> ArmFlops:
     matrices, adapters = float(_layer_matrices(spec)), float(r * ends)
     unneeded = _below_first(spec) + 2.0 * 3 * r * spec.D  # dX of the first layer's projections and of their A
     linear = spec.layers * (4.0 * matrices + 6.0 * adapters)
-    attention = spec.layers * _attention_forward(spec, setting.sequence_length)
+    attention = _attention_forward(spec, setting.sequence_length, range(spec.layers))
     head = 4.0 * spec.D * spec.V
     model = TokenFlops(linear - unneeded, 3.5 * attention, head)
     if not setting.recompute:
         return ArmFlops(model, model)
-    again = spec.layers * (2.0 * (matrices + adapters) - 2.0 * r * spec.D)
+    ends_saved = 2.0 * r * spec.D if spec.norms == "pre" else 0.0
+    again = spec.layers * (2.0 * (matrices + adapters) - ends_saved)
     return ArmFlops(model, TokenFlops(linear + again, 4.5 * attention, head))
 
 

@@ -51,7 +51,8 @@ class EngineStep:
     def leaves(self) -> list[int]:
         """Elements of every tensor that learns, packed as in memory."""
         p, D = self.parts, self.spec.D
-        layer = [D, p["q"].size + p["k"].size + p["v"].size, p["o"].size, D, 2 * p["gate"].size, p["down"].size]
+        packed = p["q"].size + p["k"].size + p["v"].size
+        layer = [*self.spec.norm_sizes, packed, p["o"].size, 2 * p["gate"].size, p["down"].size]
         biases = [p["q"].biases + 2 * p["k"].biases, p["o"].biases, 2 * p["gate"].biases, p["down"].biases]
         layer += [size for size in biases if size]
         outer = [] if self.shallow else [self.spec.V * D, D] + ([] if self.spec.tied else [self.spec.V * D])

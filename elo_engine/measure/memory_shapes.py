@@ -40,12 +40,12 @@ class Matrix:
 def projections(spec: ModelSpec) -> dict[str, Matrix]:
     """The seven projections of a decoder layer under transformers' names."""
     D, F, q, kv = spec.D, spec.F, spec.H * spec.E, spec.K * spec.E
-    attention, mlp = spec.attention_bias, spec.mlp_bias
+    attention, mlp = spec.qkv_bias, spec.mlp_bias
     return {
         "q": Matrix(q, D, attention),
         "k": Matrix(kv, D, attention),
         "v": Matrix(kv, D, attention),
-        "o": Matrix(D, q, attention),
+        "o": Matrix(D, q, spec.output_bias),
         "gate": Matrix(F, D, mlp),
         "up": Matrix(F, D, mlp),
         "down": Matrix(D, F, mlp),

@@ -166,7 +166,7 @@ class TransformersStep(TransformersParts):
         """Forward and backward."""
         ledger, setting = self.ledger, self.setting
         batch = ledger.add(ACT, 3 * 8 * self.N + 2 * self.w * setting.sequence_length * self.spec.E)  # ids, tables
-        masked = self.spec.window is not None and self.spec.window < setting.sequence_length
+        masked = any(window < setting.sequence_length for window in self.spec.windows)
         tokens = setting.sequence_length * setting.N if masked else 0  # SDPA knows windows by a mask alone
         mask = ledger.add(ACT, tokens * (1 + self.w))  # bool, and in the scores' type
         casts = ledger.add(ACT, 2 * len(self.indices) * sum(self.adapters()) if self.autocast else 0)

@@ -21,7 +21,16 @@ from torch.autograd.function import once_differentiable
 
 from elo_engine.model import names, ops
 from elo_engine.model.bridge import Bridge, Gap, Observer, gaps
-from elo_engine.model.layers import LayerWeights, Packing, Rope, RopeTable, decoder_layer, layer_gradient
+from elo_engine.model.layers import (
+    LayerWeights,
+    Packing,
+    Ropes,
+    RopeTable,
+    decoder_layer,
+    final_norm,
+    layer_gradient,
+    scale_embedded,
+)  # fmt: skip
 from elo_engine.model.outer import OuterGradients, embed
 from elo_engine.model.spec import ModelSpec
 
@@ -190,21 +199,22 @@ class Decoder:
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final-norm output [N, D] for every token."""
-        rope = self._rope.gather(batch.packing.positions_N, batch.longest)
+        ropes = self._rope.gather(batch.packing.positions_N, batch.longest)
         outer = self._outer if torch.is_grad_enabled() else None
         if outer is None:
             hidden_ND = F.embedding(batch.ids_N, self.embedding_VD)
         else:
             hidden_ND = embed(batch.ids_N, self.embedding_VD, outer)
+        hidden_ND = scale_embedded(self.spec, hidden_ND)
         for index, weights in zip(self.layer_indices, self.layers, strict=True):
             hidden_ND = self._enter(index, hidden_ND)
             if self.recompute and torch.is_grad_enabled():
-                anchor = weights["norm_attention"]
-                hidden_ND = _RunAgain.apply(hidden_ND, anchor, self.spec, weights, rope, batch.packing)
+                anchor = weights["output"]
+                hidden_ND = _RunAgain.apply(hidden_ND, anchor, self.spec, index, weights, ropes, batch.packing)
             else:
-                hidden_ND = decoder_layer(self.spec, weights, hidden_ND, rope, batch.packing)
+                hidden_ND = decoder_layer(self.spec, index, weights, hidden_ND, ropes, batch.packing)
         hidden_ND = self._enter(self.spec.layers, hidden_ND)
-        return ops.rms_norm(hidden_ND, self.norm_D, self.spec.norm_eps)
+        return final_norm(self.spec, hidden_ND, self.norm_D)
 
     def _enter(self, layer: int, hidden_ND: Tensor) -> Tensor:
         """What enters a layer, or of `spec.layers` the final norm: across the gap before it, if there is a bridge."""
@@ -233,19 +243,24 @@ class Decoder:
     def head_loss(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
         """`loss_sum` of the final norm's output."""
         head_sum_VD = None if self._outer is None or not torch.is_grad_enabled() else self._outer.head_sum_VD
-        return ops.linear_cross_entropy(hidden_ND, self.head_VD, labels_N, d_head_sum_VD=head_sum_VD)
+        return ops.linear_cross_entropy(
+            hidden_ND, self.head_VD, labels_N, softcap=self.spec.head_softcap, d_head_sum_VD=head_sum_VD
+        )
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
         """Cross-entropy of every token in nats, fp32 [N], 0 where there is no label."""
         with self._unobserved():
-            return ops.token_losses(self.hidden_states(batch), self.head_VD, batch.labels_N)
+            return ops.token_losses(
+                self.hidden_states(batch), self.head_VD, batch.labels_N, softcap=self.spec.head_softcap
+            )
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """All logits [N, V] in the compute dtype: for tests and small inputs only."""
         with self._unobserved():
-            return F.linear(self.hidden_states(batch), self.head_VD)
+            logits_NV, cap = F.linear(self.hidden_states(batch), self.head_VD), self.spec.head_softcap
+            return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
 
 
 class _RunAgain(torch.autograd.Function):
@@ -256,19 +271,19 @@ class _RunAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, anchor: Tensor, spec: ModelSpec, weights: LayerWeights, rope: Rope,
-        packing: Packing,
+        ctx: Any, hidden_ND: Tensor, anchor: Tensor, spec: ModelSpec, index: int, weights: LayerWeights,
+        ropes: Ropes, packing: Packing,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden_ND)
-        ctx.layer = spec, weights, rope, packing
-        return decoder_layer(spec, weights, hidden_ND, rope, packing)
+        ctx.layer = spec, index, weights, ropes, packing
+        return decoder_layer(spec, index, weights, hidden_ND, ropes, packing)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (hidden_ND,) = ctx.saved_tensors
-        spec, weights, rope, packing = ctx.layer
+        spec, index, weights, ropes, packing = ctx.layer
         d_hidden_ND = layer_gradient(
-            spec, weights, hidden_ND, rope, packing, grads[0], need_d_hidden=ctx.needs_input_grad[0]
+            spec, index, weights, hidden_ND, ropes, packing, grads[0], need_d_hidden=ctx.needs_input_grad[0]
         )
-        return d_hidden_ND, *[None] * 5
+        return d_hidden_ND, *[None] * 6

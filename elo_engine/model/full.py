@@ -4,7 +4,7 @@ evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -19,9 +19,11 @@ def check_shapes(index: CheckpointIndex, spec: ModelSpec, wanted: Iterable[str])
     """Hold the checkpoint's tensors against what the configuration says they are.
 
     Raises:
-        FailedError: a tensor is missing, or its shape is not the one config.json implies.
+        FailedError: a tensor is missing, its shape is not the one config.json implies, or a layer has one that
+            config.json does not call for.
     """
     expected = names.expected_shapes(spec)
+    _refuse_unexpected(index, expected)
     for name in wanted:
         entry = index.entries.get(name)
         if entry is None:
@@ -35,6 +37,20 @@ def check_shapes(index: CheckpointIndex, spec: ModelSpec, wanted: Iterable[str])
             raise FailedError(
                 f"{index.folder}: tensor {name!r} has shape {list(entry.shape)} and config.json implies "
                 f"{list(expected[name])}; the checkpoint and its config.json do not belong together"
+            )
+
+
+# Of the layers, what older checkpoints hold beside the weights and nothing reads: it follows from config.json.
+_DERIVED = ("rotary_emb.inv_freq",)
+
+
+def _refuse_unexpected(index: CheckpointIndex, expected: Mapping[str, object]) -> None:
+    """A weight of a layer that the configuration does not tell of would be left out of the maths without a word."""
+    for name in index.entries:
+        if name.startswith(names.LAYERS) and name not in expected and not name.endswith(_DERIVED):
+            raise FailedError(
+                f"{index.folder}: tensor {name!r} is in the checkpoint although config.json does not call for it; it "
+                "would change the model's maths. The checkpoint and its config.json do not belong together"
             )
 
 

@@ -65,6 +65,9 @@ class Rope:
         return self.sin_PR[self.positions_N]
 
 
+Ropes = tuple[Rope, ...]  # of a micro-batch, one for each of `spec.ropes`
+
+
 class RopeTable:
     """Angles for every position met so far, grown on demand; scaling as transformers initialises it (its own code is
     called).
@@ -72,29 +75,34 @@ class RopeTable:
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self._device = device
-        self._inverse_R, self._factor = _inverse_frequencies(spec)
-        self._cos_PR = torch.empty(0, device=device)
-        self._sin_PR = torch.empty(0, device=device)
+        self._frequencies = [_inverse_frequencies(spec, rope) for rope in spec.ropes]
+        empty = torch.empty(0, device=device)
+        self._tables = [(empty, empty)] * len(spec.ropes)
 
-    def gather(self, positions_N: Tensor, longest: int) -> Rope:
+    def gather(self, positions_N: Tensor, longest: int) -> Ropes:
         """Tables for these positions; `longest` is one more than the largest of them, known without a device sync."""
-        if self._cos_PR.shape[0] < longest:
-            angles_PR = torch.arange(longest, dtype=torch.float32)[:, None] * self._inverse_R[None, :]
-            self._cos_PR = (angles_PR.cos() * self._factor).to(self._device)
-            self._sin_PR = (angles_PR.sin() * self._factor).to(self._device)
-        return Rope(self._cos_PR, self._sin_PR, positions_N)
+        if self._tables[0][0].shape[0] < longest:
+            positions_P = torch.arange(longest, dtype=torch.float32)
+            self._tables = []
+            for inverse_R, factor in self._frequencies:
+                angles_PR = positions_P[:, None] * inverse_R[None, :]
+                cos_PR, sin_PR = angles_PR.cos() * factor, angles_PR.sin() * factor
+                self._tables.append((cos_PR.to(self._device), sin_PR.to(self._device)))
+        return tuple(Rope(cos_PR, sin_PR, positions_N) for cos_PR, sin_PR in self._tables)
 
 
-def _inverse_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
-    """fp32 inverse frequencies [E/2] and the factor on cos and sin."""
-    rope: RopeSpec = spec.rope
+def _inverse_frequencies(spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
+    """fp32 inverse frequencies [R] and the factor on cos and sin."""
     if rope.kind == "default":
-        exponents = torch.arange(0, spec.E, 2, dtype=torch.int64).float() / spec.E
+        turning = int(spec.E * rope.share)
+        exponents = torch.arange(0, turning, 2, dtype=torch.int64).float() / turning
         return 1.0 / (rope.theta**exponents), 1.0
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaling = {"rope_type": rope.kind, "rope_theta": rope.theta, **rope.parameters}
+    if rope.share != 1.0:
+        scaling["partial_rotary_factor"] = rope.share
     config: Any = LlamaConfig(
         hidden_size=spec.D,
         num_attention_heads=spec.H,
@@ -102,6 +110,7 @@ def _inverse_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
         max_position_embeddings=spec.max_positions,
         rope_theta=rope.theta,
         rope_scaling=scaling,
+        partial_rotary_factor=rope.share,
     )
     try:
         inverse_R, factor = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
@@ -112,20 +121,44 @@ def _inverse_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
     return inverse_R, float(factor)
 
 
-def decoder_layer(spec: ModelSpec, weights: LayerWeights, hidden_ND: Tensor, rope: Rope, packing: Packing) -> Tensor:
-    """One pre-norm decoder layer: attention and SwiGLU MLP, each added to the residual stream. [N, D] -> [N, D]
+def embedding_factor(spec: ModelSpec, dtype: torch.dtype) -> float | None:
+    """What embedded tokens are multiplied with, rounded to their type as the checkpoints' own code does (Gemma); None:
+    nothing.
+    """
+    return None if spec.embedding_scale is None else float(torch.tensor(spec.embedding_scale, dtype=dtype))
+
+
+def scale_embedded(spec: ModelSpec, hidden_ND: Tensor) -> Tensor:
+    """Embedded tokens -> what enters the first layer. Of a gradient by the one: the gradient by the other."""
+    factor = embedding_factor(spec, hidden_ND.dtype)
+    return hidden_ND if factor is None else hidden_ND * factor
+
+
+def final_norm(spec: ModelSpec, hidden_ND: Tensor, norm_D: Tensor) -> Tensor:
+    """The norm between the last layer and the head."""
+    return ops.rms_norm(hidden_ND, norm_D, spec.norm_eps, unit_offset=spec.unit_offset)
+
+
+def decoder_layer(
+    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing
+) -> Tensor:
+    """One decoder layer: attention and gated MLP, each added to the residual stream. [N, D] -> [N, D]
 
     Where the hidden state that enters needs no gradient (the first layer above a frozen embedding), none is formed.
+
+    index: of the layer in the checkpoint, which says its kind.
     """
-    sum_ND, gate_up_N2F = _until_down(spec, weights, hidden_ND, rope, packing)
-    return sum_ND + ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"))
+    sum_ND, gate_up_N2F = _until_down(spec, index, weights, hidden_ND, ropes, packing)
+    update_ND = ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation)
+    return sum_ND + _norm_out(spec, weights.get("norm_mlp_out"), update_ND)
 
 
 def layer_gradient(
     spec: ModelSpec,
+    index: int,
     weights: LayerWeights,
     hidden_ND: Tensor,
-    rope: Rope,
+    ropes: Ropes,
     packing: Packing,
     d_out_ND: Tensor,
     *,
@@ -135,14 +168,18 @@ def layer_gradient(
     """Run a layer again from its input, and its output's gradient back through it (Chen et al. 2016, arXiv 1604.06174).
 
     The weights' gradients arrive at their leaves; returned is the input's, None where it is not needed. The last
-    product is not run again, no gradient needing its value: at Llama's ratios a quarter of the forward pass.
+    product is not run again where no gradient needs its value, which a norm after it would: at Llama's ratios a quarter
+    of the forward pass.
 
     before: called between the two, when no gradient of a weight is there yet.
     """
     entered_ND = hidden_ND.detach().requires_grad_(need_d_hidden)
+    gamma_D = weights.get("norm_mlp_out")
+    down = ops.gated_linear_unrun if gamma_D is None else ops.gated_linear
     with torch.enable_grad():
-        sum_ND, gate_up_N2F = _until_down(spec, weights, entered_ND, rope, packing)
-        update_ND = ops.gated_linear_unrun(gate_up_N2F, weights["down"], weights.get("down_bias"))
+        sum_ND, gate_up_N2F = _until_down(spec, index, weights, entered_ND, ropes, packing)
+        update_ND = down(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation)
+        update_ND = _norm_out(spec, gamma_D, update_ND)
     if before is not None:
         before()
     torch.autograd.backward((sum_ND, update_ND), (d_out_ND, d_out_ND))
@@ -150,16 +187,49 @@ def layer_gradient(
 
 
 def _until_down(
-    spec: ModelSpec, weights: LayerWeights, hidden_ND: Tensor, rope: Rope, packing: Packing
+    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing
 ) -> tuple[Tensor, Tensor]:
     """-> the residual stream after attention, and the packed gate and up projections."""
-    heads = ops.Heads(spec.H, spec.K, spec.E)
-    qkv_NC = ops.norm_linear(
-        hidden_ND, weights["norm_attention"], weights["qkv"], weights.get("qkv_bias"), spec.norm_eps
-    )
-    q_NHE, k_NKE, v_NKE = ops.rotary_packed(qkv_NC, heads, rope)
-    mixed_NHE = ops.attention(q_NHE, k_NKE, v_NKE, packing, spec.E**-0.5, spec.window)
+    kind = spec.kind(index)
+    rope = None if kind.rope is None else ropes[kind.rope]
+    norm: dict[str, Any] = {"eps": spec.norm_eps, "unit_offset": spec.unit_offset}
+    qkv, qkv_bias = weights["qkv"], weights.get("qkv_bias")
+    if spec.norms == "post":
+        qkv_NC = ops.linear(hidden_ND, qkv, qkv_bias)
+    else:
+        qkv_NC = ops.norm_linear(hidden_ND, weights["norm_attention"], qkv, qkv_bias, **norm)
+    q_NHE, k_NKE, v_NKE = _heads(spec, weights, qkv_NC, rope)
+    mixed_NHE = ops.attention(q_NHE, k_NKE, v_NKE, packing, spec.scale, kind.window, spec.softcap)
     update_ND = ops.linear(mixed_NHE.flatten(1), weights["output"], weights.get("output_bias"))
-    return ops.add_norm_linear(
-        hidden_ND, update_ND, weights["norm_mlp"], weights["gate_up"], weights.get("gate_up_bias"), spec.norm_eps
-    )
+    update_ND = _norm_out(spec, weights.get("norm_attention_out"), update_ND)
+    gate_up, gate_up_bias = weights["gate_up"], weights.get("gate_up_bias")
+    if spec.norms == "post":
+        sum_ND = hidden_ND + update_ND
+        return sum_ND, ops.linear(sum_ND, gate_up, gate_up_bias)
+    return ops.add_norm_linear(hidden_ND, update_ND, weights["norm_mlp"], gate_up, gate_up_bias, **norm)
+
+
+def _heads(
+    spec: ModelSpec, weights: LayerWeights, qkv_NC: Tensor, rope: Rope | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The packed projection -> q_NHE, k_NKE, v_NKE, normed and turned as the layer has it."""
+    heads, norm = ops.Heads(spec.H, spec.K, spec.E), None
+    if spec.head_norms == "head":
+        norm = ops.HeadNorm(weights["norm_q"], weights["norm_k"], spec.norm_eps, spec.unit_offset)
+    elif spec.head_norms == "all":
+        q_NC, k_NC, v_NC = qkv_NC.split((spec.H * spec.E, spec.K * spec.E, spec.K * spec.E), dim=1)
+        options: dict[str, Any] = {"eps": spec.norm_eps, "unit_offset": spec.unit_offset}
+        q_NC = ops.rms_norm(q_NC.contiguous(), weights["norm_q"], **options)
+        k_NC = ops.rms_norm(k_NC.contiguous(), weights["norm_k"], **options)
+        qkv_NC = torch.cat((q_NC, k_NC, v_NC), dim=1)
+    if rope is None:
+        assert norm is None, "no family norms heads that do not turn"
+        return heads.split(qkv_NC)
+    return ops.rotary_packed(qkv_NC, heads, rope, norm)
+
+
+def _norm_out(spec: ModelSpec, gamma_D: Tensor | None, update_ND: Tensor) -> Tensor:
+    """The norm at the end of half a layer, where the family has one."""
+    if gamma_D is None:
+        return update_ND
+    return ops.rms_norm(update_ND, gamma_D, spec.norm_eps, unit_offset=spec.unit_offset)

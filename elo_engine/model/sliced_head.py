@@ -25,10 +25,11 @@ class SlicedLoss:
     """The losses of one micro-batch.
 
     Args:
-        labels_N: int64, -100 = no loss.
+        labels_N: int64, -100 = no loss. softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
     """
 
-    def __init__(self, labels_N: Tensor) -> None:
+    def __init__(self, labels_N: Tensor, softcap: float | None = None) -> None:
+        self._softcap = softcap
         self._labels_N = labels_N
         self._kept_N = labels_N != IGNORED
         empty_N = torch.full(labels_N.shape, -torch.inf, dtype=torch.float32, device=labels_N.device)
@@ -39,7 +40,7 @@ class SlicedLoss:
     def observe(self, normed_ND: Tensor, head_SD: Tensor, begin: int) -> None:
         """First pass: the slice whose first row is row `begin` of the head."""
         for rows in self._chunks():
-            logits_RS = F.linear(normed_ND[rows], head_SD).float()
+            logits_RS, _ = self._logits(normed_ND[rows], head_SD, slope=False)
             self._lse_N[rows] = torch.logaddexp(self._lse_N[rows], torch.logsumexp(logits_RS, dim=1))
             target_R1, inside_R = self._targets(rows, begin, len(head_SD))
             self._target_N[rows] += torch.where(inside_R, logits_RS.gather(1, target_R1)[:, 0], 0.0)
@@ -55,14 +56,28 @@ class SlicedLoss:
         """
         d_normed_ND = torch.empty(normed_ND.shape, dtype=torch.float32, device=normed_ND.device)
         for rows in self._chunks():
-            d_logits_RS = F.linear(normed_ND[rows], head_SD).float().sub_(self._lse_N[rows, None]).exp_()
+            logits_RS, slope_RS = self._logits(normed_ND[rows], head_SD, slope=True)
+            d_logits_RS = logits_RS.sub_(self._lse_N[rows, None]).exp_()
+            del logits_RS
             target_R1, inside_R = self._targets(rows, begin, len(head_SD))
             d_logits_RS.scatter_add_(1, target_R1, -inside_R.float()[:, None])
+            if slope_RS is not None:
+                d_logits_RS.mul_(slope_RS)
+                del slope_RS
             typed_RS = d_logits_RS.mul_(self._kept_N[rows, None]).to(head_SD.dtype)
             del d_logits_RS
             d_normed_ND[rows] = _product(typed_RS, head_SD)
             _add_product(d_head_sum_SD, typed_RS.t(), normed_ND[rows])
         return d_normed_ND
+
+    def _logits(self, normed_RD: Tensor, head_SD: Tensor, *, slope: bool) -> tuple[Tensor, Tensor | None]:
+        """fp32 logits of a chunk, and the soft-cap's derivative at each where there is one and it is asked for."""
+        logits_RS = F.linear(normed_RD, head_SD).float()
+        if self._softcap is None:
+            return logits_RS, None
+        tanh_RS = logits_RS.div_(self._softcap).tanh_()
+        slope_RS = 1.0 - tanh_RS.square() if slope else None
+        return tanh_RS.mul_(self._softcap), slope_RS
 
     def _chunks(self) -> Iterator[slice]:
         for start in range(0, len(self._labels_N), CHUNK_ROWS):

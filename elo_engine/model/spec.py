@@ -1,35 +1,60 @@
 """What a checkpoint's `config.json` says, as plain data.
 
-One `ModelSpec` describes every supported family; what a family may vary is a field here and a row in `names.py`,
+One `ModelSpec` describes every supported family; what a family may vary is a field here and a row in `families.py`,
 never a class of its own. A field that would change the maths and is not understood is refused by name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from elo_engine.errors import RefusedError, UsageError
+from elo_engine.model.families import FAMILIES, REFUSED, Family, HeadNorms, Norms
 
-SUPPORTED_FAMILIES = {
-    "llama": "Llama 2, 3, 3.1, 3.2, SmolLM2 and others with this architecture",
-    "mistral": "Mistral 7B",
-}
+SUPPORTED_FAMILIES = {name: family.what for name, family in FAMILIES.items()}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_BIASES = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias")
 
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding: base and scaling as in the checkpoint's configuration."""
+    """Rotary embedding: base and scaling as in the checkpoint's configuration.
+
+    share: of a head's width, the part that turns.
+    """
 
     theta: float
     kind: str = "default"
     parameters: dict[str, Any] = field(default_factory=dict)  # of the scaling, for every kind but default
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What differs between the layers of one model.
+
+    Attributes:
+        window: tokens a query sees, itself included; None: all before it.
+        rope: which of the spec's rotary embeddings turns queries and keys; None: they do not turn.
+    """
+
+    window: int | None = None
+    rope: int | None = 0
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shapes and switches of a decoder-only transformer; letters as in the shape legend."""
+    """Shapes and switches of a decoder-only transformer; letters as in the shape legend.
+
+    Attributes:
+        ropes: rotary embeddings that layers choose from. kinds: a layer's by its index in the checkpoint, which it
+        keeps when it is detached; one entry where all layers are alike.
+        softcap: of the attention's scores. head_softcap: of the logits. score_scale: of the scores, instead of
+        1 / sqrt(E). embedding_scale: of embedded tokens, rounded to the compute dtype.
+        fused: the checkpoint stores queries, keys and values as one matrix, and gate and up projection as one.
+    """
 
     family: str
     layers: int
@@ -40,20 +65,55 @@ class ModelSpec:
     K: int
     E: int
     norm_eps: float
-    rope: RopeSpec
+    ropes: tuple[RopeSpec, ...]
     tied: bool
     max_positions: int
-    attention_bias: bool = False
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)
+    qkv_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
-    window: int | None = None  # tokens a query sees, itself included; None: all before it
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norms: Norms = "pre"
+    unit_offset: bool = False
+    head_norms: HeadNorms | None = None
+    fused: bool = False
+    softcap: float | None = None
+    head_softcap: float | None = None
+    score_scale: float | None = None
+    embedding_scale: float | None = None
+
+    def kind(self, index: int) -> LayerKind:
+        """Of the layer with this index in the checkpoint."""
+        return self.kinds[index if len(self.kinds) > 1 else 0]
+
+    @property
+    def rope(self) -> RopeSpec:
+        """The rotary embedding of the layers that see everything."""
+        return self.ropes[0]
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The different windows of the layers, ascending."""
+        return tuple(sorted({kind.window for kind in self.kinds if kind.window is not None}))
+
+    @property
+    def scale(self) -> float:
+        """Of the attention's scores."""
+        return self.E**-0.5 if self.score_scale is None else self.score_scale
+
+    @property
+    def norm_sizes(self) -> tuple[int, ...]:
+        """Weights of each norm of one decoder layer."""
+        heads = {None: (), "head": (self.E, self.E), "all": (self.H * self.E, self.K * self.E)}[self.head_norms]
+        return (self.D,) * (4 if self.norms == "both" else 2) + heads
 
     @property
     def layer_parameters(self) -> int:
         """Trainable parameters of one decoder layer."""
         attention = self.D * self.E * (2 * self.H + 2 * self.K)
-        biases = (self.E * (self.H + 2 * self.K) + self.D) * self.attention_bias
+        biases = self.E * (self.H + 2 * self.K) * self.qkv_bias + self.D * self.output_bias
         biases += (2 * self.F + self.D) * self.mlp_bias
-        return attention + 3 * self.D * self.F + 2 * self.D + biases
+        return attention + 3 * self.D * self.F + sum(self.norm_sizes) + biases
 
     @property
     def parameters(self) -> int:
@@ -68,22 +128,119 @@ def _require(config: dict[str, Any], key: str, kind: type = int) -> Any:
     return value
 
 
-def _read_rope(config: dict[str, Any]) -> RopeSpec:
+def _positive(config: dict[str, Any], key: str) -> int:
+    value: int = _require(config, key)
+    if value <= 0:
+        raise RefusedError(f"config.json: {key} is {value}; a positive number is needed")
+    return value
+
+
+def _number(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise RefusedError(f"config.json: {key} is {value!r}; a positive number is needed")
+    return float(value)
+
+
+def _read_rope(config: dict[str, Any], family: Family, layers: str | None = None) -> RopeSpec:
+    """layers: "full_attention" or "sliding_attention" where the two kinds have rotary embeddings of their own."""
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling: both are in the wild
-    new = config.get("rope_parameters")
-    old = config.get("rope_scaling")
+    new, old, theta_key = config.get("rope_parameters"), config.get("rope_scaling"), "rope_theta"
+    if layers is not None:
+        new = new.get(layers) if isinstance(new, dict) and layers in new else None if layers[0] == "s" else new
+        if layers == "sliding_attention":
+            old, theta_key = None, "rope_local_base_freq"
+    if not isinstance(new or old or {}, dict):
+        raise RefusedError(f"config.json: rope_parameters or rope_scaling is {new or old!r}; a mapping is needed")
     scaling = dict(new or old or {})
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
-    theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+    theta = _number(scaling.pop("rope_theta", None) or config.get(theta_key) or 10000.0, theta_key)
     if kind not in ROPE_TYPES:
         raise RefusedError(
             f"config.json: rotary embedding of type {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})"
         )
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0 or config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise RefusedError("config.json: partial_rotary_factor other than 1 is not supported")
-    scaling.pop("partial_rotary_factor", None)
-    return RopeSpec(theta=theta, kind=kind, parameters={} if kind == "default" else scaling)
+    share = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    if share != 1.0 and not family.partial_rotary:
+        raise RefusedError(f"config.json: partial_rotary_factor other than 1 is not supported for {family.what}")
+    return RopeSpec(theta, kind, {} if kind == "default" else scaling, _number(share, "partial_rotary_factor"))
+
+
+def _read_windows(config: dict[str, Any], family: Family, layers: int) -> list[int | None]:
+    """By layer; see `families.Windows`."""
+    window = config.get("sliding_window")
+    if family.windows == "none" or window is None or not config.get("use_sliding_window", True):
+        return [None] * layers
+    if isinstance(window, bool) or not isinstance(window, int) or window <= 0:
+        raise RefusedError(f"config.json: sliding_window is {window!r}; a positive number of tokens is needed")
+    types = config.get("layer_types")
+    if family.windows == "all":
+        return [window] * layers
+    if types is not None:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != layers or not all(kind in known for kind in types):
+            raise RefusedError(
+                f"config.json: layer_types is {types!r}; for each of the {layers} layers one of {', '.join(known)} is "
+                "needed"
+            )
+        return [window if kind == "sliding_attention" else None for kind in types]
+    if family.windows == "odd ones full":
+        return [None if index % 2 else window for index in range(layers)]
+    if family.local_rope:
+        every = _positive(config, "sliding_window_pattern")
+        return [None if (index + 1) % every == 0 else window for index in range(layers)]
+    first = _require(config, "max_window_layers")
+    return [window if index >= first else None for index in range(layers)]
+
+
+def _read_kinds(config: dict[str, Any], family: Family, layers: int) -> tuple[LayerKind, ...]:
+    windows = _read_windows(config, family, layers)
+    turns = [True] * layers
+    if family.rotary_off is not None:
+        listed = config.get(family.rotary_off)
+        if listed is None:
+            every = _positive(config, "no_rope_layer_interval")
+            listed = [int((index + 1) % every != 0) for index in range(layers)]
+        if not isinstance(listed, list) or len(listed) != layers:
+            raise RefusedError(f"config.json: {family.rotary_off} is {listed!r}; {layers} entries are needed")
+        turns = [bool(entry) for entry in listed]
+    kinds = tuple(
+        LayerKind(window, None if not turn else int(family.local_rope and window is not None))
+        for window, turn in zip(windows, turns, strict=True)
+    )
+    return kinds if len(set(kinds)) > 1 else kinds[:1]
+
+
+def _read_activation(config: dict[str, Any], name: str, family: Family) -> Literal["silu", "gelu_tanh"]:
+    key = "hidden_activation" if family.activation == "gelu_tanh" and "hidden_activation" in config else "hidden_act"
+    found = config.get(key) or {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[family.activation]
+    if _ACTIVATIONS.get(found if isinstance(found, str) else "") != family.activation:
+        usual = [known for known, ours in _ACTIVATIONS.items() if ours == family.activation]
+        raise RefusedError(
+            f"config.json: {key} {found!r} is not supported for {name} (supported: {', '.join(usual)})"
+        )
+    return family.activation
+
+
+def _refuse_the_unknown(config: dict[str, Any], name: str, family: Family) -> None:
+    if config.get("quantization_config") is not None:
+        raise RefusedError(
+            "config.json: quantization_config: this is a quantised checkpoint, whose weights cannot be trained as they "
+            "are; take the model's original checkpoint in bf16, fp16 or fp32"
+        )
+    for key in _BIASES:
+        if config.get(key) and key not in family.biases and not (key == "qkv_bias" and family.qkv_bias):
+            raise RefusedError(f"config.json: {key} is {config[key]!r}; biases are not known of {name}")
+    if config.get("use_bidirectional_attention"):
+        raise RefusedError("config.json: use_bidirectional_attention: only causal attention is supported")
+
+
+def _softcap(config: dict[str, Any], family: Family, key: str) -> float | None:
+    value = config.get(key)
+    if value is None:
+        return None
+    if not family.softcaps:
+        raise RefusedError(f"config.json: {key} is {value!r}; soft-caps are not known of {family.what}")
+    return _number(value, key)
 
 
 def read_spec(config: dict[str, Any]) -> ModelSpec:
@@ -92,35 +249,55 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
     Raises:
         RefusedError: a family, an activation, a rotary type or a field that this engine does not do, by name.
     """
-    family = config.get("model_type")
-    if family not in SUPPORTED_FAMILIES:
+    name = config.get("model_type")
+    if isinstance(name, str) and name in REFUSED:
+        raise RefusedError(
+            f"config.json: model_type {name!r} is {REFUSED[name]}; this engine trains dense text decoders"
+        )
+    if not isinstance(name, str) or name not in FAMILIES:
         known = "; ".join(f"{name} ({what})" for name, what in SUPPORTED_FAMILIES.items())
-        raise RefusedError(f"config.json: model_type {family!r} is not a supported family. Supported: {known}")
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise RefusedError(f"config.json: hidden_act {activation!r} is not supported for {family} (supported: silu)")
-    heads, width = _require(config, "num_attention_heads"), _require(config, "hidden_size")
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_width = config.get("head_dim") or width // heads
+        raise RefusedError(f"config.json: model_type {name!r} is not a supported family. Supported: {known}")
+    family = FAMILIES[name]
+    config = {**family.defaults, **config}
+    _refuse_the_unknown(config, name, family)
+    for key in family.needs:
+        _positive(config, key) if key != "query_pre_attn_scalar" else _number(config.get(key), key)
+    heads, width = _positive(config, "num_attention_heads"), _positive(config, "hidden_size")
+    kv_heads = heads if config.get("num_key_value_heads") is None else _positive(config, "num_key_value_heads")
+    if config.get("head_dim") is None and width % heads:
+        raise RefusedError(f"config.json: hidden_size {width} makes no {heads} heads, and head_dim is missing")
+    head_width = width // heads if config.get("head_dim") is None else _positive(config, "head_dim")
     if heads % kv_heads:
         raise RefusedError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads")
-    window = config.get("sliding_window") if family == "mistral" else None
+    layers = _positive(config, "num_hidden_layers")
+    sides = ("full_attention", "sliding_attention") if family.local_rope else (None,)
+    attention_bias = bool(config.get("attention_bias", False))
     return ModelSpec(
-        family=family,
-        layers=_require(config, "num_hidden_layers"),
-        V=_require(config, "vocab_size"),
+        family=name,
+        layers=layers,
+        V=_positive(config, "vocab_size"),
         D=width,
-        F=_require(config, "intermediate_size"),
+        F=_positive(config, "intermediate_size"),
         H=heads,
         K=kv_heads,
         E=head_width,
         norm_eps=float(_require(config, "rms_norm_eps", float)),
-        rope=_read_rope(config),
+        ropes=tuple(_read_rope(config, family, side) for side in sides),
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=int(config.get("max_position_embeddings") or 0),
-        attention_bias=bool(config.get("attention_bias", False)),
+        kinds=_read_kinds(config, family, layers),
+        qkv_bias=family.qkv_bias or attention_bias,
+        output_bias=attention_bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
-        window=window,
+        activation=_read_activation(config, name, family),
+        norms=family.norms,
+        unit_offset=family.unit_offset,
+        head_norms=family.head_norms,
+        fused=family.fused,
+        softcap=_softcap(config, family, "attn_logit_softcapping"),
+        head_softcap=_softcap(config, family, "final_logit_softcapping"),
+        score_scale=float(config["query_pre_attn_scalar"]) ** -0.5 if "query_pre_attn_scalar" in family.needs else None,
+        embedding_scale=width**0.5 if family.scaled_embedding else None,
     )
 
 

@@ -23,7 +23,7 @@ from elo_engine.measure.machine import device_room
 from elo_engine.measure.meter import human_bytes
 from elo_engine.model import names, ops
 from elo_engine.model.decoder import Batch, Decoder
-from elo_engine.model.layers import LayerWeights, RopeTable, decoder_layer
+from elo_engine.model.layers import LayerWeights, RopeTable, decoder_layer, final_norm, scale_embedded
 from elo_engine.model.spec import ModelSpec
 from elo_engine.stream.reading import CheckpointWeights
 from elo_engine.stream.vocabulary import Vocabulary
@@ -107,15 +107,17 @@ class LayerMajorScorer:
             slices = units.vocabulary
             if slices is not None:
                 rows_of = slices.embed(torch.cat([batch.ids_N for batch in batches]).cpu(), lambda: None)
-                hidden = [rows_of(batch.ids_N) for batch in batches]
+                hidden = [scale_embedded(spec, rows_of(batch.ids_N)) for batch in batches]
                 del rows_of
             else:
                 with _only_inside(units.embedding()) as weights:
-                    hidden = [F.embedding(batch.ids_N, weights["embedding"]) for batch in batches]
+                    table_VD = weights["embedding"]
+                    hidden = [scale_embedded(spec, F.embedding(batch.ids_N, table_VD)) for batch in batches]
+                    del table_VD
             for number in range(spec.layers):
                 with _only_inside(units.layer(number)) as weights:
                     for m, (batch, rope) in enumerate(zip(batches, ropes, strict=True)):
-                        hidden[m] = decoder_layer(spec, weights, hidden[m], rope, batch.packing)
+                        hidden[m] = decoder_layer(spec, number, weights, hidden[m], rope, batch.packing)
                         progress((number * len(batches) + m + 1) / parts)
             with _only_inside(units.last()) as weights:
                 return self._losses(units, weights, hidden, batches, progress)
@@ -128,7 +130,7 @@ class LayerMajorScorer:
         before, parts = self.spec.layers * len(batches), (self.spec.layers + 1) * len(batches)
 
         def normed_ND(m: int) -> Tensor:
-            return ops.rms_norm(hidden[m], weights["norm"], self.spec.norm_eps)
+            return final_norm(self.spec, hidden[m], weights["norm"])
 
         if units.vocabulary is not None:
             share = 1 / len(units.vocabulary.head)
@@ -137,7 +139,8 @@ class LayerMajorScorer:
             return [loss.losses_N() for loss in made]
         losses = []
         for m, batch in enumerate(batches):
-            losses.append(ops.token_losses(normed_ND(m), weights["head"], batch.labels_N))
+            cap = self.spec.head_softcap
+            losses.append(ops.token_losses(normed_ND(m), weights["head"], batch.labels_N, softcap=cap))
             progress((before + m + 1) / parts)
         return losses
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elo_engine.model import ops
+from elo_engine.model.layers import final_norm, scale_embedded
 from elo_engine.model.sliced_head import SlicedLoss
 from elo_engine.stream.step import Step
 from elo_engine.stream.vocabulary import Vocabulary
@@ -33,7 +33,7 @@ class SlicedStep(Step):
         """See `Step`: the rows of the step's tokens are gathered from the slices."""
         rows_of = self._vocabulary.embed(self.ids, self.poll)
         for m, (batch, _) in enumerate(self.batches):
-            self.hidden.put(0, m, rows_of(batch.ids_N))
+            self.hidden.put(0, m, scale_embedded(self.spec, rows_of(batch.ids_N)))
 
     def head(self) -> None:
         """See `Step`: once through the slices for the losses, once back for the gradients."""
@@ -42,7 +42,7 @@ class SlicedStep(Step):
             norm_D = last.weights["norm"]
 
             def normed_ND(m: int) -> Tensor:
-                made_ND = ops.rms_norm(hidden.get(L, m), norm_D, self.spec.norm_eps)
+                made_ND = final_norm(self.spec, hidden.get(L, m), norm_D)
                 self.soon(L, m)
                 return made_ND
 
@@ -65,7 +65,7 @@ class SlicedStep(Step):
         d_head_SD = torch.zeros(head_SD.shape, dtype=torch.float32, device=head_SD.device)
         for m, loss in enumerate(losses):
             self.poll()
-            normed_ND = ops.rms_norm(hidden.get(L, m), norm_D, self.spec.norm_eps)
+            normed_ND = final_norm(self.spec, hidden.get(L, m), norm_D)
             self.soon(L, m)
             d_normed_ND = loss.gradients(normed_ND, head_SD, self._vocabulary.rows(number)[0], d_head_SD)
             hidden.used(L, m, again=True)
@@ -96,7 +96,7 @@ class SlicedStep(Step):
                 sums.soon(0, m + 1)
             self.soon(L, m)
             with torch.enable_grad():
-                ops.rms_norm(entered_ND, norm_D, self.spec.norm_eps).backward(d_normed_ND)
+                final_norm(self.spec, entered_ND, norm_D).backward(d_normed_ND)
             hidden.used(L, m)
             assert entered_ND.grad is not None
             hidden.put(self.turn, m, entered_ND.grad)

@@ -17,7 +17,7 @@ from elo_engine.errors import FailedError
 from elo_engine.model import ops
 from elo_engine.model.bridge import Gap, GapStatistics
 from elo_engine.model.decoder import Batch, Leaf
-from elo_engine.model.layers import Rope, decoder_layer, layer_gradient
+from elo_engine.model.layers import Ropes, decoder_layer, final_norm, layer_gradient, scale_embedded
 from elo_engine.model.ops.adamw import StepNumbers, leaf_norms, step_numbers
 from elo_engine.model.outer import TokenRows
 from elo_engine.model.reference_adamw import step_key
@@ -38,7 +38,7 @@ class Step:
     """One step under way."""
 
     def __init__(
-        self, engine: StreamedEngine, batches: list[tuple[Batch, Rope]], ids: Tensor, tokens_loss: int, lr: float, *,
+        self, engine: StreamedEngine, batches: list[tuple[Batch, Ropes]], ids: Tensor, tokens_loss: int, lr: float, *,
         first: bool, should_stop: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.ids = ids  # of all micro-batches, on the host
@@ -75,7 +75,7 @@ class Step:
                     self.poll()
                     entered_ND = hidden.get(number, m)
                     self.soon(number, m)
-                    out_ND = decoder_layer(self.spec, present.weights, entered_ND, rope, batch.packing)
+                    out_ND = decoder_layer(self.spec, number, present.weights, entered_ND, rope, batch.packing)
                     hidden.used(number, m, again=True)
                     hidden.put(number + 1, m, out_ND)
                     del entered_ND, out_ND
@@ -96,7 +96,9 @@ class Step:
         with self.units.outer(self.store.embedding) as present:
             self.units.soon(0)
             for m, (batch, _) in enumerate(self.batches):
-                self.hidden.put(0, m, F.embedding(batch.ids_N, present.weights["embedding"]))
+                embedded_ND = F.embedding(batch.ids_N, present.weights["embedding"])
+                self.hidden.put(0, m, scale_embedded(self.spec, embedded_ND))
+                del embedded_ND
 
     def soon(self, place: int, m: int, *more: int) -> None:
         """The next micro-batch's hidden states of these places."""
@@ -138,8 +140,10 @@ class Step:
             entered_ND = hidden.get(self.spec.layers, m).detach().requires_grad_()
             self.soon(self.spec.layers, m)
             with torch.enable_grad():
-                normed_ND = ops.rms_norm(entered_ND, last.weights["norm"], self.spec.norm_eps)
-                loss = ops.linear_cross_entropy(normed_ND, head_VD, batch.labels_N, d_head_sum_VD=sum_VD)
+                normed_ND = final_norm(self.spec, entered_ND, last.weights["norm"])
+                loss = ops.linear_cross_entropy(
+                    normed_ND, head_VD, batch.labels_N, softcap=self.spec.head_softcap, d_head_sum_VD=sum_VD
+                )
                 del normed_ND
                 (loss / self._tokens).backward()
             self.loss_sum += loss.detach()
@@ -167,7 +171,7 @@ class Step:
                     entered_ND, d_out_ND = hidden.get(number, m), hidden.get(self.turn, m)
                     self.soon(number, m, self.turn)
                     d_hidden_ND = layer_gradient(
-                        spec, present.weights, entered_ND, rope, batch.packing, d_out_ND, need_d_hidden=True,
+                        spec, number, present.weights, entered_ND, rope, batch.packing, d_out_ND, need_d_hidden=True,
                         before=units.let_leave if m == 0 else None,
                     )  # fmt: skip
                     assert d_hidden_ND is not None
@@ -207,7 +211,7 @@ class Step:
         """The gradient by the embedded tokens of the step."""
         found = TokenRows(self.ids, self.spec.D, self.store.device)
         for m, (batch, _) in enumerate(self.batches):
-            found.add(batch.ids_N, self.hidden.get(self.turn, m))
+            found.add(batch.ids_N, scale_embedded(self.spec, self.hidden.get(self.turn, m)))
             self.hidden.used(self.turn, m)
         return found
 

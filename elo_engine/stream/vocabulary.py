@@ -72,7 +72,7 @@ class Vocabulary:
         """Once through the slices of the head: the losses of every micro-batch m, whose final norm's output [N, D] is
         `normed(m)` until `used(m)`. Part `after` is on its way then.
         """
-        found = [SlicedLoss(labels_N) for labels_N in labels]
+        found = [SlicedLoss(labels_N, self._store.spec.head_softcap) for labels_N in labels]
         with self.slices(self.head, after) as slices:
             for number, head_SD in slices:
                 for m, loss in enumerate(found):
