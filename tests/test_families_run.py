@@ -92,14 +92,16 @@ def test_streamed_alignment_is_that_of_the_resident_engine(
         status, shown = elo("run", write_config(tree))
         assert status == 0, shown
         made[engine] = tensors(tmp_path / engine / "model")
-    for name, tensor in made["resident"].items():
-        if vocabulary == "whole":
+    if vocabulary == "whole":
+        for name, tensor in made["resident"].items():
             assert raw(tensor) == raw(made["streamed"][name]), name
-        else:
-            # Adam's first steps are nearly lr x sign(gradient): of a gradient about zero, rounding decides the sign
-            difference = (tensor.float() - made["streamed"][name].float()).abs()
-            assert float(difference.max()) <= 2 * 2 * 1e-3 + 1e-5, name
-            assert float((difference > 1e-5).float().mean()) < 0.01, name
+        return
+    differences = torch.cat(
+        [(tensor - made["streamed"][name]).abs().flatten() for name, tensor in made["resident"].items()]
+    )
+    # Adam's first steps are nearly lr x sign(gradient): of a gradient about zero, rounding decides the sign
+    assert float(differences.max()) <= 2 * 2 * 1e-3 + 1e-5
+    assert float((differences > 1e-5).float().mean()) < 1e-3
 
 
 @pytest.mark.parametrize("case", ["gemma3", "olmo2", "smollm3, untied, windows"])

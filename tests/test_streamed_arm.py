@@ -33,9 +33,9 @@ def test_a_streamed_layer_that_is_left_out_is_caught(monkeypatch: pytest.MonkeyP
         watch(engine, found)
         layer, calls = streamed_step.decoder_layer, [0]
 
-        def all_but_every_fourth(spec: Any, weights: Any, hidden_ND: Any, *more: Any) -> Any:
+        def all_but_every_fourth(spec: Any, index: int, weights: Any, hidden_ND: Any, *more: Any) -> Any:
             calls[0] += 1
-            return layer(spec, weights, hidden_ND, *more) if calls[0] % 4 else hidden_ND.clone()
+            return layer(spec, index, weights, hidden_ND, *more) if calls[0] % 4 else hidden_ND.clone()
 
         monkeypatch.setattr(streamed_step, "decoder_layer", all_but_every_fourth)
 

@@ -55,8 +55,11 @@ def _cpu_rows(setting: Setting, ledger: Ledger, *, learns: bool) -> None:
     cols = _COLS if learns else min(_MOST_COLS, max(_COLS, _ROWS * _COLS // rows))
     wide = min(cols, spec.V)
     tile = 0
-    if w == 2:  # the processor's bf16 products take a copy of the tile, and their results are of bf16 too
-        tile = 2 * (rows * wide + max(rows, wide if learns else 0) * spec.D)
+    if w == 2:
+        # The processor's bf16 products have results of bf16, beside which the probabilities are rounded and the head's
+        # rows copied; a result that is added to a sum in fp32 is cast first. Traced on a Xeon with AMX.
+        added = max(rows, wide if learns else 0)
+        tile = max(2 * (rows * wide + wide * spec.D + rows * spec.D), 6 * added * spec.D)
         if not has_bf16(torch.device("cpu")):
             # fp32 products take copies of the head's rows, two tiles of them, because one lives until the next is made;
             # where the head learns the last one lives while all are made again, a single tile too
