@@ -122,6 +122,8 @@ class EngineStep:
         product = ledger.add(ACT, self.NF)
         down = ledger.add(ACT, self.ND)
         ledger.drop(product)
+        if self.spec.norms != "pre":
+            kept["down"], (down, kept["rstd4"]) = down, self.norm()
         out = ledger.add(ACT, self.ND)
         ledger.drop(down)
         if not graph:
@@ -130,18 +132,57 @@ class EngineStep:
 
     def until_down(self) -> dict[str, Held]:
         """The layer without its last product: all that a recomputation runs. -> what is saved."""
-        ledger, kept = self.ledger, dict[str, Held]()
-        normed, kept["rstd1"] = self.norm()
+        ledger, kept, before = self.ledger, dict[str, Held](), self.spec.norms != "post"
+        normed = ledger.add(ACT, 0)
+        if before:
+            normed, kept["rstd1"] = self.norm()
         kept["qkv"] = ledger.add(ACT, self.NC)
         ledger.drop(normed)
+        if self.spec.head_norms is not None:
+            self.head_norms(kept)
         self.turn()
         kept["mixed"], kept["lse"] = ledger.add(ACT, self.NHE), ledger.add(ACT, 4 * self.spec.H * self.N)
         update = ledger.add(ACT, self.ND)
+        if self.spec.norms != "pre":
+            kept["update"], (update, kept["rstd3"]) = update, self.norm()
         kept["sum"] = ledger.add(ACT, self.ND)
-        normed, kept["rstd2"] = self.norm()
+        normed = ledger.add(ACT, 0)
+        if before:
+            normed, kept["rstd2"] = self.norm()
         kept["gate_up"] = ledger.add(ACT, 2 * self.NF)
         ledger.drop(normed, update)
         return kept
+
+    def head_norms(self, kept: dict[str, Held]) -> None:
+        """Query and key heads normed: what they were is kept beside what they are. One kernel on a GPU for heads by
+        themselves; else copies of the heads, normed, and put together again.
+        """
+        ledger, spec, heads = self.ledger, self.spec, self.NHE + self.NKE
+        if self.cuda and spec.head_norms == "head":
+            kept["unnormed"], kept["qkv"] = kept["qkv"], ledger.add(ACT, self.NC)
+            return
+        groups = spec.H + spec.K if spec.head_norms == "head" else 2
+        kept["unnormed"], kept["rstd5"] = ledger.add(ACT, heads), ledger.add(ACT, 4 * self.N * groups)
+        ledger.spike(ACT, heads * (4 // self.w) * (1 if self.w == 4 else 2))
+        normed = ledger.add(ACT, heads)
+        made = ledger.add(ACT, self.NC)
+        ledger.drop(normed, kept["qkv"])
+        kept["qkv"] = made
+
+    def head_norms_backward(self, index: int, kept: dict[str, Held]) -> None:
+        """From the gradient of the normed heads to that of what they were."""
+        ledger, heads = self.ledger, (self.NHE + self.NKE) * (1 if self.cuda else 4 // self.w)
+        with ledger.during(ACT, 2 * heads):
+            ledger.spike(ACT, heads)
+        self.gradient(index, "norms of heads", sum(self.spec.norm_sizes[-2:]))
+        ledger.drop(kept.pop("unnormed"), *([kept.pop("rstd5")] if "rstd5" in kept else []))
+
+    def norm_out_backward(self, index: int, kept: dict[str, Held], *names: str) -> Held:
+        """Of a norm at the end of half a layer -> gradient of what it normed."""
+        found = self.norm_backward()
+        self.gradient(index, f"norm of {names[0]}", self.spec.D)
+        self.ledger.drop(*(kept.pop(name) for name in names))
+        return found
 
     def turn(self) -> None:
         """Rotary in place; on the CPU half of the turned heads once more, and the tables in the heads' type."""
@@ -165,34 +206,53 @@ class EngineStep:
             if held not in lasting:
                 ledger.drop(held)
 
+        post = self.spec.norms != "pre"
+        if post and "down" not in kept:  # run again: the product too
+            kept["down"], kept["rstd4"] = ledger.add(ACT, self.ND), ledger.add(ACT, 4 * self.N)
+        d_down = self.norm_out_backward(index, kept, "down", "rstd4") if post else ledger.add(ACT, 0)
         # down projection and SwiGLU
         d_product, d_packed = ledger.add(ACT, self.NF), ledger.add(ACT, 2 * self.NF)
         active = ledger.add(ACT, 0 if self.cuda else self.NF)  # the kernel writes it over d_product
         if not self.cuda:
             ledger.spike(ACT, self.NF)
         self.gradient(index, "down", p["down"].size + p["down"].biases)
-        ledger.drop(d_product, active)
+        ledger.drop(d_product, active, d_down)
         pass_by(kept.pop("gate_up"))
         self.gradients.settle()
         # the second norm with gate and up
-        residual = self.norm_linear_backward(index, "gate_up", 2 * (p["gate"].size + p["gate"].biases))
-        ledger.drop(d_packed, kept.pop("rstd2"))
+        size = 2 * (p["gate"].size + p["gate"].biases)
+        if self.spec.norms == "post":
+            self.gradient(index, "gate_up", size)
+            through, residual = ledger.add(ACT, self.ND), ledger.add(ACT, self.ND)
+            ledger.drop(through, d_packed)
+        else:
+            residual = self.norm_linear_backward(index, "gate_up", size)
+            ledger.drop(d_packed, kept.pop("rstd2"))
         pass_by(d_out)
         pass_by(kept.pop("sum"))
         self.gradients.settle()
         # output projection and attention
+        d_update = self.norm_out_backward(index, kept, "update", "rstd3") if post else ledger.add(ACT, 0)
         d_mixed = ledger.add(ACT, self.NHE)
         self.gradient(index, "output", p["o"].size + p["o"].biases)
+        ledger.drop(d_update)
         self.gradients.settle()
         if not below:
             ledger.drop(residual)
         d_qkv = self.attention_backward(kept, d_mixed)
         with ledger.during(ACT, 0 if self.cuda else self.rope_NR):  # the negated sine
             self.turn()
+        if self.spec.head_norms is not None:
+            self.head_norms_backward(index, kept)
         # the first norm with the packed projection
         packed = sum(p[name].size + p[name].biases for name in "qkv")
-        d_hidden = self.norm_linear_backward(index, "qkv", packed) if below else self.below_nothing(index, packed)
-        ledger.drop(d_qkv, kept.pop("rstd1"), d_hidden, *lasting)  # d_hidden: added into the residual's gradient
+        if self.spec.norms == "post":
+            self.gradient(index, "qkv", packed)
+            d_hidden, rstd = ledger.add(ACT, self.ND if below else 0), ledger.add(ACT, 0)
+        else:
+            d_hidden = self.norm_linear_backward(index, "qkv", packed) if below else self.below_nothing(index, packed)
+            rstd = kept.pop("rstd1")
+        ledger.drop(d_qkv, rstd, d_hidden, *lasting)  # d_hidden: added into the residual's gradient
         self.gradients.settle()
         assert not kept
         return residual if below else None

@@ -13,6 +13,7 @@ from elo_engine.measure.setting import Setting
 LOSS = "loss workspace"
 # cpu_head.HeadTiles
 _ROWS, _COLS, _MOST_COLS, _CHUNK_BYTES = 2048, 512, 4096, 128 << 20
+_CAPPED_ROWS = 1024  # chunked_head.CHUNK_ROWS, of as many bytes as above
 _SWEEP_WIDTH = 32  # cpu_native.fits_frozen_head: widths of whole register tiles
 # kernels.linear_cross_entropy.LinearCrossEntropyLaunch
 _GPU_CHUNK_BYTES, _ROW_STEP, _MOST_ROWS, _ALIGN = 1 << 30, 256, 8192, 16
@@ -36,10 +37,24 @@ def forward(setting: Setting, ledger: Ledger, *, learns: bool) -> Held:
     losses, d_hidden = ledger.add(LOSS, 4 * N), ledger.add(LOSS, N * spec.D * w)
     if setting.device == "cuda":
         ledger.spike(LOSS, gpu_chunk(N, spec.V, w) * _round_up(spec.V, _ALIGN) * w)
+    elif spec.head_softcap is not None:
+        _capped_rows(setting, ledger, learns=learns)
     else:
         _cpu_rows(setting, ledger, learns=learns)
     ledger.drop(losses)
     return d_hidden
+
+
+def _capped_rows(setting: Setting, ledger: Ledger, *, learns: bool) -> None:
+    """`chunked_head.py`: logits, the soft-cap's derivative, and a third of their size; then the products of their
+    gradient.
+    """
+    spec, w = setting.spec, setting.width
+    rows = min(setting.N, max(1, min(_CAPPED_ROWS, _CHUNK_BYTES // (4 * spec.V))))
+    rounded = w * rows * spec.V if w == 2 else 0
+    ledger.spike(LOSS, 12 * rows * spec.V + rounded)
+    product = spec.V * spec.D * (w + (4 if w == 2 else 0)) if learns else w * rows * spec.D
+    ledger.spike(LOSS, w * rows * spec.V + product)
 
 
 def _cpu_rows(setting: Setting, ledger: Ledger, *, learns: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 IGNORED = -100
 CHUNK_ROWS = 1024  # 1024 x 128256 fp32 logits are 0.5 GB
+CAPPED_BYTES = 128 << 20  # of fp32 logits in a chunk under a soft-cap, whose derivative is kept beside them
 
 
 @torch.no_grad()
@@ -27,26 +28,43 @@ def head_loss(
     d_head_VD = d_head_out_VD if need_d_head else None
     if need_d_head and d_head_VD is None:
         d_head_VD = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device)
-    for start in range(0, len(labels_N), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        labels_R, logits_RV = labels_N[rows], F.linear(hidden_ND[rows], head_VD).float()
-        slope_RV = None
-        if softcap is not None:
-            tanh_RV = logits_RV.div_(softcap).tanh_()
-            slope_RV = 1.0 - tanh_RV.square() if need_d_hidden or need_d_head else None
-            logits_RV = tanh_RV.mul_(softcap)
-        losses_N[rows] = F.cross_entropy(logits_RV, labels_R, ignore_index=IGNORED, reduction="none")
-        if d_hidden_ND is None and d_head_VD is None:
+    size = chunk_rows(len(head_VD)) if softcap is not None else CHUNK_ROWS
+    for start in range(0, len(labels_N), size):
+        rows = slice(start, start + size)
+        operands = hidden_ND[rows], head_VD, labels_N[rows], softcap
+        losses_N[rows], d_logits_RV = _chunk(*operands, need_gradient=d_hidden_ND is not None or d_head_VD is not None)
+        if d_logits_RV is None:
             continue
-        d_logits_RV = _softmax_minus_target(logits_RV, labels_R)
-        if slope_RV is not None:
-            d_logits_RV.mul_(slope_RV)
-        d_logits_RV = d_logits_RV.to(head_VD.dtype)
         if d_hidden_ND is not None:
             d_hidden_ND[rows] = torch.mm(d_logits_RV, head_VD)
         if d_head_VD is not None:
             d_head_VD += torch.mm(d_logits_RV.t(), hidden_ND[rows])
+        del d_logits_RV
     return losses_N, d_hidden_ND, d_head_VD
+
+
+def chunk_rows(V: int) -> int:
+    """Rows of a chunk of soft-capped logits, of which three are alive at a time."""
+    return max(1, min(CHUNK_ROWS, CAPPED_BYTES // (4 * V)))
+
+
+def _chunk(
+    hidden_RD: Tensor, head_VD: Tensor, labels_R: Tensor, softcap: float | None, *, need_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Losses, and the gradient of their sum by the logits in the head's type. What they were made of ends here."""
+    logits_RV = F.linear(hidden_RD, head_VD).float()
+    slope_RV = None
+    if softcap is not None:
+        logits_RV.div_(softcap).tanh_()
+        slope_RV = 1.0 - logits_RV.square() if need_gradient else None
+        logits_RV.mul_(softcap)
+    losses_R = F.cross_entropy(logits_RV, labels_R, ignore_index=IGNORED, reduction="none")
+    if not need_gradient:
+        return losses_R, None
+    d_logits_RV = _softmax_minus_target(logits_RV, labels_R)
+    if slope_RV is not None:
+        d_logits_RV.mul_(slope_RV)
+    return losses_R, d_logits_RV.to(head_VD.dtype)
 
 
 def _softmax_minus_target(logits_RV: Tensor, labels_R: Tensor) -> Tensor:
