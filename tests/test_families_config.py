@@ -96,6 +96,14 @@ def test_published_windows_follow_the_layers_index() -> None:
     assert read_spec(QWEN25_7B).windows == (), "switched off"
 
 
+@pytest.mark.parametrize("case", ["gemma2", "gemma3", "smollm3"])
+def test_a_head_that_is_tied_by_default(case: str) -> None:
+    """transformers 4 writes no tie_word_embeddings where it has the family's default."""
+    written = {key: value for key, value in config_of(case).items() if key != "tie_word_embeddings"}
+    assert read_spec(written).tied and read_spec(config_of(case, tie_word_embeddings=False)).tied is False
+    assert not read_spec({k: v for k, v in config_of("qwen2").items() if k != "tie_word_embeddings"}).tied
+
+
 def test_old_and_new_ways_to_say_the_same_of_the_layers() -> None:
     older = config_of("gemma3", layer_types=None, sliding_window_pattern=2)
     newer = config_of("gemma3", layer_types=["sliding_attention", "full_attention"] * 2)

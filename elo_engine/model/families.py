@@ -47,6 +47,7 @@ class Family:
     defaults: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
+_TIED = MappingProxyType({"tie_word_embeddings": True})  # which transformers 4 leaves out of the file where it is so
 _BOTH = frozenset({"attention_bias", "mlp_bias"})
 _ATTENTION = frozenset({"attention_bias"})
 _GEMMA: dict[str, Any] = {
@@ -59,16 +60,14 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral 7B", windows="all"),
     "qwen2": Family("Qwen2, Qwen2.5", qkv_bias=True, windows="by layer"),
     "qwen3": Family("Qwen3, dense", biases=_ATTENTION, head_norms="head", windows="by layer", needs=("head_dim",)),
-    "gemma2": Family(
-        "Gemma 2", **_GEMMA, windows="odd ones full", defaults=MappingProxyType({"tie_word_embeddings": True})
-    ),
+    "gemma2": Family("Gemma 2", **_GEMMA, windows="odd ones full", defaults=_TIED),
     "gemma3_text": Family(
         "Gemma 3, text", **_GEMMA, head_norms="head", windows="by layer", local_rope=True,
-        defaults=MappingProxyType({"tie_word_embeddings": True}),
+        defaults=_TIED,
     ),
     "phi3": Family("Phi-3, Phi-3.5-mini, Phi-4", fused=True, windows="all", partial_rotary=True),
     "olmo2": Family("OLMo 2", norms="post", head_norms="all", biases=_ATTENTION),
-    "smollm3": Family("SmolLM3", biases=_BOTH, windows="by layer", rotary_off="no_rope_layers"),
+    "smollm3": Family("SmolLM3", biases=_BOTH, windows="by layer", rotary_off="no_rope_layers", defaults=_TIED),
 }  # fmt: skip
 
 _MOE, _LINEAR = "a mixture of experts", "a hybrid with linear attention or state-space layers"
