@@ -21,6 +21,7 @@ from elo_engine.errors import UsageError
 from elo_engine.evaluate import Scorer, batch_tokens
 from elo_engine.measure.expected import StageMemory, stage_memory
 from elo_engine.model.full import load_full
+from elo_engine.out_of_memory import explained
 from elo_engine.plan import align_engine
 from elo_engine.reattach import final_weights, write_model
 from elo_engine.run_dir import RunDir
@@ -61,21 +62,22 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
     fitted = obtain_bridge(run, source, mixture, keep_statistics=True) if interleaved else None
     if fitted is not None:  # its pass has left its own mark on the process
         memory = StageMemory.now(memory.predicted, source.device)
-    engine = _load(run, source, index, choice, fitted)
-    del fitted  # its maps in fp32
     # after ELO pretraining the alignment goes on where that stopped reading; the paper's stages share no text either
     rows_read = config.steps("pretrain") * config.pretrain.tokens_per_step // config.data.sequence_length
     first_row = rows_read if start.exists() else 0
-    scorers: dict[str, Scorer] = {"whole": engine.scorer}
-    if heldout is not None and isinstance(scorers["whole"], LayerMajorScorer):
-        reason = why_not(scorers["whole"], batch_tokens(heldout.sequence_length))
-        if reason:
-            run.say(f"align: the held-out loss is not followed: {reason}")
-            scorers = {}
-    summary = run_stage(
-        run, "align", engine, index, mixture, scorers, heldout,
-        memory=memory, setting=choice.setting, first_row=first_row,
-    )  # fmt: skip
+    with explained(run, source, "align", memory, choice.setting):
+        engine = _load(run, source, index, choice, fitted)
+        del fitted  # its maps in fp32
+        scorers: dict[str, Scorer] = {"whole": engine.scorer}
+        if heldout is not None and isinstance(scorers["whole"], LayerMajorScorer):
+            reason = why_not(scorers["whole"], batch_tokens(heldout.sequence_length))
+            if reason:
+                run.say(f"align: the held-out loss is not followed: {reason}")
+                scorers = {}
+        summary = run_stage(
+            run, "align", engine, index, mixture, scorers, heldout,
+            memory=memory, setting=choice.setting, first_row=first_row,
+        )  # fmt: skip
     extra = {"kind": "aligned", "run_id": run.run_id, "source": source.index.identity()}
     write_model(
         run,
@@ -101,7 +103,8 @@ def _load(
     if turns:
         steps = config.steps("align"), config.steps("pretrain")
         run.say("align: interleaved, {} whole-model steps among {} of the detached layers".format(*steps))
-    with console.bytes_bar("load the whole model") as progress:
+    with console.bytes_bar("load the whole model") as bar:
+        progress = run.beating("loading", bar)
         if choice.streaming is None:
             model, _ = load_full(
                 index,

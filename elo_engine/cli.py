@@ -1,5 +1,5 @@
 """The `elo` command: one function per verb, nothing else; `cli_judge.py` and `cli_bench.py` have more of them. Exit
-status: 0 ok, 1 failed, 2 usage or configuration, 3 refused, 130 interrupted after a clean snapshot.
+status: 0 ok, 1 failed, 2 usage or configuration, 3 refused, 4 not finite, 130 interrupted after a clean snapshot.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +17,22 @@ from elo_engine.errors import EloError
 LESS_MEMORY = "a smaller micro_batch, recompute: layer or a shorter data.sequence_length need less"
 
 
-def _as_interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+GRACE_S = 5.0  # for which more signals do not disturb the cleaning up after the first
+
+
+class _Unwinding:
+    """SIGINT and SIGTERM outside the training loop (loading, evaluation, writing): both unwind, so that nothing is left
+    behind. Another one within GRACE_S would cut that short and is let pass; a later one unwinds again.
+    """
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __call__(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if now - self._last >= GRACE_S:
+            self._last = now
+            raise KeyboardInterrupt
 
 
 def verb(body: Callable[..., None]) -> Callable[..., None]:
@@ -24,8 +40,8 @@ def verb(body: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(body)
     def run(*args: Any, **kwargs: Any) -> None:
-        # SIGTERM outside the training loop (loading, evaluation, writing) unwinds like Ctrl-C: nothing is left behind
-        before = signal.signal(signal.SIGTERM, _as_interrupt)
+        handler = _Unwinding()
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             body(*args, **kwargs)
         except EloError as error:
@@ -46,6 +62,7 @@ def verb(body: Callable[..., None]) -> Callable[..., None]:
             )
             raise typer.Exit(1) from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, old in before.items():
+                signal.signal(number, old)
 
     return run

@@ -76,7 +76,7 @@ def detach(
             dtype=source.dtype,
             recompute=recompute,
             bridges=bridges,
-            progress=progress,
+            progress=run.beating("loading", progress),
         )
     seconds = time.perf_counter() - began
     run.say(f"detach: layers {list(source.layers)} of {source.spec.layers} from {source.folder}")

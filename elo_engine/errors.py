@@ -19,6 +19,22 @@ class FailedError(EloError):
     exit_status = 1
 
 
+class NonFiniteError(FailedError):
+    """The loss or the gradient was no number on the first step, or too many times in a row; no such step was kept. The
+    message names the step and the rows and documents it was made of.
+    """
+
+    exit_status = 4
+
+
+class OutOfMemory(FailedError):
+    """The device or the host had no memory left, although the plan fitted; the message has the plan against what was
+    measured, and what would take less.
+    """
+
+    exit_status = 1
+
+
 class UsageError(EloError, ValueError):
     """The configuration or an argument cannot be meant: no such file, unknown key, out of range, empty text."""
 

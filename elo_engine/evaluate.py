@@ -226,10 +226,11 @@ def evaluate_folder(
     dtype: torch.dtype,
     engine: EngineName = "auto",
     say: Callable[[str], None] = lambda text: console.err.print(text, markup=False),
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Evaluation]:
     """Score a whole checkpoint on every language of a held-out set; as `open_folder` and `evaluate_all`."""
-    length = heldout.sequence_length
-    return evaluate_all(open_folder(folder, length, device=device, dtype=dtype, engine=engine, say=say), heldout)
+    scorer = open_folder(folder, heldout.sequence_length, device=device, dtype=dtype, engine=engine, say=say)
+    return evaluate_all(scorer, heldout, should_stop)
 
 
 def evaluate_command(

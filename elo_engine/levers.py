@@ -186,12 +186,14 @@ def _with(config: RunConfig, overrides: tuple[tuple[str, Any], ...]) -> _Changed
 
 
 def advise(
-    config: RunConfig, stage: StageName, setting: Setting, need: Callable[[RunConfig], int], cap_bytes: int
-) -> Advice:
+    config: RunConfig, stage: StageName, setting: Setting, need: Callable[[RunConfig], int], cap_bytes: int, *,
+    combine: bool = True,
+) -> Advice:  # fmt: skip
     """What would make what the stage needs of some memory fit into `cap_bytes`.
 
     Args:
         setting: what the configuration comes to. need: bytes of that memory, with a configuration.
+        combine: whether several are tried together.
     """
 
     def plan_with(*overrides: tuple[str, Any]) -> tuple[int, tuple[str, ...]] | None:
@@ -206,7 +208,7 @@ def advise(
     every = [override for override, _ in useful]
     gentle = [override for override in every if override[0].endswith(_SAME_LESSON)]
     least = now
-    for those in (gentle, every):
+    for those in (gentle, every) if combine else ():
         for count in range(1, len(those) + 1):
             tried = [found for group in combinations(those, count) if (found := plan_with(*group)) is not None]
             if not tried:

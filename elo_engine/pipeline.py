@@ -47,7 +47,14 @@ def evaluate_once(run: RunDir, source: Source, moment: str, folder: Path) -> Non
         return
     heldout = open_heldout(run.config, source.folder, source.spec.V)
     run.status(state="running", stage=f"evaluate {moment}")
-    found = evaluate_folder(folder, heldout, device=source.device, dtype=source.dtype, say=run.say)
+
+    def alive() -> bool:
+        run.beat()
+        return False  # a signal unwinds by itself here: there is nothing to save
+
+    found = evaluate_folder(
+        folder, heldout, device=source.device, dtype=source.dtype, say=run.say, should_stop=alive
+    )
     results["evaluations"][moment] = {language: asdict(result) for language, result in found.items()}
     run.write_json("results.json", results)
     for language, result in found.items():

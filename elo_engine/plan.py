@@ -108,7 +108,7 @@ def _on_card(memory_bytes: int, what: str) -> Room:
 
 def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, Any]:
     """The plan as JSON; `refusals` names what cannot fit and what to do, one entry each, and is empty where all can."""
-    spec, planning = subject.spec, _Planning(subject.spec, target)
+    spec, planning = subject.spec, Planning(subject.spec, target)
     choice = planning.choice(config)
     settings = {stage: planning.setting(config, stage) for stage in STAGES}
     pretrain, align = settings["pretrain"], settings["align"]
@@ -142,7 +142,7 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
     return plan
 
 
-class _Planning:
+class Planning:
     """Settings and needs of a configuration and of others like it, for one model and one machine."""
 
     def __init__(self, spec: ModelSpec, target: Target) -> None:
@@ -178,7 +178,7 @@ def _engine(choice: EngineChoice) -> dict[str, Any]:
     return {"name": choice.engine, **how, "why": choice.why, "resident_bytes": choice.resident_bytes}
 
 
-def _stage(config: RunConfig, stage: StageName, planning: _Planning, target: Target) -> dict[str, Any]:
+def _stage(config: RunConfig, stage: StageName, planning: Planning, target: Target) -> dict[str, Any]:
     setting, steps = planning.setting(config, stage), config.steps(stage)
     needs, flops = planning.needs_of(setting), arm_flops(setting)
     made: dict[str, Any] = {
@@ -320,7 +320,7 @@ def require_memory(config: RunConfig, source: Source, stage: StageName) -> expec
 
 def setting_of(config: RunConfig, source: Source, stage: StageName) -> Setting:
     """A stage on this machine as it is now, as the counts and the memory planner take it."""
-    return _Planning(source.spec, Target.here(source.device, config.output)).setting(config, stage)
+    return Planning(source.spec, Target.here(source.device, config.output)).setting(config, stage)
 
 
 def align_engine(config: RunConfig, source: Source) -> EngineChoice:
@@ -334,7 +334,7 @@ def align_engine(config: RunConfig, source: Source) -> EngineChoice:
     refusal = stage_refusal(make_plan(config, Subject.of(source.index, source.spec), target), "align")
     if refusal is not None:
         raise RefusedError(refusal)
-    return _Planning(source.spec, target).choice(config)
+    return Planning(source.spec, target).choice(config)
 
 
 def plan_command(

@@ -13,6 +13,7 @@ from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source, detach
 from elo_engine.evaluate import Scorer, batch_tokens
 from elo_engine.measure.expected import StageMemory
+from elo_engine.out_of_memory import explained
 from elo_engine.plan import require_memory, setting_of
 from elo_engine.reattach import refuse_interleaved
 from elo_engine.run_dir import RunDir
@@ -34,18 +35,19 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     if bridge is not None:  # its pass has left its own mark on the process
         memory = StageMemory.now(memory.predicted, source.device)
     bridges = None if bridge is None else bridge.bridges
-    model = detach(source, run, recompute=section.recompute == "layer", bridges=bridges)
-    del bridge, bridges
-    engine = ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.micro_batch)
-    scorers: dict[str, Scorer] = {"shallow": engine.scorer}
-    if heldout is not None and config.evaluate.whole:
-        whole = whole_model_scorer(source.index, model)
-        reason = why_not(whole, batch_tokens(heldout.sequence_length))
-        if reason:
-            run.say(f"pretrain: the whole model's held-out loss is not followed: {reason}")
-        else:
-            scorers["whole"] = whole
-    return run_stage(
-        run, "pretrain", engine, source.index, mixture, scorers, heldout,
-        memory=memory, setting=setting_of(config, source, "pretrain"),
-    )  # fmt: skip
+    setting = setting_of(config, source, "pretrain")
+    with explained(run, source, "pretrain", memory, setting):
+        model = detach(source, run, recompute=section.recompute == "layer", bridges=bridges)
+        del bridge, bridges
+        engine = ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.micro_batch)
+        scorers: dict[str, Scorer] = {"shallow": engine.scorer}
+        if heldout is not None and config.evaluate.whole:
+            whole = whole_model_scorer(source.index, model)
+            reason = why_not(whole, batch_tokens(heldout.sequence_length))
+            if reason:
+                run.say(f"pretrain: the whole model's held-out loss is not followed: {reason}")
+            else:
+                scorers["whole"] = whole
+        return run_stage(
+            run, "pretrain", engine, source.index, mixture, scorers, heldout, memory=memory, setting=setting
+        )

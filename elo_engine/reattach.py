@@ -86,11 +86,13 @@ def write_model(
     hard_links = run.config.hard_links if hard_links is None else hard_links
     preflight_space(target, space_needed(index, changed, target, hard_links))
     total = sum(shard.size for shard in index.shards.values())
+    run.beat("writing")
     with (
         console.progress_bar(f"write {target.name} (bytes)", total) as bar,
         publish(target, extra=extra) as folder,
     ):
-        stats = rewrite_checkpoint(index, changed, folder, lambda done, _: bar(done, ""), hard_links=hard_links)
+        told = run.beating("writing", lambda done, _: bar(done, ""))
+        stats = rewrite_checkpoint(index, changed, folder, told, hard_links=hard_links)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
     run.say(f"wrote {target}: {len(changed)} of {len(index.entries)} tensors changed, {describe_rewrite(stats)}")

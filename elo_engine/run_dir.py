@@ -13,6 +13,7 @@ import math
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from elo_engine.errors import RefusedError, UsageError
 from elo_engine.measure.environment import describe_environment
 
 _CONFIG_NAME = "config.resolved.yaml"
+_BEAT_S = 1.0  # STATUS is renewed at most this often by work that goes on
 
 
 def pinned(config: RunConfig) -> RunConfig:
@@ -52,6 +54,8 @@ class RunDir:
         if self._metrics.tell() and not (path / "metrics.jsonl").read_bytes().endswith(b"\n"):
             self._metrics.write("\n")  # a line torn by a crash must not swallow the next one
         self._board = _tensorboard(path)
+        self._status: dict[str, Any] = {}
+        self._beaten = 0.0
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDir:
@@ -148,11 +152,29 @@ class RunDir:
                     self._board.add_scalar(f"{record.get('stage', 'run')}/{key}", value, record["step"])
 
     def status(self, **fields: Any) -> None:
-        """Replace STATUS: what the run is doing, since when, and which process does it."""
+        """Replace STATUS: what the run is doing, which process does it, and when it last gave a sign of life."""
         temporary = self.path / ".STATUS.tmp"
-        fields |= {"pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self._status, self._beaten = dict(fields), time.monotonic()
+        fields |= {"pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "heartbeat_s": time.time()}
         temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
         os.replace(temporary, self.path / "STATUS")
+
+    def beat(self, doing: str | None = None) -> None:
+        """A sign of life: STATUS with the time of now, at once where the run begins to do something else, otherwise
+        every _BEAT_S. `doing`: evaluating, loading, saving, stepping; None: as before.
+        """
+        changed = doing is not None and doing != self._status.get("doing")
+        if changed or time.monotonic() - self._beaten > _BEAT_S:
+            self.status(**self._status | ({"doing": doing} if changed else {}))
+
+    def beating(self, doing: str, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """The same callback (bytes done, bytes in all), with a sign of life at each call."""
+
+        def told(done: int, total: int) -> None:
+            self.beat(doing)
+            progress(done, total)
+
+        return told
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A small JSON file at the top of the run, whole or not at all."""

@@ -142,15 +142,21 @@ def run_stage(
     preflight_space(run.folder(name), saves * optimizer.snapshot_bytes)  # said now, not after hours of work
 
     def save(at: Progress) -> Path:
+        run.beat("saving")
         return state.save_snapshot(run.folder(name), optimizer, at, identity, _numerics(engine), config.snapshot.keep)
+
+    def polled() -> bool:
+        run.beat()
+        return stop()
 
     def evaluate(at: Progress) -> None:
         if heldout is None:
             return
         for what, scorer in scorers.items():
+            run.beat("evaluating")
             try:
                 with peak.without():  # the plan is of training
-                    found = evaluate_all(scorer, heldout, stop)
+                    found = evaluate_all(scorer, heldout, polled)
             except Stopped:
                 return  # the loop sees the signal next
             for language, result in found.items():
@@ -189,16 +195,21 @@ def run_stage(
             run.metric(record)
             if not metrics["updated"]:
                 run.say(
-                    f"{name} step {at.step}: gradient norm {metrics['gradient_norm']} is not finite; the step "
-                    "changed nothing"
+                    f"{name} step {at.step}: not finite (loss {metrics['loss_nats']}, gradient norm "
+                    f"{metrics['gradient_norm']}); the step changed nothing"
+                )
+            if metrics["spike"]:
+                run.say(
+                    f"{name} step {at.step}: loss {metrics['loss_nats']:.3f} nats/token is far above the usual "
+                    f"{metrics['usual_loss_nats']:.3f} +- {metrics['usual_deviation_nats']:.3f}; the step was made"
                 )
             bar(at.step, f"loss {metrics['loss_nats']:.3f}  {metrics['tokens_per_s']:.0f} tokens/s")
-            run.status(state="running", stage=name, step=at.step, steps=steps)
+            run.status(state="running", stage=name, step=at.step, steps=steps, doing="stepping")
 
         every: dict[int, list[Callable[[Progress], Any]]] = {}
         every.setdefault(config.evaluate.every, []).append(evaluate)
         every.setdefault(config.snapshot.every, []).append(save)
-        hooks = Hooks(on_step=on_step, every=every, should_stop=stop)
+        hooks = Hooks(on_step=on_step, every=every, should_stop=polled)
         train_turns(turns, mixture, progress, hooks)
         snapshot = save(progress) if progress.step else None
     run.metric(

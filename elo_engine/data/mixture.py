@@ -11,7 +11,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +36,36 @@ PACKINGS = ("document", "concat")
 _MAX_BLOCK_ROWS = 10_000
 # Two, since a batch may reach from one epoch into the next.
 _EPOCHS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class RowOrigin:
+    """What a row of a mixture is made of.
+
+    Attributes:
+        row: its number in the run. epoch: of its language. documents: their numbers in the language's folder.
+        file: in that folder, where the first one begins. token: where in the file this row does, counted in tokens.
+    """
+
+    row: int
+    language: str
+    epoch: int
+    documents: tuple[int, ...]
+    folder: str
+    file: str
+    token: int
+
+    def describe(self) -> str:
+        """For a person."""
+        numbers = ", ".join(map(str, self.documents[:8])) + (" ..." if len(self.documents) > 8 else "")
+        return (
+            f"row {self.row} is {self.language}, epoch {self.epoch}, documents {numbers}, from token {self.token} of "
+            f"{self.folder}/{self.file}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For metrics."""
+        return asdict(self) | {"documents": list(self.documents)}
 
 
 class Mixture:
@@ -117,6 +149,23 @@ class Mixture:
             flat_starts(starts_BT),
             tuple(self.languages[i] for i in choice_B.tolist()),
         )
+
+    def origins(self, first_row: int, count: int) -> list[RowOrigin]:
+        """Where the rows of `rows` come from, without reading a token."""
+        choice_B, index_B = self._choose(first_row, count)
+        found = []
+        for row, (number, index) in enumerate(zip(choice_B.tolist(), index_B.tolist(), strict=True), first_row):
+            name = self.languages[number]
+            store, (epoch, nth) = self.stores[name], divmod(index, self.rows_per_epoch[name])
+            order, ends = self._epoch(name, epoch)
+            begin = nth * self.sequence_length
+            first = int(np.searchsorted(ends, begin, side="right"))
+            last = int(np.searchsorted(ends, begin + self.sequence_length, side="left"))
+            documents = tuple(order[first : last + 1].tolist())
+            file, start = store.place(documents[0])
+            inside = begin - int(ends[first] - store.lengths[documents[0]])
+            found.append(RowOrigin(row, name, epoch, documents, str(store.folder), file, start + inside))
+        return found
 
     def _choose(self, first_row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Number of each row's language, and which of that language's rows it is; both int64 [count]."""

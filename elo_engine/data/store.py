@@ -122,6 +122,11 @@ class TokenStore:
         begin = int(self._begins[index])
         return self._shards[shard][begin : begin + int(self.lengths[index])]
 
+    def place(self, index: int) -> tuple[str, int]:
+        """Where a document's tokens are: the name of their file, and the number of the first one in it."""
+        shard = int(np.searchsorted(self._first_document, index, side="right")) - 1
+        return tokens_file(shard), int(self._begins[index])
+
     def gather(self, documents: np.ndarray, begins: np.ndarray, ends: np.ndarray, out: np.ndarray) -> None:
         """Copy tokens begins[i]..ends[i] (offsets in the document) of each documents[i] to `out`, joined."""
         self._gather(self._shards, documents, begins, ends, out)

@@ -21,12 +21,11 @@ import torch
 
 from elo_engine.config import StageConfig
 from elo_engine.data import Mixture, RowBatch
-from elo_engine.errors import FailedError
+from elo_engine.errors import NonFiniteError
 from elo_engine.model.decoder import Batch
 from elo_engine.model.layers import Packing
+from elo_engine.train.guards import Guards, describe_batch
 from elo_engine.train.schedule import learning_rate
-
-NON_FINITE_LIMIT = 4  # steps in a row that may be skipped before the run stops
 
 
 @dataclass
@@ -36,9 +35,10 @@ class Progress:
     step: int = 0  # optimizer steps completed
     tokens_total: int = 0
     tokens_loss: int = 0
-    skipped: int = 0  # steps whose gradient was not finite, left out
+    skipped: int = 0  # steps whose loss or gradient was not finite, left out
     skipped_in_a_row: int = 0
     loss_tokens_of: dict[str, int] = field(default_factory=dict)  # of the kinds of steps, where there are several
+    spreads: dict[str, list[float]] = field(default_factory=dict)  # of the loss, by kind: `LossSpread`'s state
 
 
 @dataclass
@@ -55,7 +55,7 @@ class StepOutcome(NamedTuple):
 
     loss_sum: float  # nats, over the tokens with a label
     norm: float  # of all gradients, before clipping
-    updated: bool  # False: the norm was not finite and nothing was changed
+    updated: bool  # False: the norm was not finite, or the loss, and nothing was changed
 
 
 class Engine(Protocol):
@@ -72,7 +72,8 @@ class Engine(Protocol):
         where `should_stop` ended it early: then the model stands as if the step had not begun.
 
         Raises:
-            FailedError: on the `first` step, when gradients are missing, zero, not finite, or where none should be.
+            FailedError: on the `first` step, when gradients are missing, zero, or where none should be.
+            NonFiniteError: on the `first` step, when they are not finite.
         """
 
 
@@ -198,21 +199,25 @@ def train_turns(turns: Turns, mixture: Mixture, progress: Progress, hooks: Hooks
     Stopped early, the model stands exactly at the end of the last completed step.
 
     Raises:
-        FailedError: gradients missing or wrong on the first step, or not finite NON_FINITE_LIMIT times in a row.
+        FailedError: gradients missing or wrong on the first step. NonFiniteError: not finite on the first step, or
+        `guards.NON_FINITE_LIMIT` times in a row.
     """
+    guards = Guards(mixture, progress)
     while progress.step < turns.steps:
         started = time.perf_counter()
         turn = turns.turn(progress.step)
         rows = mixture.rows(turn.row, turn.rows)
         tokens_loss = int((rows.labels_BT >= 0).sum())
         data_s = time.perf_counter() - started
-        outcome = turn.engine.step(
-            rows, tokens_loss, turn.lr, first=turn.number == 0, should_stop=hooks.should_stop
-        )
+        try:
+            outcome = turn.engine.step(
+                rows, tokens_loss, turn.lr, first=turn.number == 0, should_stop=hooks.should_stop
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} ({describe_batch(mixture, turn)})") from None
         if outcome is None:
             return False
-        total, norm, updated = outcome
-        loss_mean = total / max(1, tokens_loss)
+        loss_mean = outcome.loss_sum / max(1, tokens_loss)
         seconds = time.perf_counter() - started
         progress.step += 1
         progress.tokens_total += rows.ids_BT.size
@@ -220,16 +225,14 @@ def train_turns(turns: Turns, mixture: Mixture, progress: Progress, hooks: Hooks
         if turn.kind:
             before = progress.loss_tokens_of.get(turn.kind, 0)
             progress.loss_tokens_of[turn.kind] = before + tokens_loss
-        progress.skipped += not updated
-        progress.skipped_in_a_row = 0 if updated else progress.skipped_in_a_row + 1
         metrics: dict[str, Any] = {
             "loss_nats": loss_mean,
-            "gradient_norm": norm,
+            "gradient_norm": outcome.norm,
             "lr": turn.lr,
             "step_s": seconds,
             "data_wait_s": data_s,
             "tokens_per_s": rows.ids_BT.size / seconds,
-            "updated": updated,
+            **guards.see(turn, outcome, loss_mean),
         }
         if turn.kind:
             metrics |= {
@@ -237,12 +240,7 @@ def train_turns(turns: Turns, mixture: Mixture, progress: Progress, hooks: Hooks
                 "kind_tokens_loss": progress.loss_tokens_of[turn.kind],
             }  # fmt: skip
         hooks.on_step(progress, metrics)
-        if progress.skipped_in_a_row >= NON_FINITE_LIMIT:
-            raise FailedError(
-                f"step {progress.step}: the gradient was not finite {NON_FINITE_LIMIT} times in a row (norm "
-                f"{norm}); those "
-                "steps changed nothing. Start a new run with a lower learning rate or without the text of these steps"
-            )
+        guards.require(turn, outcome, loss_mean)
         for interval, callbacks in hooks.every.items():
             if interval and progress.step % interval == 0 and progress.step < turns.steps:
                 for callback in callbacks:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from elo_engine.data import RowBatch
-from elo_engine.errors import FailedError
+from elo_engine.errors import FailedError, NonFiniteError
 from elo_engine.measure.components import held_bytes
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.ops.adamw import StepResult
+from elo_engine.train.guards import scale_of
 from elo_engine.train.loop import StepOutcome, micro_batches, to_batch
 
 
@@ -75,7 +76,7 @@ class ResidentEngine:
                 model.drop_step()
                 return None
             loss = model.loss_sum(to_batch(piece, model.device))
-            (loss / max(1, tokens_loss)).backward()
+            (loss / max(1, tokens_loss)).backward(scale_of(loss))
             loss_sum += loss.detach()
         optimizer.take(model.outer_gradients(1 / max(1, tokens_loss)))
         if first:
@@ -103,14 +104,14 @@ def require_gradients(gradients: Iterable[tuple[str, Tensor | None]]) -> None:
     """Every tensor's gradient of the first step, by name: there, finite, and not zero everywhere.
 
     Raises:
-        FailedError: naming the first tensor for which this does not hold.
+        FailedError, NonFiniteError: naming the first tensor for which this does not hold.
     """
     for name, gradient in gradients:
         if gradient is None:
             raise FailedError(f"first step: {name} should learn and got no gradient")
         largest = float(torch.linalg.vector_norm(gradient, torch.inf))  # makes no copy, as abs() would
         if not math.isfinite(largest):
-            raise FailedError(
+            raise NonFiniteError(
                 f"first step: the gradient of {name} is not finite; check the checkpoint and the learning data"
             )
         if largest == 0.0:
