@@ -250,13 +250,10 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         RefusedError: a family, an activation, a rotary type or a field that this engine does not do, by name.
     """
     name = config.get("model_type")
-    if isinstance(name, str) and name in REFUSED:
-        raise RefusedError(
-            f"config.json: model_type {name!r} is {REFUSED[name]}; this engine trains dense text decoders"
-        )
     if not isinstance(name, str) or name not in FAMILIES:
+        why = REFUSED.get(name, "not a supported family") if isinstance(name, str) else "not a supported family"
         known = "; ".join(f"{name} ({what})" for name, what in SUPPORTED_FAMILIES.items())
-        raise RefusedError(f"config.json: model_type {name!r} is not a supported family. Supported: {known}")
+        raise RefusedError(f"config.json: model_type {name!r} is {why}. Supported are dense text decoders: {known}")
     family = FAMILIES[name]
     config = {**family.defaults, **config}
     _refuse_the_unknown(config, name, family)
