@@ -122,13 +122,13 @@ class Guards:
         if outcome.updated and not math.isfinite(loss_nats):
             raise NonFiniteError(
                 f"{where}: the loss is {loss_nats} although the gradient's norm is {outcome.norm}, so the step was "
-                "made; it is in no snapshot. Continue from the last one with --resume auto after looking at this step's "
-                f"text ({describe_batch(self._mixture, turn)})"
+                "made; it is in no snapshot. Continue from the last one with --resume auto after looking at "
+                f"this step's text ({describe_batch(self._mixture, turn)})"
             )
         if self._progress.skipped_in_a_row >= NON_FINITE_LIMIT:
             raise NonFiniteError(
                 f"{where}: the loss or the gradient was not finite {NON_FINITE_LIMIT} times in a row (loss "
-                f"{loss_nats}, norm {outcome.norm}); those steps changed nothing. Start a new run with a lower learning "
-                "rate or without the text of these steps, which metrics.jsonl names; the last one is of "
+                f"{loss_nats}, norm {outcome.norm}); those steps changed nothing. Start a new run with a lower "
+                "learning rate or without the text of these steps, which metrics.jsonl names; the last one is of "
                 f"{describe_batch(self._mixture, turn)}"
             )
