@@ -2,6 +2,7 @@
 #   make demo     the whole method on a real small model, with a table and a plot at the end
 #   make test     the tests; on a machine with a GPU the kernels' tests run on it too
 #   make lint     ruff and mypy
+#   make faults   the faults of docs/reliability.md: kills, signals, full disks, power loss, numbers that are none
 #   make fuzz     the byte mover under AddressSanitizer and ThreadSanitizer, FUZZ_SECONDS=30 each; needs g++ or clang++
 #   make bench    the pipeline speedup of this machine, within ten minutes; BENCH="--model llama-3.2-1b" passes options on
 #   make setup    .venv with the `elo` command, for use by hand: .venv/bin/elo --help
@@ -18,7 +19,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test lint fuzz bench clean
+.PHONY: setup demo test lint faults fuzz bench clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.stamp
@@ -34,6 +35,13 @@ test: .venv/.stamp-test
 lint: .venv/.stamp-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The folder, and the tests beside it that the table names.
+FAULTS = tests/faults $(shell grep -oE '`test_[a-z_0-9]+\.py::test_[a-z_0-9]+' docs/reliability.md | tr -d '`' | sort -u | sed 's|^|tests/|')
+
+faults: export PYTHONDONTWRITEBYTECODE =
+faults: .venv/.stamp-test
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(FAULTS)
 
 # Own random inputs, so that any compiler will do; csrc/fuzz/fuzz_mover.cpp says how clang's libFuzzer drives the same target.
 FUZZ_SECONDS ?= 30

@@ -26,7 +26,8 @@ from elo_engine.errors import FailedError, Interrupted
 from elo_engine.evaluate import Stopped, evaluate_all
 from elo_engine.model import names
 from elo_engine.model.decoder import Decoder
-from elo_engine.train.loop import NON_FINITE_LIMIT, StopSignal, micro_batches
+from elo_engine.train.guards import NON_FINITE_LIMIT
+from elo_engine.train.loop import StopSignal, micro_batches
 from elo_engine.train.schedule import learning_rate
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -23,6 +23,10 @@ from elo_engine.errors import RefusedError, UsageError
 from elo_engine.measure.environment import describe_environment
 
 _CONFIG_NAME = "config.resolved.yaml"
+# What a process that was killed while it made a run folder may leave, the lock being the first.
+_UNFINISHED = {".lock", "run.json", "environment.json", *(
+    f".{name}.tmp" for name in ("run.json", "environment.json", _CONFIG_NAME)
+)}  # fmt: skip
 _BEAT_S = 1.0  # STATUS is renewed at most this often by work that goes on
 
 
@@ -65,7 +69,7 @@ class RunDir:
             RefusedError: it exists and is not empty.
         """
         path = Path(config.output)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not _free(path):
             hint = "continue it with --resume auto, or" if (path / _CONFIG_NAME).exists() else ""
             raise RefusedError(
                 f"{path}: the output folder exists and nothing is ever written over; {hint} choose another output"
@@ -197,6 +201,12 @@ class RunDir:
             stopped = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_status", 1) == 130
             self.status(state="interrupted" if stopped else "failed", reason=str(error) or type(error).__name__)
         self.close()
+
+
+def _free(path: Path) -> bool:
+    """Whether a folder is empty, but for what a run that never began has left."""
+    names = set(os.listdir(path)) if path.is_dir() else {""}
+    return not names or (".lock" in names and names <= _UNFINISHED)
 
 
 def _run_json(path: Path) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def _saved(engine: StageEngine) -> state.Saved:
 
 
 def _resume(run: RunDir, name: StageName, engine: StageEngine, identity: dict[str, Any]) -> Progress:
+    state.clear_leftovers(run.folder(name))
     folder = state.latest_snapshot(run.folder(name), run.say)
     if folder is None:
         return Progress()

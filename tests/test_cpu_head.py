@@ -81,7 +81,10 @@ SHAPES += [(1, 32, 1), (1, 32, 97), (5, 64, 95), (100, 32, 96), (193, 64, 500), 
 
 @pytest.mark.parametrize(("N", "D", "V"), SHAPES)
 def test_fp32_against_float64(path: str, N: int, D: int, V: int) -> None:
-    _compare(*_case(N, D, V, ignored=N // 3))
+    """The C++ adds the D products of a logit one after the other: D roundings of half a unit, which grow as a random
+    walk. ARITHMETIC was argued for sums folded pairwise, and MKL on AVX-512 folds, so its own error does not cover it.
+    """
+    _compare(*_case(N, D, V, ignored=N // 3), slack=D**0.5 * HALF_UNIT[torch.float32])
 
 
 @pytest.mark.parametrize("units", [False, True])

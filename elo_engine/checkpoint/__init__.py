@@ -16,7 +16,7 @@ from elo_engine.checkpoint.patch import apply_patch, diff_checkpoints, revert_pa
 from elo_engine.checkpoint.patch_average import average_patches
 from elo_engine.checkpoint.patch_writer import PatchStats, Progress
 from elo_engine.checkpoint.pieces import Pieces, StoredTensor, stored_tensors
-from elo_engine.checkpoint.publish import preflight_space, publish
+from elo_engine.checkpoint.publish import preflight_space, publish, remove_leftovers
 from elo_engine.checkpoint.reader import CheckpointReader
 from elo_engine.checkpoint.syscalls import SYSCALLS
 from elo_engine.checkpoint.writer import RewriteStats, rewrite_checkpoint, space_needed, write_safetensors
@@ -42,6 +42,7 @@ __all__ = [
     "open_checkpoint",
     "preflight_space",
     "publish",
+    "remove_leftovers",
     "resolve_model",
     "revert_patch",
     "rewrite_checkpoint",

@@ -127,9 +127,16 @@ def try_lock(fd: int) -> bool | None:
 
 def _remove_stale(target: Path) -> None:
     """Remove temporary folders that dead writers left for this very target, and no other folder."""
-    ours = re.compile(re.escape(f".{target.name}.tmp-") + r"[0-9]+-[0-9a-f]{8}")
-    for name in os.listdir(target.parent):
-        path = target.parent / name
+    remove_leftovers(target.parent, re.escape(target.name))
+
+
+def remove_leftovers(parent: Path, names: str) -> None:
+    """Remove the temporary folders that dead writers left in `parent` for targets whose names match this regular
+    expression, and no other folder.
+    """
+    ours = re.compile(rf"\.(?:{names})\.tmp-[0-9]+-[0-9a-f]{{8}}")
+    for name in os.listdir(parent):
+        path = parent / name
         if not ours.fullmatch(name):
             continue
         try:

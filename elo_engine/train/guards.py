@@ -122,8 +122,8 @@ class Guards:
         if outcome.updated and not math.isfinite(loss_nats):
             raise NonFiniteError(
                 f"{where}: the loss is {loss_nats} although the gradient's norm is {outcome.norm}, so the step was "
-                "made; it is in no snapshot. Continue from the last one with --resume auto after looking at this "
-                f"step's text ({describe_batch(self._mixture, turn)})"
+                "made; it is in no snapshot. Continue from the last one with --resume auto after looking at "
+                f"this step's text ({describe_batch(self._mixture, turn)})"
             )
         if self._progress.skipped_in_a_row >= NON_FINITE_LIMIT:
             raise NonFiniteError(

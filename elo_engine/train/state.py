@@ -22,6 +22,7 @@ from elo_engine.checkpoint import (
     StoredTensor,
     preflight_space,
     publish,
+    remove_leftovers,
     stored_tensors,
     verify_commit,
     write_safetensors,
@@ -30,6 +31,14 @@ from elo_engine.errors import FailedError, RefusedError
 from elo_engine.train.loop import Progress
 
 _STEP = re.compile(r"step-(\d{8,})")
+
+
+def clear_leftovers(stage_folder: Path) -> None:
+    """Remove what a process that was killed while it saved has left, of whatever step: a resumed run may not come by
+    that step again. To be called by the one process that holds the run's lock.
+    """
+    if stage_folder.is_dir():
+        remove_leftovers(stage_folder, _STEP.pattern)
 
 
 def snapshot_folder(stage_folder: Path, step: int) -> Path:
