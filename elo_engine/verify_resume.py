@@ -195,17 +195,17 @@ def compare(one: Path, other: Path, stage: str) -> dict[str, Any]:
     """
     differences: list[str] = []
     snapshots = [_newest(output / stage) for output in (one, other)]
-    places = [json.loads((folder / "state.json").read_text(encoding="utf-8"))["progress"] for folder in snapshots]
-    differences += [
-        f"place in the data: {key} is {places[0].get(key)} straight and {places[1].get(key)} resumed"
-        for key in sorted(places[0].keys() | places[1].keys())
-        if places[0].get(key) != places[1].get(key)
-    ]
     tensors = size = 0
     for name in _FILES:
         count, counted, unequal = _compare_tensors(snapshots[0] / name, snapshots[1] / name)
         tensors, size = tensors + count, size + counted
         differences += [f"{name}: {text}" for text in unequal]
+    places = [json.loads((folder / "state.json").read_text(encoding="utf-8"))["progress"] for folder in snapshots]
+    differences += [
+        f"progress: {key} is {places[0].get(key)} straight and {places[1].get(key)} resumed"
+        for key in sorted(places[0].keys() | places[1].keys())
+        if places[0].get(key) != places[1].get(key)
+    ]
     steps = [
         {(r["stage"], r["step"]): {key: r.get(key) for key in _COMPARED} for r in read_steps(o)} for o in (one, other)
     ]
