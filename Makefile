@@ -1,7 +1,8 @@
 # Every target sets up what it needs in .venv and changes nothing outside it (downloads go to pip's and elo's caches).
 #   make demo     the whole method on a real small model, with a table and a plot at the end
 #   make test     the tests; on a machine with a GPU the kernels' tests run on it too
-#   make lint     ruff and mypy
+#   make lint     ruff, mypy, and the audit
+#   make audit    known vulnerabilities of what is installed, as far as the package index answers
 #   make faults   the faults of docs/reliability.md: kills, signals, full disks, power loss, numbers that are none
 #   make fuzz     the byte mover under AddressSanitizer and ThreadSanitizer, FUZZ_SECONDS=30 each; needs g++ or clang++
 #   make bench    the pipeline speedup of this machine, within ten minutes; BENCH="--model llama-3.2-1b" passes options on
@@ -19,7 +20,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test lint faults fuzz bench clean
+.PHONY: setup demo test lint audit faults fuzz bench clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.stamp
@@ -35,6 +36,17 @@ test: .venv/.stamp-test
 lint: .venv/.stamp-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@$(MAKE) --no-print-directory audit
+
+# What cannot be asked about is no vulnerability, and is said: without a network, or with an index that has packages alone,
+# nothing is known.
+AUDIT := build/audit.txt
+
+audit: .venv/.stamp-test
+	@mkdir -p $(dir $(AUDIT)); timeout 120 $(BIN)/pip-audit --skip-editable --progress-spinner off > $(AUDIT) 2>&1; \
+	if grep -qE '^Found [0-9]+ known' $(AUDIT); then cat $(AUDIT) >&2; exit 1; fi; \
+	grep -E '^No known' $(AUDIT) || echo "audit: it could not be made here: $$(tail -n 1 $(AUDIT))"; \
+	echo "audit: $$(grep -c 'could not be audited' $(AUDIT)) packages could not be asked about"
 
 # The folder, and the tests beside it that the table names.
 FAULTS = tests/faults $(shell grep -oE '`test_[a-z_0-9]+\.py::test_[a-z_0-9]+' docs/reliability.md | tr -d '`' | sort -u | sed 's|^|tests/|')

@@ -178,8 +178,8 @@ def test_a_key_that_is_changed_changes_something(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     case, stage = CASES[key], key.partition(".")[0]
-    places = {"elsewhere": str(tmp_path / "none"), "sharded": str(sharded), "heldout": shards["ja-heldout"], "train": shards["ja-train"],
-              "output": run_tree["output"]}  # fmt: skip
+    places = {"elsewhere": str(tmp_path / "none"), "sharded": str(sharded), "heldout": shards["ja-heldout"],
+              "train": shards["ja-train"], "output": run_tree["output"]}  # fmt: skip
     for section in ("pretrain", "align"):  # fewer steps than the whole pipeline's
         run_tree[section]["tokens"] = 512 if section == "pretrain" else 384
     verb, seen = filled(case.verb, stage, places), filled(case.seen, stage, places)

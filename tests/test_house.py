@@ -289,6 +289,14 @@ def test_an_unsafe_call_is_seen(source: str) -> None:
     assert unsafe_calls("model.eval(); yaml.safe_load(text); np.load(path, allow_pickle=False)") == []
 
 
+def test_no_merge_is_left_half_made() -> None:
+    marks = tuple(mark * 7 + " " for mark in "<>")
+    texts = [path for path in ROOT.glob("*") if path.is_file()] + list((ROOT / "docs").glob("*.md")) + [*source_files()]
+    lines = {path.name: path.read_text(encoding="utf-8", errors="replace").splitlines() for path in texts}
+    assert len(lines) > 100
+    assert [(name, line) for name, found in lines.items() for line in found if line.startswith(marks)] == []
+
+
 def test_setup_lists_every_package() -> None:
     assert sorted(listed_packages((ROOT / "setup.py").read_text())) == packages_on_disk()
 
@@ -310,4 +318,4 @@ def test_the_tree_is_read_as_it_is_written() -> None:
     block = "elo_engine/     the package\n  cli.py        verbs\nMakefile setup.py  building\n.ci/  checks\n"
     readme = f"text\n```\n{block}```\n"
     assert tree_entries(readme) == {"elo_engine", "Makefile", "setup.py", ".ci"}
-    assert {"setup", "demo", "test", "lint", "faults", "fuzz", "bench", "clean"} == make_targets()
+    assert {"setup", "demo", "test", "lint", "audit", "faults", "fuzz", "bench", "clean"} == make_targets()

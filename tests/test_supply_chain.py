@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -83,3 +84,26 @@ def test_the_tests_run_on_exact_versions() -> None:
     pins = [line.partition(";")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
     assert len(pins) > 20
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+]+", pin) for pin in pins)
+
+
+AUDITS = {
+    "Found 2 known vulnerabilities in 1 package\nName Version ID Fix Versions\n": (2, "Found 2 known"),
+    "No known vulnerabilities found\na  Not found on PyPI and could not be audited: a (1)\n": (0, "audit: 1 packages"),
+    "ERROR: ConnectionError\n": (0, "could not be made here: ERROR: ConnectionError"),
+}
+
+
+@pytest.mark.parametrize("answer", AUDITS)
+def test_the_audit_fails_for_vulnerabilities_and_says_what_it_could_not_ask(answer: str, tmp_path: Path) -> None:
+    """`make audit` with a pip-audit that gives this answer."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    program = tmp_path / ".venv" / "bin" / "pip-audit"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}END\n")
+    program.chmod(0o755)
+    (tmp_path / "constraints.txt").touch()
+    for stamp in (".torch", ".stamp-test"):
+        (tmp_path / ".venv" / stamp).touch()
+    command = ["make", "-f", str(ROOT / "Makefile"), "-o", ".venv/.stamp-test", "audit"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    status, said = AUDITS[answer]
+    assert done.returncode == status and said in done.stdout + done.stderr, done

@@ -75,7 +75,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      f"{PUBLISH}::test_a_failed_sync_is_never_success"),
     (14, "a read error is an error", "checkpoint/python_mover.py",
      f"        except OSError as error:\n{READ_FAILED}"
-     "        done += count\n    return Transfer(0, length", "        except OSError:\n            count = length - done\n"
+     "        done += count\n    return Transfer(0, length",
+     "        except OSError:\n            count = length - done\n"
      "        done += count\n    return Transfer(0, length",
      f"{READER}::test_read_error_names_file_tensor_and_offset"),
     (15, "a short read is continued", "checkpoint/python_mover.py",
@@ -115,8 +116,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
      "    updated = ~torch.isnan(norm)", f"{NOT_FINITE}::test_an_infinity_in_one_gradient_is_never_committed"),
     (25, "a spike is told", "train/guards.py", "self.count >= SPIKE_AFTER and loss > limit", "False",
      f"{NOT_FINITE}::test_a_loss_spike_is_logged_and_changes_nothing"),
-    (26, "slots come back after an error", "checkpoint/reader.py", "            finally:\n                _settle(read)",
-     "            finally:\n                pass", f"{READER}::test_an_error_in_the_middle_leaves_the_ring_whole"),
+    (26, "slots come back after an error", "checkpoint/reader.py",
+     "            finally:\n                _settle(read)", "            finally:\n                pass", f"{READER}::test_an_error_in_the_middle_leaves_the_ring_whole"),
     (27, "a slot waits for its copy", "checkpoint/targets.py", "    while in_use and target.done(in_use[0][1]):",
      "    while in_use:", "test_targets.py::test_a_slow_device_gets_every_byte"),
     (28, "a filesystem that cannot share is copied from", "checkpoint/clone.py",
@@ -145,7 +146,8 @@ MUTANTS = tuple(Mutant(*fields) for fields in (
     (32, "a short body is continued", "checkpoint/ranges.py", "        while position < end:\n            with",
      "        if position < end:\n            with",
      "test_ranges.py::test_a_short_body_is_continued_where_it_stopped"),
-    (32, "one version of a file", "checkpoint/ranges.py", '                file.agree(linked, response.headers.get("ETag"))',
+    (32, "one version of a file", "checkpoint/ranges.py",
+     '                file.agree(linked, response.headers.get("ETag"))',
      "                pass", "test_ranges.py::test_one_etag_for_all_ranges"),
     (32, "a busy server is asked again", "checkpoint/ranges.py", "status_forcelist=_AGAIN,", "status_forcelist=(),",
      "test_ranges.py::test_a_busy_server_is_asked_again"),

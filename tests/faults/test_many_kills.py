@@ -1,6 +1,6 @@
 """SIGKILL at random moments of real runs, by the clock: where the process is then, nobody chose.
 
-The suite kills a few times; `ELO_KILLS=200 pytest tests/faults/test_many_kills.py` is the run that docs/reliability.md has.
+The suite kills a few times; docs/reliability.md has what `ELO_KILLS=200 pytest tests/faults/test_many_kills.py` found.
 """
 
 from __future__ import annotations
