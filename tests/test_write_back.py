@@ -102,11 +102,12 @@ def test_unchanged_shards_are_linked_when_asked_for(source: Path, tmp_path: Path
     assert state(folder) == before and (folder / "s-2.safetensors").stat().st_nlink == 1
 
 
-def test_without_being_asked_nothing_is_linked(source: Path, tmp_path: Path) -> None:
-    """A program that empties the output's shard must not empty the source's."""
+@pytest.mark.parametrize("changes", ["every shard", "no shard"])
+def test_without_being_asked_nothing_is_linked(source: Path, tmp_path: Path, changes: str) -> None:
+    """A program that empties the output's shard must not empty the source's, least of all one that did not change."""
     before = state(source)
     with publish(tmp_path / "out") as out:
-        stats = rewrite_checkpoint(open_checkpoint(source), changed_layers(), out)
+        stats = rewrite_checkpoint(open_checkpoint(source), changed_layers() if changes == "every shard" else {}, out)
     for path in (tmp_path / "out").iterdir():
         assert path.stat().st_nlink == 1
         path.write_bytes(b"")
