@@ -69,7 +69,7 @@ def test_what_a_family_adds_is_in_the_plan(name: str) -> None:
 def test_what_a_window_or_a_cap_takes_in_bf16_is_in_the_plan(
     name: str, arm: ArmName, fields: dict[str, Any]
 ) -> None:
-    """Heads so wide that attention in the last layer, which has a window, is the peak: on a CPU on fp32 copies."""
+    """Heads so wide that attention in the last layer, with a window or a cap, is the peak: fp32 copies."""
     from dataclasses import replace
 
     spec = spec_of(name, WIDE_HEADS)

@@ -12,7 +12,7 @@ from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_attention import copies_bytes, flash_backward_bytes, lse_bytes
 from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
-from elo_engine.measure.memory_rotary import gathered_bytes, table_bytes, turn_bytes
+from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes, turn_bytes
 from elo_engine.measure.memory_shapes import coded_bytes, projections, split_spike
 from elo_engine.measure.setting import SHALLOW, Setting
 
@@ -316,7 +316,8 @@ class EngineStep:
         """Forward and backward."""
         ledger = self.ledger
         # ids, positions and rotary tables by token live with the graph, and that until the next loss replaces this one
-        graph = ledger.add(ACT, 2 * 8 * self.N + gathered_bytes(self.setting, self.indices))
+        tables = gathered_bytes(self.setting, self.indices) + rows_bytes(self.setting)
+        graph = ledger.add(ACT, 2 * 8 * self.N + tables)
         labels = ledger.add(ACT, 8 * self.N)
         hidden = ledger.add(ACT, self.ND)
         saved: list[SavedLayer] = []

@@ -14,9 +14,20 @@ def _half(spec: ModelSpec, rope: int | None) -> int:
 
 
 def table_bytes(setting: Setting) -> int:
-    """Cosine and sine by position, of every rotary embedding of the model."""
-    spec = setting.spec
-    return 2 * 4 * setting.sequence_length * sum(_half(spec, rope) for rope in range(len(spec.ropes)))
+    """Cosine and sine by position, of every rotary embedding of the model; longrope has those of short documents beside
+    those of long ones.
+    """
+    spec, total = setting.spec, 0
+    for number, rope in enumerate(spec.ropes):
+        both = rope.kind == "longrope" and setting.sequence_length > rope.short
+        total += 2 * 4 * _half(spec, number) * (setting.sequence_length + (rope.short if both else 0))
+    return total
+
+
+def rows_bytes(setting: Setting) -> int:
+    """Of a micro-batch: where in the tables of longrope its tokens look, if they are not their positions."""
+    ropes = setting.spec.ropes
+    return sum(8 * setting.N for rope in ropes if rope.kind == "longrope" and setting.sequence_length > rope.short)
 
 
 def gathered_bytes(setting: Setting, layers: Iterable[int]) -> int:

@@ -11,7 +11,7 @@ from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_engine import ACT, EngineStep, SavedLayer
 from elo_engine.measure.memory_gradients import GRAD, Gradients
-from elo_engine.measure.memory_rotary import gathered_bytes, table_bytes
+from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes
 from elo_engine.measure.memory_shapes import split_spike
 from elo_engine.measure.memory_units import UnitBytes, Units
 from elo_engine.measure.setting import Setting
@@ -161,7 +161,7 @@ class StreamedStep(EngineStep):
         ledger, L, setting = self.ledger, self.spec.layers, self.setting
         ids = ledger.add(ACT, 3 * 8 * setting.tokens_per_step)  # ids, labels, positions
         # rotary tables by token stay on a CPU from the first layer on
-        ropes = setting.micro_batches * gathered_bytes(setting, range(L))
+        ropes = setting.micro_batches * (gathered_bytes(setting, range(L)) + rows_bytes(setting))
         ledger.moment = "embedding"
         embedding, first = self.embed()
         places = [first]
