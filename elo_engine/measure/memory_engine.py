@@ -122,10 +122,11 @@ class EngineStep:
         product = ledger.add(ACT, self.NF)
         down = ledger.add(ACT, self.ND)
         ledger.drop(product)
-        if self.spec.norms != "pre":
-            kept["down"], (down, kept["rstd4"]) = down, self.norm()
-        out = ledger.add(ACT, self.ND)
-        ledger.drop(down)
+        if self.spec.norms != "pre":  # the residual is added to what the norm makes
+            kept["down"], (out, kept["rstd4"]) = down, self.norm()
+        else:
+            out = ledger.add(ACT, self.ND)
+            ledger.drop(down)
         if not graph:
             ledger.drop(*(kept.pop(name) for name in [*kept]))
         return kept, out
@@ -147,7 +148,10 @@ class EngineStep:
         update = ledger.add(ACT, self.ND)
         if self.spec.norms != "pre":
             kept["update"], (update, kept["rstd3"]) = update, self.norm()
-        kept["sum"] = ledger.add(ACT, self.ND)
+        if before:
+            kept["sum"] = ledger.add(ACT, self.ND)
+        else:
+            kept["sum"], update = update, ledger.add(ACT, 0)
         normed = ledger.add(ACT, 0)
         if before:
             normed, kept["rstd2"] = self.norm()

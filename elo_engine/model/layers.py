@@ -200,7 +200,7 @@ def decoder_layer(
     """
     sum_ND, gate_up_N2F = _until_down(spec, index, weights, hidden_ND, ropes, packing)
     update_ND = ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation)
-    return sum_ND + _norm_out(spec, weights.get("norm_mlp_out"), update_ND)
+    return _add_norm_out(spec, sum_ND, weights.get("norm_mlp_out"), update_ND)
 
 
 def layer_gradient(
@@ -251,11 +251,14 @@ def _until_down(
     q_NHE, k_NKE, v_NKE = _heads(spec, weights, qkv_NC, rope)
     mixed_NHE = ops.attention(q_NHE, k_NKE, v_NKE, packing, spec.scale, kind.window, spec.softcap)
     update_ND = ops.linear(mixed_NHE.flatten(1), weights["output"], weights.get("output_bias"))
-    update_ND = _norm_out(spec, weights.get("norm_attention_out"), update_ND)
+    gamma_D = weights.get("norm_attention_out")
     gate_up, gate_up_bias = weights["gate_up"], weights.get("gate_up_bias")
     if spec.norms == "post":
-        sum_ND = hidden_ND + update_ND
+        sum_ND = _add_norm_out(spec, hidden_ND, gamma_D, update_ND)
         return sum_ND, ops.linear(sum_ND, gate_up, gate_up_bias)
+    # With norms at both ends the add is one pass with the norm after it, which saves more: it is so in the backward
+    # pass as well.
+    update_ND = _norm_out(spec, gamma_D, update_ND)
     return ops.add_norm_linear(hidden_ND, update_ND, weights["norm_mlp"], gate_up, gate_up_bias, **norm)
 
 
@@ -283,3 +286,10 @@ def _norm_out(spec: ModelSpec, gamma_D: Tensor | None, update_ND: Tensor) -> Ten
     if gamma_D is None:
         return update_ND
     return ops.rms_norm(update_ND, gamma_D, spec.norm_eps, unit_offset=spec.unit_offset)
+
+
+def _add_norm_out(spec: ModelSpec, residual_ND: Tensor, gamma_D: Tensor | None, update_ND: Tensor) -> Tensor:
+    """The residual stream after half a layer."""
+    if gamma_D is None:
+        return residual_ND + update_ND
+    return ops.rms_norm_add(residual_ND, update_ND, gamma_D, spec.norm_eps, unit_offset=spec.unit_offset)
