@@ -27,7 +27,7 @@ Holder make(int64_t slots, int64_t slot_bytes, int threads, const std::vector<st
   if (faults.empty()) return Holder(new Mover(slots, slot_bytes, threads, std::make_unique<SystemCalls>()));
   std::vector<Fault> plan;
   for (const auto& [call, error, limit] : faults) {
-    if (call < -1 || error < 0 || error > 4095 || limit < 0) throw std::invalid_argument("mover: no such fault");
+    if (call < -1 || error < -64 || error > 4095 || limit < 0) throw std::invalid_argument("mover: no such fault");
     plan.push_back({call, static_cast<int>(error), limit});
   }
   return Holder(new Mover(slots, slot_bytes, threads, std::make_unique<FaultyCalls>(std::move(plan))));

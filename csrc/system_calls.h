@@ -1,6 +1,7 @@
 // The system calls that move checkpoint bytes, as a table: tests put a short read, EINTR, EIO or ENOSPC at an exact call.
 #pragma once
 
+#include <signal.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -23,7 +24,7 @@ class SystemCalls {
 };
 
 // The `call`-th transfer (from 0, reads and writes counted together) fails with `error`, or, where that is 0, moves at most
-// `limit` bytes; a limit of 0 is an end of file. `call` -1 is every call.
+// `limit` bytes; a limit of 0 is an end of file. `call` -1 is every call. An `error` below 0 is a signal to the process itself.
 struct Fault {
   int64_t call;
   int error;
@@ -50,7 +51,8 @@ class FaultyCalls final : public SystemCalls {
     }
     for (const Fault& fault : plan_) {
       if (fault.call != call && fault.call != -1) continue;
-      if (fault.error) {
+      if (fault.error < 0) ::kill(::getpid(), -fault.error);
+      if (fault.error > 0) {
         errno = fault.error;
         return true;
       }

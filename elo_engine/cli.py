@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from elo_engine import __version__, cli_judge, console
+from elo_engine import __version__, cli_check, cli_judge, console
 from elo_engine.cli_bench import benches
 from elo_engine.cli_judge import AsJson, Config, Overrides
 from elo_engine.command import verb as _verb
@@ -28,7 +28,13 @@ app.add_typer(patches, name="patch")
 app.add_typer(benches, name="bench")
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, show the plan, write nothing")]
-Resume = Annotated[str, typer.Option(help="auto: continue the run in the output folder; never: refuse if it exists")]
+Resume = Annotated[
+    str,
+    typer.Option(
+        help="auto: continue the run in the output folder; anyway: also with another configuration, other data or "
+        "another version, recorded as not exact; never: refuse if it exists"
+    ),
+]
 HardLinks = Annotated[bool, typer.Option("--hard-links", help="unchanged shards become hard links to the source's")]
 Folder = Annotated[str, typer.Argument(help="checkpoint: folder or hub id")]
 Patch = Annotated[Path, typer.Argument(help="patch file made by elo patch diff or average")]
@@ -37,9 +43,9 @@ PatchOut = Annotated[Path, typer.Option("--out", help="new patch file")]
 
 
 def _resume(value: str) -> bool:
-    if value not in ("auto", "never"):
-        raise UsageError(f"--resume {value}: use auto or never")
-    return value == "auto"
+    if value not in ("auto", "anyway", "never"):
+        raise UsageError(f"--resume {value}: use auto, anyway or never")
+    return value != "never"
 
 
 def _stage(
@@ -55,7 +61,8 @@ def _stage(
 
     if config_path.is_dir():  # a run folder stands for its own configuration, continued
         config = load_config(config_path / "config.resolved.yaml", overrides)
-        config, resume = config.model_copy(update={"output": str(config_path)}), "auto"
+        config = config.model_copy(update={"output": str(config_path)})
+        resume = "auto" if resume == "never" else resume
     else:
         config = load_config(config_path, overrides)
     again = _resume(resume)
@@ -69,7 +76,7 @@ def _stage(
             console.out.print(line, markup=False)
         require_fit(found, stage)
         return
-    with RunDir.obtain(config, again) as run:
+    with RunDir.obtain(config, again, anyway=resume == "anyway") as run:
         if body.__name__ != "run_pipeline":
             start(run, source)
         body(run, source)
@@ -218,6 +225,7 @@ def chat_vector(
 app.command("eval")(cli_judge.evaluate)
 app.command()(cli_judge.seams)
 app.command()(cli_judge.search)
+app.command("verify-resume")(cli_check.verify_resume)
 
 
 @app.command()

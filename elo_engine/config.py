@@ -9,6 +9,7 @@ starts.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import re
@@ -348,21 +349,38 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 _MAY_CHANGE = (
     "output", "hard_links", "align.engine", "align.stream.store", "align.stream.inputs", "align.stream.vocabulary",
 )  # fmt: skip
+# What no snapshot can be continued with, whoever asks: it holds other tensors.
+NEVER_CHANGE = ("detach.layers", "align.when", "pretrain.optimizer.state", "align.optimizer.state")
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted keys -> values, as JSON has them."""
+
+    def walk(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        found: dict[str, Any] = {}
+        for key, value in node.items():
+            found |= walk(value, f"{prefix}.{key}" if prefix else str(key))
+        return found
+
+    return walk(config.model_dump(mode="json"))
+
+
+def _binding(key: str) -> bool:
+    return not key.startswith("snapshot.") and key not in _MAY_CHANGE
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
     """Dotted keys whose values differ, for a resume that must be the same run. `snapshot`, `hard_links`, `output` and
     where alignment keeps the model may change freely.
     """
-
-    def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(node, dict):
-            return {prefix: node}
-        flat: dict[str, Any] = {}
-        for key, value in node.items():
-            flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-
-    left, right = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    left, right = flat(old), flat(new)
     keys = [key for key in (left | right) if left.get(key, ...) != right.get(key, ...)]
-    return sorted(key for key in keys if not key.startswith("snapshot.") and key not in _MAY_CHANGE)
+    return sorted(filter(_binding, keys))
+
+
+def digest(config: RunConfig) -> str:
+    """A hash of all that `changed_keys` looks at but the model's name, for which a snapshot has the checkpoint."""
+    kept = {key: value for key, value in flat(config).items() if _binding(key) and key not in ("model", "revision")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from elo_engine import console
-from elo_engine.config import RunConfig, changed_keys, load_config
+from elo_engine.config import NEVER_CHANGE, RunConfig, changed_keys, flat, load_config
 from elo_engine.errors import RefusedError, UsageError
 from elo_engine.measure.environment import describe_environment
 
@@ -60,6 +60,7 @@ class RunDir:
         self._board = _tensorboard(path)
         self._status: dict[str, Any] = {}
         self._beaten = 0.0
+        self.anyway = False  # whether a resume may go on with other data or another version, and say so
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDir:
@@ -85,8 +86,10 @@ class RunDir:
         return cls(path, config, run_id, lock)
 
     @classmethod
-    def open(cls, path: Path, expected: RunConfig | None = None) -> RunDir:
-        """Open an existing run; with `expected`, only if that is the configuration it was started with.
+    def open(cls, path: Path, expected: RunConfig | None = None, *, anyway: bool = False) -> RunDir:
+        """Open an existing run; with `expected`, only if that is the configuration it was started with, or `anyway`:
+        then it is the run's from now on, the one before stays as `config.resolved-1.yaml` (2, 3), and
+        `metrics.jsonl` has what changed.
 
         Raises:
             UsageError: no run there. RefusedError: another configuration, or another process writes to it.
@@ -99,26 +102,40 @@ class RunDir:
         config = load_config(resolved)
         if expected is None:
             config = config.model_copy(update={"output": str(path)})  # it may have been moved
-        else:
-            expected = pinned(expected.model_copy(update={"output": str(path)}))
-            keys = changed_keys(config, expected)
-            if keys:
-                raise RefusedError(
-                    f"{path}: was started with another configuration, differing in {', '.join(keys)}; resume "
-                    "with the same "
-                    "one, or start a new run in another output folder"
-                )
-            config = expected
-        lock = _lock(path)
-        return cls(path, config, _run_json(path)["run_id"], lock)
+            return cls(path, config, _run_json(path)["run_id"], _lock(path))
+        expected = pinned(expected.model_copy(update={"output": str(path)}))
+        keys = changed_keys(config, expected)
+        never = [key for key in keys if key in NEVER_CHANGE]
+        if never or (keys and not anyway):
+            ways = "resume with the same one, or start a new run in another output folder"
+            if not never:
+                ways += ", or go on with --resume anyway, which is recorded as not exact"
+            raise RefusedError(
+                f"{path}: was started with another configuration, differing in {', '.join(never or keys)}; {ways}"
+            )
+        run = cls(path, expected, _run_json(path)["run_id"], _lock(path))
+        run.anyway = anyway
+        if keys:
+            run._reconfigured(config, keys)
+        return run
 
     @classmethod
-    def obtain(cls, config: RunConfig, resume: bool) -> RunDir:
-        """`create`, or with `resume` open what is there and create otherwise."""
+    def obtain(cls, config: RunConfig, resume: bool, *, anyway: bool = False) -> RunDir:
+        """`create`, or with `resume` open what is there (`anyway`: see `open`) and create otherwise."""
         path = Path(config.output)
         if resume and (path / _CONFIG_NAME).exists():
-            return cls.open(path, config)
+            return cls.open(path, config, anyway=anyway)
         return cls.create(config)
+
+    def _reconfigured(self, before: RunConfig, keys: list[str]) -> None:
+        """Keep both configurations, and record what differs."""
+        number = 1 + len(list(self.path.glob("config.resolved-*.yaml")))
+        _write_durably(self.path / f"config.resolved-{number}.yaml", before.to_yaml())
+        _write_durably(self.path / _CONFIG_NAME, self.config.to_yaml())
+        old, new = flat(before), flat(self.config)
+        changed = {key: [old.get(key), new.get(key)] for key in keys}
+        self.metric({"event": "configuration changed", "changed": changed})
+        self.say(f"continues with another configuration, so not bit for bit: {changed}")
 
     def pin(self, revision: str | None) -> None:
         """Keep the commit of the hub's model for the rest of this run, before anything is made from it; None: the model

@@ -14,10 +14,10 @@ import torch
 
 from elo_engine import __version__, console
 from elo_engine.checkpoint import CheckpointIndex, preflight_space
-from elo_engine.config import RunConfig, StageConfig
+from elo_engine.config import RunConfig, StageConfig, digest
 from elo_engine.corpora import Heldout
 from elo_engine.data import Mixture
-from elo_engine.errors import Interrupted
+from elo_engine.errors import Interrupted, RefusedError
 from elo_engine.evaluate import Scorer, Stopped, evaluate_all
 from elo_engine.measure.expected import StageMemory
 from elo_engine.measure.meter import human_bytes, peak_memory
@@ -57,8 +57,13 @@ def snapshot_identity(run: RunDir, stage: StageName, index: CheckpointIndex, con
     return {"run_id": run.run_id, "stage": stage, "checkpoint": index.identity(), "data": shards, "seed": config.seed}
 
 
-def _numerics(engine: StageEngine) -> dict[str, Any]:
-    """What may change between two starts but then costs bit-for-bit equality, so it is recorded."""
+_VERSIONS = ("elo_engine", "torch")
+
+
+def _numerics(engine: StageEngine, config: RunConfig) -> dict[str, Any]:
+    """What may change between two starts but then costs bit-for-bit equality, so it is recorded; `_VERSIONS` and the
+    configuration only where a run is told to go on with others.
+    """
     whole = engine.whole if isinstance(engine, StreamedInterleaving) else engine
     streamed = isinstance(whole, StreamedEngine)
     return {
@@ -72,6 +77,7 @@ def _numerics(engine: StageEngine) -> dict[str, Any]:
         # in fp32 both engines are the same to the last bit
         "gradients": "wait in bf16" if engine.dtype != torch.float32 and streamed else "stay",
         "vocabulary": "sliced" if isinstance(whole, StreamedEngine) and whole.store.sliced else "whole",
+        "configuration": digest(config),
     }
 
 
@@ -84,10 +90,17 @@ def _resume(run: RunDir, name: StageName, engine: StageEngine, identity: dict[st
     folder = state.latest_snapshot(run.folder(name), run.say)
     if folder is None:
         return Progress()
-    progress, before = state.read_progress(folder, identity)
-    before = {"gradients": "stay", "vocabulary": "whole"} | before  # written before there was another way
-    now = _numerics(engine)
-    changed = {key: [before.get(key), now[key]] for key in now if before.get(key) != now[key]}
+    progress, before, changed = state.read_progress(folder, identity, state.MAY_DIFFER if run.anyway else ())
+    now = _numerics(engine, run.config)
+    # written before there was another way, or before it was recorded
+    before = {"gradients": "stay", "vocabulary": "whole", "configuration": now["configuration"]} | before
+    changed |= {key: [before.get(key), now[key]] for key in now if before.get(key) != now[key]}
+    versions = [f"{key} {before.get(key)} (now {now[key]})" for key in _VERSIONS if key in changed]
+    if versions and not run.anyway:
+        raise RefusedError(
+            f"{folder}: was made with {' and '.join(versions)}; go on with that version, or with --resume anyway, "
+            "which is recorded as not exact"
+        )
     state.restore(folder, _saved(engine))
     if changed:
         run.say(f"{name}: continues, but not bit for bit, because these changed: {changed}")
@@ -144,7 +157,8 @@ def run_stage(
 
     def save(at: Progress) -> Path:
         run.beat("saving")
-        return state.save_snapshot(run.folder(name), optimizer, at, identity, _numerics(engine), config.snapshot.keep)
+        numerics = _numerics(engine, config)
+        return state.save_snapshot(run.folder(name), optimizer, at, identity, numerics, config.snapshot.keep)
 
     def polled() -> bool:
         run.beat()

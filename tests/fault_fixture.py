@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 # A process that has imported everything, and forks one of itself for each line that it reads.
 SERVER = """
-import json, os, sys
+import json, os, sys, time
 import torch
 torch.set_num_threads(1)
 import elo_engine.cli, elo_engine.align, elo_engine.pipeline, elo_engine.pretrain, elo_engine.stage
@@ -42,7 +42,15 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    ended, deadline = 0, time.monotonic() + asked["kill_after_s"]
+    while asked["kill_after_s"] and not ended and time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.0005)
+    if not ended:
+        if asked["kill_after_s"]:
+            os.kill(pid, 9)
+        status = os.waitpid(pid, 0)[1]
+    print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
 # For patches: `after(owner, name, nth, act)` acts before the nth call of a function, counted from 1.
@@ -75,13 +83,17 @@ class Processes:
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         )  # fmt: skip
 
-    def __call__(self, *arguments: object, patch: str = "") -> tuple[int, str]:
+    def __call__(self, *arguments: object, patch: str = "", kill_after_s: float = 0.0) -> tuple[int, str]:
         """Exit status (negative: the signal that killed it) and all that it printed.
 
-        patch: Python that runs first, with `after` and `send` at hand.
+        patch: Python that runs first, with `after` and `send` at hand. kill_after_s: SIGKILL after so many seconds,
+        wherever it is by then; 0: not.
         """
         assert self._server.stdin is not None and self._server.stdout is not None
-        asked = {"arguments": [str(one) for one in arguments], "patch": AFTER + patch, "shown": str(self._shown)}
+        asked = {
+            "arguments": [str(one) for one in arguments], "patch": AFTER + patch, "shown": str(self._shown),
+            "kill_after_s": kill_after_s,
+        }  # fmt: skip
         self._server.stdin.write(json.dumps(asked) + "\n")
         self._server.stdin.flush()
         status = int(self._server.stdout.readline())

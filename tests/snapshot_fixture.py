@@ -43,7 +43,7 @@ def newest(folder: Path) -> int:
     found = state.latest_snapshot(folder, lambda text: None)
     if found is None:
         return 0
-    progress, _ = state.read_progress(found, IDENTITY)
+    progress, *_ = state.read_progress(found, IDENTITY)
     numbers = Numbers(0)
     state.restore(found, numbers)
     assert numbers.step == progress.step

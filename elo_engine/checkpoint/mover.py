@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elo_engine.checkpoint.python_mover import PythonMover
+from elo_engine.checkpoint.syscalls import NATIVE_FAULTS
 from elo_engine.checkpoint.transfer import PAGE, WAYS, Mover, Slot, Transfer, TransferError, lent
 from elo_engine.errors import FailedError, UsageError
 from elo_engine.native import CSRC, CSRC_REASON
@@ -37,9 +38,13 @@ RING_SLOTS, RING_SLOT_BYTES, RING_THREADS = 16, 2 << 20, 16
 
 
 class NativeMover(Mover):
-    """csrc/mover.cpp. faults: (call number or -1, errno, at most so many bytes) for tests, see csrc/system_calls.h."""
+    """csrc/mover.cpp. faults: (call number or -1, errno, at most so many bytes) for tests, see csrc/system_calls.h;
+    without any it has the plain system calls.
+    """
 
-    def __init__(self, slots: int, slot_bytes: int, threads: int, faults: Sequence[tuple[int, int, int]] = ()) -> None:
+    def __init__(
+        self, slots: int, slot_bytes: int, threads: int, faults: Sequence[tuple[int, int, int]] = NATIVE_FAULTS
+    ) -> None:
         super().__init__(slots, slot_bytes, threads)
         if CSRC is None:
             raise UsageError(f"the native mover needs the C++ extension: {CSRC_REASON}")

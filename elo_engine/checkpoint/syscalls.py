@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from elo_engine.checkpoint.fault_points import VARIABLE, arm
 from elo_engine.errors import FailedError, UsageError
 
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int); shares the extents on XFS, Btrfs, bcachefs
@@ -81,6 +82,7 @@ class Syscalls:
 
 
 SYSCALLS = Syscalls()
+NATIVE_FAULTS = arm(SYSCALLS, os.environ[VARIABLE]) if VARIABLE in os.environ else ()  # nothing is wrapped otherwise
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from elo_engine.errors import FailedError, RefusedError
 from elo_engine.train.loop import Progress
 
 _STEP = re.compile(r"step-(\d{8,})")
+MAY_DIFFER = {"data", "seed"}  # what of a snapshot's identity a run may change where it is told to
 
 
 def clear_leftovers(stage_folder: Path) -> None:
@@ -119,23 +120,30 @@ def latest_snapshot(stage_folder: Path, report: Callable[[str], None]) -> Path |
     return None
 
 
-def read_progress(folder: Path, identity: dict[str, Any]) -> tuple[Progress, dict[str, Any]]:
-    """The progress a snapshot stands at and the numerics it was made with, after holding its identity against this
-    run's.
+def read_progress(
+    folder: Path, identity: dict[str, Any], may_differ: Collection[str] = ()
+) -> tuple[Progress, dict[str, Any], dict[str, Any]]:
+    """The progress a snapshot stands at, the numerics it was made with, and what differs of its identity and this
+    run's ([then, now] by key): only keys of `may_differ`.
 
     Raises:
         RefusedError: it belongs to another run, model, data or environment; the differing keys are named.
     """
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     saved = state["identity"]
-    different = sorted(key for key in saved.keys() | identity.keys() if saved.get(key) != identity.get(key))
-    if different:
-        told = "; ".join(f"{key}: snapshot {saved.get(key)!r}, now {identity.get(key)!r}" for key in different)
-        raise RefusedError(
-            f"{folder}: this snapshot does not continue this run ({told}); restore what changed, or start a new run in "
-            "another output folder"
-        )
-    return Progress(**state["progress"]), state["numerics"]
+    different = {
+        key: [saved.get(key), identity.get(key)]
+        for key in sorted(saved.keys() | identity.keys())
+        if saved.get(key) != identity.get(key)
+    }
+    refused = [key for key in different if key not in may_differ]
+    if refused:
+        told = "; ".join("{}: snapshot {!r}, now {!r}".format(key, *different[key]) for key in refused)
+        ways = "restore what changed, or start a new run in another output folder"
+        if set(refused) <= MAY_DIFFER:
+            ways += ", or go on with --resume anyway, which is recorded as not exact"
+        raise RefusedError(f"{folder}: this snapshot does not continue this run ({told}); {ways}")
+    return Progress(**state["progress"]), state["numerics"], different
 
 
 def restore(folder: Path, optimizer: Saved) -> None:
