@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv and changes nothing outside it (downloads go to pip's and elo's caches).
 #   make demo     the whole method on a real small model, with a table and a plot at the end
 #   make test     the tests; on a machine with a GPU the kernels' tests run on it too
+#   make test-oldest   the model families with the oldest packages that pyproject.toml allows, in .venv-oldest
 #   make lint     ruff, mypy, and the audit
 #   make audit    known vulnerabilities of what is installed, as far as the package index answers
 #   make faults   the faults of docs/reliability.md: kills, signals, full disks, power loss, numbers that are none
@@ -20,7 +21,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test lint audit faults fuzz bench clean
+.PHONY: setup demo test test-oldest lint audit faults fuzz bench clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.stamp
@@ -32,6 +33,10 @@ demo: .venv/.stamp
 test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/.stamp-test
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+
+test-oldest: export PYTHONDONTWRITEBYTECODE =
+test-oldest: .venv-oldest/.stamp
+	.venv-oldest/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests/test_families*.py tests/test_longrope.py
 
 lint: .venv/.stamp-test
 	$(BIN)/ruff check .
@@ -76,7 +81,7 @@ bench: .venv/.stamp-bench
 	$(BIN)/elo bench speedup $(BENCH)
 
 clean:
-	rm -rf .venv build dist *.egg-info elo_engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-oldest build dist *.egg-info elo_engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -111,3 +116,13 @@ $(BIN)/python:
 	$(INSTALL) -c $(CONSTRAINTS) -e '.[bench]'
 	@$(COMPILE)
 	@touch $@ .venv/.stamp
+
+# As above; a package that constraints-oldest.txt names loses its line of constraints.txt.
+.venv-oldest/.stamp: $(SOURCES) constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	awk -F'[=<>]' '/^#/ {next} FNR == NR {named[$$1]; print; next} !($$1 in named)' constraints-oldest.txt constraints.txt \
+		> .venv-oldest/constraints.txt
+	nvidia-smi >/dev/null 2>&1 || .venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+		--retries 0 --timeout 5 --index-url $(CPU_INDEX) -c constraints.txt torch || true
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet -c .venv-oldest/constraints.txt -e '.[test]'
+	@touch $@

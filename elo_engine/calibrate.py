@@ -157,7 +157,7 @@ def _pass(
     enters a layer. The operations on a batch and their order are those of `Decoder.hidden_states`.
     """
     spec, table = weights.spec, RopeTable(weights.spec, weights.device)
-    ropes = [table.gather(batch.packing.positions_N, batch.longest) for batch in batches]
+    ropes = [table.gather(batch.packing, batch.longest) for batch in batches]
     with weights.sweep() as units:
         with units.embedding() as unit:
             hidden = [scale_embedded(spec, F.embedding(batch.ids_N, unit["embedding"])) for batch in batches]

@@ -192,7 +192,7 @@ class _Side:
     def __init__(self, weights: CheckpointWeights, batches: list[Batch], stack: ExitStack) -> None:
         self.spec, self.batches = weights.spec, batches
         rope = RopeTable(weights.spec, weights.device)
-        self._ropes = [rope.gather(batch.packing.positions_N, batch.longest) for batch in batches]
+        self._ropes = [rope.gather(batch.packing, batch.longest) for batch in batches]
         self._units = stack.enter_context(weights.sweep())
         self.hidden: list[Tensor] = []
 

@@ -4,6 +4,11 @@ Shapes: N rows (tokens), D columns. x, y and their gradients are fp32 or bf16, a
 is rounded once, at its store. The residual add before the norm, and in the backward pass the residual stream's gradient
 after it, are part of the same pass over the rows (as in Liger-Kernel's fused add and norm): each saves one reading and
 one writing of N x D. What is switched off compiles to nothing.
+
+The residual add after a norm (OLMo 2; Gemma 2 and 3 behind the MLP) is part of the forward pass, too; the backward pass
+is the norm's own, for what reaches the residual is d_y itself. Predicted: the norm and an add of its own move 5 N D
+elements (x, y; y, residual, sum), the one pass 3. In bf16 at D = 2304 and N = 8192 (Gemma 2 2B) that is 113 MB for 189,
+or 24 us for 39 at an H200's 4.8 TB/s, twice a layer in OLMo 2 and once in Gemma's. Not timed.
 """
 
 from __future__ import annotations
@@ -73,15 +78,18 @@ def _rms_norm_forward_kernel(
     x_ptr,
     update_ptr,
     gamma_ptr,
+    residual_ptr,
     y_ptr,
     rstd_ptr,
     sum_ptr,
     stride_x_n,
     stride_update_n,
+    stride_residual_n,
     N,
     D,
     eps,
     HAS_UPDATE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -104,6 +112,9 @@ def _rms_norm_forward_kernel(
     y_ND = x_ND * rstd_N[:, None]
     if HAS_GAMMA:
         y_ND *= _scale(gamma_ptr, col_D, D, UNIT_OFFSET)[None, :]
+    if HAS_RESIDUAL:
+        residual_ptr_ND = residual_ptr + row_N[:, None] * stride_residual_n + col_D[None, :]
+        y_ND += tl.load(residual_ptr_ND, mask=inside_ND, other=0.0).to(tl.float32)
     tl.store(y_ptr + row_N[:, None] * D + col_D[None, :], y_ND.to(y_ptr.dtype.element_ty), mask=inside_ND)
     tl.store(rstd_ptr + row_N, rstd_N, mask=row_N < N)
 
@@ -177,15 +188,18 @@ def rms_norm_forward(
     eps: float,
     *,
     update_ND: torch.Tensor | None = None,
+    residual_ND: torch.Tensor | None = None,
     unit_offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """y = s / sqrt(mean(s^2) + eps) * gamma, row by row, where s is x, or x + update rounded to their type.
+    """y = s / sqrt(mean(s^2) + eps) * gamma (+ residual), row by row; s is x, or x + update rounded to their type.
 
     Args:
         x_ND: fp32 or bf16; rows contiguous, any row stride.
         gamma_D: fp32 or bf16, not necessarily the type of x. None: the normed rows as they are.
         eps: added to the mean square.
         update_ND: what is added to x first, shape and type of x, any row stride: the residual add.
+        residual_ND: what is added to the normed rows, in fp32 before their rounding; shape and type of x, any row
+            stride. Its gradient is that of y.
         unit_offset: multiply by 1 + gamma, a sum in fp32 (Gemma). Without gamma it changes nothing.
 
     Returns:
@@ -198,10 +212,11 @@ def rms_norm_forward(
     check_rows("x_ND", x_ND)
     rows, width = x_ND.shape
     tensors = {"x_ND": x_ND}
-    if update_ND is not None:
-        check_rows("update_ND", update_ND)
-        check_like("update_ND", update_ND, "x_ND", x_ND)
-        tensors["update_ND"] = update_ND
+    for name, other_ND in (("update_ND", update_ND), ("residual_ND", residual_ND)):
+        if other_ND is not None:
+            check_rows(name, other_ND)
+            check_like(name, other_ND, "x_ND", x_ND)
+            tensors[name] = other_ND
     _check_gamma(gamma_D, width, tensors)
     block_n, block_d, warps = LAUNCH.tile(width)
     y_ND = torch.empty((rows, width), dtype=x_ND.dtype, device=x_ND.device)
@@ -213,15 +228,18 @@ def rms_norm_forward(
                 x_ND,
                 update_ND,
                 gamma_D,
+                residual_ND,
                 y_ND,
                 rstd_N,
                 sum_ND,
                 x_ND.stride(0),
                 0 if update_ND is None else update_ND.stride(0),
+                0 if residual_ND is None else residual_ND.stride(0),
                 rows,
                 width,
                 eps,
                 HAS_UPDATE=update_ND is not None,
+                HAS_RESIDUAL=residual_ND is not None,
                 HAS_GAMMA=gamma_D is not None,
                 UNIT_OFFSET=unit_offset and gamma_D is not None,
                 BLOCK_N=block_n,

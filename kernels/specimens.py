@@ -24,12 +24,19 @@ def _norms(floats: str, width: int) -> list[Specimen]:
     forward, backward = rms_norm._rms_norm_forward_kernel, rms_norm._rms_norm_backward_kernel
     plain = {"HAS_GAMMA": True, "UNIT_OFFSET": False}
     both = {"NEED_D_X": True, "NEED_D_GAMMA": True}
+    alone = {"HAS_UPDATE": False, "HAS_RESIDUAL": False}
     return [
-        norm("rms_norm forward", forward, "update_ptr", "sum_ptr", HAS_UPDATE=False, **plain),
-        norm("rms_norm forward, residual add", forward, HAS_UPDATE=True, **plain),
+        norm("rms_norm forward", forward, "update_ptr", "sum_ptr", "residual_ptr", **alone, **plain),
         norm(
-            "rms_norm forward, without gamma", forward, "update_ptr", "sum_ptr", "gamma_ptr",
-            HAS_UPDATE=False, HAS_GAMMA=False, UNIT_OFFSET=False,
+            "rms_norm forward, residual add", forward, "residual_ptr", HAS_UPDATE=True, HAS_RESIDUAL=False, **plain,
+        ),
+        norm(
+            "rms_norm forward, 1 + gamma, residual after it", forward, "update_ptr", "sum_ptr",
+            HAS_UPDATE=False, HAS_RESIDUAL=True, HAS_GAMMA=True, UNIT_OFFSET=True,
+        ),
+        norm(
+            "rms_norm forward, without gamma", forward, "update_ptr", "sum_ptr", "gamma_ptr", "residual_ptr",
+            **alone, HAS_GAMMA=False, UNIT_OFFSET=False,
         ),
         norm("rms_norm backward", backward, "d_residual_ptr", HAS_RESIDUAL=False, **both, **plain),
         norm("rms_norm backward, residual add", backward, HAS_RESIDUAL=True, **both, **plain),

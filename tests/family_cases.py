@@ -20,6 +20,9 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+# Of the tests' row of 40, 1 and 23 tokens the first document takes the long factors and the others the short ones.
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 3.0, 5.0, 9.0]}
+_LONG = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 32}
 _WINDOWS = {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 2}
 _GEMMA = {"query_pre_attn_scalar": 12, "sliding_window": 12, "hidden_activation": "gelu_pytorch_tanh"}
 _FIRST_SLIDES = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
@@ -41,6 +44,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3, untied": ("gemma3_text", {**_GEMMA, "layer_types": _FIRST_SLIDES[::-1], "final_logit_softcapping": 3.0}),
     "phi3": ("phi3", {"sliding_window": 12}),
     "phi3, tied, partial rotary": ("phi3", {"tie_word_embeddings": True, "partial_rotary_factor": 0.5}),
+    "phi3, longrope": ("phi3", _LONG | {"sliding_window": 12}),
+    "phi3, tied, longrope, partial rotary": (
+        "phi3", _LONG | {"tie_word_embeddings": True, "head_dim": 8, "partial_rotary_factor": 0.75, "rope_scaling": {
+            "type": "longrope", "short_factor": [1.0, 1.2, 1.6], "long_factor": [1.0, 4.0, 9.0],
+        }},
+    ),
     "olmo2": ("olmo2", {}),
     "olmo2, tied, biases": ("olmo2", {"tie_word_embeddings": True, "attention_bias": True}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0], "tie_word_embeddings": True}),

@@ -257,7 +257,7 @@ def test_between_layers_and_at_the_ends(layers: tuple[int, ...], recompute: bool
     model, plain = shallow(layers, recompute=recompute, bridges=bridges), shallow(layers)
     loss = model.loss_sum(batch)
     loss.backward()
-    rope = plain._rope.gather(batch.packing.positions_N, batch.longest)
+    rope = plain._rope.gather(batch.packing, batch.longest)
     hidden_ND = F.embedding(batch.ids_N, plain.embedding_VD)
     into = {gap[1]: bridge for gap, bridge in bridges.items()}
     for index in (*layers, SPEC.layers):

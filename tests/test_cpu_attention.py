@@ -211,11 +211,6 @@ def test_the_cap_is_accurate_at_every_size(choice: str, softcap: float) -> None:
     assert bool((lse_21N[0, 0].double() - truth_N).abs().le(4 * 2.0**-23 * truth_N.abs()).all())
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, None), (None, 2.0), (20, 2.0)])
-def test_bf16(path: str, window: int | None, softcap: float | None) -> None:
-    _compare(_case(150, 3, 1, 32, torch.bfloat16), [0, 100, 150], 0.2, window, softcap)
-
-
 @pytest.mark.parametrize("softcap", [None, 1.0])
 def test_float64_stays(softcap: float | None) -> None:
     inputs = _case(60, 2, 1, 8, torch.float64)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import CASES, SHAPE, make_family
+from family_cases import CASES, LONGROPE, SHAPE, make_family
 from safetensors.torch import load_file, save_file
 
 from elo_engine.checkpoint import open_checkpoint
@@ -61,13 +61,29 @@ PHI_4 = {
     "original_max_position_embeddings": 16384, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 250000,
     "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 100352, "attention_bias": False,
 }  # fmt: skip
+_PHI = {
+    "model_type": "phi3", "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 8192,
+    "max_position_embeddings": 131072, "num_hidden_layers": 32, "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 262144, "attention_bias": False,
+}  # fmt: skip
+PHI_35_MINI = {
+    **_PHI, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "tie_word_embeddings": False,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48},
+}  # fmt: skip
+PHI_4_MINI = {
+    **_PHI, "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 200064, "tie_word_embeddings": True,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48},
+    "partial_rotary_factor": 0.75,
+}  # fmt: skip
 PUBLISHED = [
     (GEMMA_2_2B, 2_614_341_888), (GEMMA_3_1B, 999_885_952), (QWEN25_7B, 7_615_616_512), (QWEN3_8B, 8_190_735_360),
-    (PHI_4, 14_659_507_200),
+    (PHI_4, 14_659_507_200), (PHI_35_MINI, 3_821_079_552), (PHI_4_MINI, 3_836_021_760),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "parameters"), PUBLISHED, ids=[str(c["model_type"]) for c, _ in PUBLISHED])
+@pytest.mark.parametrize(
+    ("config", "parameters"), PUBLISHED, ids=[f"{c['model_type']} {n}" for c, n in PUBLISHED]
+)
 def test_published_configurations_give_the_published_parameter_counts(
     config: dict[str, Any], parameters: int
 ) -> None:
@@ -116,11 +132,20 @@ def test_old_and_new_ways_to_say_the_same_of_the_layers() -> None:
     assert read_spec(flat | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}) == read_spec(config_of("gemma3"))
 
 
+def _longrope(**changes: Any) -> dict[str, Any]:
+    return {"rope_parameters": None, "rope_scaling": LONGROPE | changes}
+
+
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama 3", {"rope_parameters": None, "rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
     ("llama 3", {"rope_parameters": None, "rope_scaling": [8.0]}, "rope_scaling"),
     ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "spiral"}}}, "spiral"),
-    ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [1.0]}}, "longrope"),
+    ("phi3, longrope", _longrope(short_factor=None), "short_factor is None.*longrope"),
+    ("phi3, longrope", _longrope(long_factor=[1.0] * 3), "long_factor has 3 entries.*needs 4"),
+    ("phi3, longrope", _longrope(long_factor=[1.0, 2.0, 3.0, -1.0]), "long_factor of longrope is -1.0"),
+    ("phi3, longrope", _longrope(attention_factor="a"), "attention_factor of longrope"),
+    ("phi3, longrope", {"original_max_position_embeddings": None}, "original_max_position_embeddings is None"),
+    ("phi3, longrope", {"max_position_embeddings": None}, "max_position_embeddings is None"),
     ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("mistral", {"attention_bias": True}, "attention_bias"),
     ("phi3", {"attention_bias": True}, "attention_bias"),

@@ -120,6 +120,19 @@ def test_add_rms_norm(dtype: torch.dtype, unit_offset: bool, needs: list[bool]) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("needs", [[True, True, True], [False, True, True], [True, False, False]])
+def test_rms_norm_add(dtype: torch.dtype, unit_offset: bool, needs: list[bool]) -> None:
+    inputs = draw((13, 72), (13, 72), (72,))
+    options = {"eps": EPS, "unit_offset": unit_offset}
+    compare(
+        lambda *x: ops.rms_norm_add(*x, **options),
+        lambda *x: reference.rms_norm_add(*x, **options),
+        inputs, needs, dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unit_offset", [False, True])
 @pytest.mark.parametrize(
     "needs", [[True] * 4, [False, True, True, True], [False, True, False, False], [False, False, True, False]]
 )
@@ -246,6 +259,7 @@ DEFINITIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "rms_norm": (lambda x, g: reference.rms_norm(x, g, EPS), [(3, 8), (8,)]),
     "rms_norm, unit offset": (lambda x, g: reference.rms_norm(x, g, EPS, unit_offset=True), [(3, 8), (8,)]),
     "add_rms_norm": (lambda x, u, g: reference.add_rms_norm(x, u, g, EPS), [(3, 8), (3, 8), (8,)]),
+    "rms_norm_add": (lambda x, u, g: reference.rms_norm_add(x, u, g, EPS), [(3, 8), (3, 8), (8,)]),
     "swiglu": (reference.swiglu, [(3, 12)]),
     "geglu": (reference.geglu, [(3, 12)]),
     "rotary": (

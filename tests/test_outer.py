@@ -224,7 +224,7 @@ class Layer:
         generator = torch.Generator().manual_seed(2)
         self.hidden_ND, self.d_out_ND = (torch.randn(N, spec.D, generator=generator) for _ in range(2))
         self.packing = Packing([0, 15, N], torch.cat((torch.arange(15), torch.arange(N - 15))))
-        self.rope = RopeTable(spec, CPU).gather(self.packing.positions_N, N - 15)
+        self.rope = RopeTable(spec, CPU).gather(self.packing, N - 15)
 
     def once(self, need: bool = True) -> dict[str, Tensor | None]:
         """Forward and backward through the graph."""

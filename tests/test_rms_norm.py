@@ -106,6 +106,47 @@ def test_add_and_offset_are_no_worse_than_torch(launch: Launcher, shape: tuple[i
         assert_rounded_once(ours, exact)
 
 
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[:-1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_after_the_norm(
+    launch: Launcher, shape: tuple[int, int], dtype: torch.dtype, unit_offset: bool
+) -> None:
+    """Its gradient is that of the sum, so the backward pass is the norm's, which the tests above hold."""
+    x, gamma, _ = example(*shape, dtype)
+    residual = 3 * torch.cat((x, x), dim=1)[:, shape[1] :].flip(0, 1)
+    options = {"unit_offset": unit_offset}
+    y, rstd, none = launch("rms_norm", "rms_norm_forward", x, gamma, EPS, residual_ND=residual, **options)
+    _, rstd_alone, _ = launch("rms_norm", "rms_norm_forward", x, gamma, EPS, **options)
+    theirs = residual + plain(x, gamma, x, unit_offset)[0]
+    truth = residual.double() + plain(x.double(), gamma.double(), x.double(), unit_offset)[0]
+    assert y is not None and y.dtype == dtype and none is None
+    assert rstd is not None and rstd_alone is not None and torch.equal(rstd, rstd_alone)
+    assert_no_worse(y, theirs, truth, error_by_row)
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        ("y_ND += tl.load(residual_ptr_ND", "y_ND -= tl.load(residual_ptr_ND"),
+        ("row_N[:, None] * stride_residual_n", "row_N[:, None] * stride_x_n"),
+        ("    if HAS_RESIDUAL:\n        residual_ptr_ND", "    y_ND = y_ND.to(tl.bfloat16).to(tl.float32)\n"
+         "    if HAS_RESIDUAL:\n        residual_ptr_ND"),
+    ],
+)  # fmt: skip
+def test_a_planted_error_in_the_residual_after_it_is_seen(launch: Launcher, planted: tuple[str, str]) -> None:
+    x, gamma, d_y = example(8, 1100, torch.bfloat16)
+    residual = torch.cat((x, d_y), dim=1)[:, 1100:]
+    truth = residual.double() + plain(x.double(), gamma.double(), x.double())[0]
+    for changes in ([], [planted]):
+        kwargs = {"residual_ND": residual, "planted": changes}
+        y, _, _ = launch("rms_norm", "rms_norm_forward", x, gamma, EPS, **kwargs)
+        error = float((y.double() - truth).abs().max() / truth.abs().max())
+        # one rounding is half a unit of the entry; two, of entries of about the same size, are seen by their number
+        wrong = int((y != truth.to(torch.bfloat16)).sum()) if y is not None else 0
+        assert (error > 2.0**-8 or wrong > 0.01 * y.numel()) == bool(changes)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_gamma(launch: Launcher, dtype: torch.dtype) -> None:
     x, gamma, d_y = example(5, 300, dtype)
@@ -242,6 +283,8 @@ def test_update_and_residual_are_refused(launch: Launcher, other: torch.Tensor, 
     x, gamma, d_y = example(4, 64, torch.bfloat16)
     with pytest.raises(ValueError, match=message.replace("NAME", "update_ND")):
         launch("rms_norm", "rms_norm_forward", x, gamma, EPS, update_ND=other)
+    with pytest.raises(ValueError, match=message.replace("NAME", "residual_ND")):
+        launch("rms_norm", "rms_norm_forward", x, gamma, EPS, residual_ND=other)
     with pytest.raises(ValueError, match=message.replace("NAME", "d_residual_ND")):
         launch("rms_norm", "rms_norm_backward", d_y, x, gamma, torch.ones(4), d_residual_ND=other)
 

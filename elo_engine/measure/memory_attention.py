@@ -18,6 +18,30 @@ def flash_backward_bytes(setting: Setting) -> int:
     return total
 
 
+def in_cpp(setting: Setting, index: int) -> bool:
+    """Whether csrc computes the attention of this layer; `model/cpu_attention.py`, with rows of one document."""
+    if setting.device == "cuda":
+        return False
+    window, softcap = setting.spec.kind(index).window, setting.spec.softcap
+    return setting.width == 4 or softcap is not None or (window is not None and window < setting.sequence_length)
+
+
+def lse_bytes(setting: Setting) -> int:
+    """Log-sum-exp of each query's scores; under a soft-cap the CPU keeps it in two parts."""
+    return 4 * setting.spec.H * setting.N * (2 if setting.device == "cpu" and setting.spec.softcap is not None else 1)
+
+
+def copies_bytes(setting: Setting, index: int, *, backward: bool) -> int:
+    """What csrc's attention holds in fp32 of a layer in bf16 during its call: queries, keys, values and output, in the
+    backward pass also the output's gradient and those of the first three.
+    """
+    if setting.width == 4 or not in_cpp(setting, index):
+        return 0
+    spec = setting.spec
+    inputs, output = spec.H + 2 * spec.K, spec.H
+    return 4 * setting.N * spec.E * (2 * inputs + 2 * output if backward else inputs + output)
+
+
 def _cpu_blocks(T: int) -> tuple[int, int]:
     """Queries and keys of a block of torch's CPU flash attention."""
     return (256 if T >= 768 else 64 if T >= 192 else 32), 512

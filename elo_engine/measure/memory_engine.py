@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure.ledger import Held, Ledger
-from elo_engine.measure.memory_attention import flash_backward_bytes
+from elo_engine.measure.memory_attention import copies_bytes, flash_backward_bytes, lse_bytes
 from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
+from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes, turn_bytes
 from elo_engine.measure.memory_shapes import coded_bytes, projections, split_spike
 from elo_engine.measure.setting import SHALLOW, Setting
 
@@ -40,7 +41,6 @@ class EngineStep:
         self.NHE, self.NKE = N * spec.H * spec.E * self.w, N * spec.K * spec.E * self.w
         self.NC = self.NHE + 2 * self.NKE
         self.wide_ND = 4 * N * spec.D  # in fp32
-        self.rope_NR = 4 * N * (spec.E // 2)
         self.parts = projections(spec)
         self.gradients = Gradients(ledger, widens=self.w == 2, copies=not self.cuda)
         self.outer = None if self.shallow else OuterSums(setting, ledger)
@@ -72,7 +72,7 @@ class EngineStep:
         if self.cuda:
             tiles = sum(-(-size // _ADAMW_TILE) for size in leaves)
             ledger.add("optimizer", 8 * tiles + 4 * -(-tiles // _TILES_PER_SUM))
-        ledger.add(ACT, 2 * 4 * self.setting.sequence_length * (spec.E // 2))  # rotary tables
+        ledger.add(ACT, table_bytes(self.setting))
 
     def gradient(self, layer: int, name: str, size: int) -> None:
         """The gradient of a leaf of `size` elements, in the weights' type."""
@@ -113,24 +113,25 @@ class EngineStep:
 
     # -- a layer
 
-    def forward_layer(self, *, graph: bool) -> tuple[dict[str, Held], Held]:
+    def forward_layer(self, index: int, *, graph: bool) -> tuple[dict[str, Held], Held]:
         """-> what is saved, nothing without a graph, and the output."""
         ledger = self.ledger
-        kept = self.until_down()
+        kept = self.until_down(index)
         if not graph:  # the rest takes these two alone
             ledger.drop(*(kept.pop(name) for name in [*kept] if name not in ("sum", "gate_up")))
         product = ledger.add(ACT, self.NF)
         down = ledger.add(ACT, self.ND)
         ledger.drop(product)
-        if self.spec.norms != "pre":
-            kept["down"], (down, kept["rstd4"]) = down, self.norm()
-        out = ledger.add(ACT, self.ND)
-        ledger.drop(down)
+        if self.spec.norms != "pre":  # the residual is added to what the norm makes
+            kept["down"], (out, kept["rstd4"]) = down, self.norm()
+        else:
+            out = ledger.add(ACT, self.ND)
+            ledger.drop(down)
         if not graph:
             ledger.drop(*(kept.pop(name) for name in [*kept]))
         return kept, out
 
-    def until_down(self) -> dict[str, Held]:
+    def until_down(self, index: int) -> dict[str, Held]:
         """The layer without its last product: all that a recomputation runs. -> what is saved."""
         ledger, kept, before = self.ledger, dict[str, Held](), self.spec.norms != "post"
         normed = ledger.add(ACT, 0)
@@ -140,12 +141,17 @@ class EngineStep:
         ledger.drop(normed)
         if self.spec.head_norms is not None:
             self.head_norms(kept)
-        self.turn()
-        kept["mixed"], kept["lse"] = ledger.add(ACT, self.NHE), ledger.add(ACT, 4 * self.spec.H * self.N)
+        ledger.spike(ACT, turn_bytes(self.setting, index, back=False))
+        kept["lse"] = ledger.add(ACT, lse_bytes(self.setting))
+        ledger.spike(ACT, copies_bytes(self.setting, index, backward=False))
+        kept["mixed"] = ledger.add(ACT, self.NHE)
         update = ledger.add(ACT, self.ND)
         if self.spec.norms != "pre":
             kept["update"], (update, kept["rstd3"]) = update, self.norm()
-        kept["sum"] = ledger.add(ACT, self.ND)
+        if before:
+            kept["sum"] = ledger.add(ACT, self.ND)
+        else:
+            kept["sum"], update = update, ledger.add(ACT, 0)
         normed = ledger.add(ACT, 0)
         if before:
             normed, kept["rstd2"] = self.norm()
@@ -184,20 +190,13 @@ class EngineStep:
         self.ledger.drop(*(kept.pop(name) for name in names))
         return found
 
-    def turn(self) -> None:
-        """Rotary in place; on the CPU half of the turned heads once more, and the tables in the heads' type."""
-        if self.cuda:
-            return
-        with self.ledger.during(ACT, 2 * self.rope_NR // 2 if self.w == 2 else 0):
-            self.ledger.spike(ACT, (self.NHE + self.NKE) // 2)
-
     def backward_layer(self, index: int, saved: SavedLayer, d_out: Held, *, below: bool) -> Held | None:
         """-> gradient of what entered; None where nothing below learns."""
         ledger, p = self.ledger, self.parts
         kept, lasting = saved.rest, [saved.hidden]
         if kept is None:
             ledger.moment = f"recomputation of layer {index}"
-            kept = self.until_down()
+            kept = self.until_down(index)
             # `layer_gradient` and autograd, its caller, have names for these until the layer is through
             lasting += [d_out, kept["sum"], kept["gate_up"]]
         ledger.moment = f"backward of layer {index}"
@@ -239,9 +238,8 @@ class EngineStep:
         self.gradients.settle()
         if not below:
             ledger.drop(residual)
-        d_qkv = self.attention_backward(kept, d_mixed)
-        with ledger.during(ACT, 0 if self.cuda else self.rope_NR):  # the negated sine
-            self.turn()
+        d_qkv = self.attention_backward(index, kept, d_mixed)
+        ledger.spike(ACT, turn_bytes(self.setting, index, back=True))
         if self.spec.head_norms is not None:
             self.head_norms_backward(index, kept)
         # the first norm with the packed projection
@@ -289,11 +287,14 @@ class EngineStep:
         self.gradient(index, "norm of qkv", self.spec.D)
         return ledger.add(ACT, 0)
 
-    def attention_backward(self, kept: dict[str, Held], d_mixed: Held) -> Held:
+    def attention_backward(self, index: int, kept: dict[str, Held], d_mixed: Held) -> Held:
         """-> gradient of the packed projection."""
         ledger, spec = self.ledger, self.spec
+        sums = 4 * spec.H * self.N  # on the CPU, a number a row
+        copies = copies_bytes(self.setting, index, backward=True)
+        ledger.spike(ACT, copies + sums if copies else 0)  # before there is a gradient in bf16
         parts = [ledger.add(ACT, self.NHE), ledger.add(ACT, self.NKE), ledger.add(ACT, self.NKE)]
-        ledger.spike(ACT, flash_backward_bytes(self.setting) if self.cuda else 4 * spec.H * self.N)  # CPU: row sums
+        ledger.spike(ACT, flash_backward_bytes(self.setting) if self.cuda else sums)
         ledger.drop(d_mixed, *(kept.pop(name) for name in ("qkv", "mixed", "lse")))
         d_qkv = ledger.add(ACT, self.NC)
         ledger.drop(*parts)
@@ -319,14 +320,15 @@ class EngineStep:
         """Forward and backward."""
         ledger = self.ledger
         # ids, positions and rotary tables by token live with the graph, and that until the next loss replaces this one
-        graph = ledger.add(ACT, 2 * 8 * self.N + (0 if self.cuda else 2 * self.rope_NR))
+        tables = gathered_bytes(self.setting, self.indices) + rows_bytes(self.setting)
+        graph = ledger.add(ACT, 2 * 8 * self.N + tables)
         labels = ledger.add(ACT, 8 * self.N)
         hidden = ledger.add(ACT, self.ND)
         saved: list[SavedLayer] = []
         for index in self.indices:
             hidden = self.across(index, hidden)
             ledger.moment = f"forward of layer {index}"
-            kept, out = self.forward_layer(graph=not self.setting.recompute)
+            kept, out = self.forward_layer(index, graph=not self.setting.recompute)
             saved.append(SavedLayer(hidden, None if self.setting.recompute else kept))
             hidden = out
         hidden = self.across(self.spec.layers, hidden)

@@ -11,6 +11,7 @@ from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_engine import ACT, EngineStep, SavedLayer
 from elo_engine.measure.memory_gradients import GRAD, Gradients
+from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes
 from elo_engine.measure.memory_shapes import split_spike
 from elo_engine.measure.memory_units import UnitBytes, Units
 from elo_engine.measure.setting import Setting
@@ -57,7 +58,7 @@ class StreamedStep(EngineStep):
         ledger.add("weights", _SLOTS * weights)
         ledger.add("optimizer", state)
         ledger.add(GRAD, weights if self.lazy else 0)
-        ledger.add(ACT, 2 * 4 * self.setting.sequence_length * (self.spec.E // 2))  # rotary tables
+        ledger.add(ACT, table_bytes(self.setting))
         if not self.here:
             ledger.add(ACT, _AHEAD * self.ND)
         if self.cuda:
@@ -142,9 +143,9 @@ class StreamedStep(EngineStep):
             self.update_unit(unit)
         ledger.drop(*grads)
 
-    def until_down(self) -> dict[str, Held]:
+    def until_down(self, index: int) -> dict[str, Held]:
         """After a recomputation what was leaving is gone."""
-        kept = super().until_down()
+        kept = super().until_down(index)
         self.let_leave()
         return kept
 
@@ -160,7 +161,7 @@ class StreamedStep(EngineStep):
         ledger, L, setting = self.ledger, self.spec.layers, self.setting
         ids = ledger.add(ACT, 3 * 8 * setting.tokens_per_step)  # ids, labels, positions
         # rotary tables by token stay on a CPU from the first layer on
-        ropes = 0 if self.cuda else setting.micro_batches * 2 * self.rope_NR
+        ropes = setting.micro_batches * (gathered_bytes(setting, range(L)) + rows_bytes(setting))
         ledger.moment = "embedding"
         embedding, first = self.embed()
         places = [first]
@@ -175,7 +176,7 @@ class StreamedStep(EngineStep):
             ledger.moment = f"forward of layer {number}"
             made = [self.lump()]
             for _ in range(self.detailed):
-                _, out = self.forward_layer(graph=False)
+                _, out = self.forward_layer(number, graph=False)
                 made.append(self.put(out))
             places.append(made)
         turn = self.head(places.pop())

@@ -1,4 +1,5 @@
-"""Causal attention on the CPU: C++ in fp32, else torch's scaled_dot_product_attention by segment.
+"""Causal attention on the CPU: C++ in fp32, and in bf16 where a window or a soft-cap is at work; else torch's
+scaled_dot_product_attention by segment.
 
 Both know a sliding window (Longformer, Beltagy et al. 2020) and a soft cap on the scores (Gemma 2).
 """
@@ -31,6 +32,14 @@ class AttentionChoice:
     documents are not equally long. So the C++ is taken for every length.
     Blocks on torch.bmm with heads folded were 1.1 times as fast as SDPA by segment at 512 and 0.8 times at 2048, at
     their best block size (64): not kept.
+
+    In bf16 torch's call uses the matrix units of processors that have them, but knows neither a window nor a cap.
+    Measured, forward and backward (torch 2.13, two cores with AMX, best of 4, ms): torch, then C++ on fp32 copies
+        8 heads of 64, 2 of keys, T = 2048: 137, 152; four segments of 512: 105, 126
+        8 heads of 128, 4 of keys, T = 2048, window 256: 413, 178
+        8 heads of 256, 4 of keys, T = 1024, window 512, cap 50: 771, 181
+    So the C++ is taken where there is a window or a cap. A key head at a time the copies would be smaller by the number
+    of key heads, but the last two then take 443 and 467: not kept.
     """
 
     widest_head: int = 256  # a thread's scratch (5 blocks of 96 x width, 2 of 96 x 96) stays near 0.5 MiB
@@ -41,7 +50,9 @@ CHOICE = AttentionChoice()
 
 
 class _Attention(torch.autograd.Function):
-    """Saves the output and the log-sum-exp; the backward pass makes the probabilities again."""
+    """Saves the output and the log-sum-exp; the backward pass makes the probabilities again. What is not fp32 is copied
+    to it for the length of a call, and what comes back is rounded once.
+    """
 
     @staticmethod
     def forward(
@@ -49,18 +60,20 @@ class _Attention(torch.autograd.Function):
         window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
         ctx.how = (segment_starts, scale, window, softcap)
-        out_NHE, lse_HN = cpu_native.attention_forward(q_NHE, k_NKE, v_NKE, *ctx.how)
+        out_NHE, lse_HN = cpu_native.attention_forward(q_NHE.float(), k_NKE.float(), v_NKE.float(), *ctx.how)
+        out_NHE = out_NHE.to(q_NHE.dtype)
         ctx.save_for_backward(q_NHE, k_NKE, v_NKE, out_NHE, lse_HN)
         return out_NHE
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out_NHE: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, d_out_NHE: Tensor) -> tuple[Tensor | None, ...]:
         q_NHE, k_NKE, v_NKE, out_NHE, lse_HN = ctx.saved_tensors
-        d_q_NHE, d_k_NKE, d_v_NKE = cpu_native.attention_backward(
-            q_NHE, k_NKE, v_NKE, out_NHE, lse_HN, d_out_NHE.contiguous(), *ctx.how
-        )
-        return d_q_NHE, d_k_NKE, d_v_NKE, None, None, None, None
+        grads = cpu_native.attention_backward(
+            q_NHE.float(), k_NKE.float(), v_NKE.float(), out_NHE.float(), lse_HN, d_out_NHE.contiguous().float(),
+            *ctx.how,
+        )  # fmt: skip
+        return *(grad.to(q_NHE.dtype) for grad in grads), None, None, None, None
 
 
 def attention(
@@ -93,10 +106,18 @@ def attention(
     """
     _check(q_NHE, k_NKE, v_NKE, segment_starts)
     _check_scores(window, softcap)
-    if q_NHE.dtype == torch.float32 and q_NHE.shape[2] <= CHOICE.widest_head and cpu_native.has_attention():
+    if _in_cpp(q_NHE, segment_starts, window, softcap):
         rows = [x if x[0].is_contiguous() and _spread(x) else x.contiguous() for x in (q_NHE, k_NKE, v_NKE)]
         return _Attention.apply(*rows, list(segment_starts), scale, window, softcap)  # type: ignore[no-any-return]
     return attention_by_segment(q_NHE, k_NKE, v_NKE, segment_starts, scale, window, softcap)
+
+
+def _in_cpp(q_NHE: Tensor, segment_starts: list[int], window: int | None, softcap: float | None) -> bool:
+    if q_NHE.shape[2] > CHOICE.widest_head or not cpu_native.has_attention():
+        return False
+    longest = max(stop - start for start, stop in pairwise(segment_starts))
+    limited = softcap is not None or (window is not None and window < longest)
+    return q_NHE.dtype == torch.float32 or (q_NHE.dtype == torch.bfloat16 and limited)
 
 
 def _spread(rows: Tensor) -> bool:

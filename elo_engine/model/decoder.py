@@ -199,7 +199,7 @@ class Decoder:
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final-norm output [N, D] for every token."""
-        ropes = self._rope.gather(batch.packing.positions_N, batch.longest)
+        ropes = self._rope.gather(batch.packing, batch.longest)
         outer = self._outer if torch.is_grad_enabled() else None
         if outer is None:
             hidden_ND = F.embedding(batch.ids_N, self.embedding_VD)

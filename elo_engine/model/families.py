@@ -26,7 +26,8 @@ class Family:
         those of every family. defaults: what transformers takes for a field that the file leaves out.
         windows: which layers see a window of `sliding_window` tokens where the file does not say so by layer_types.
         rotary_off: the field that names the layers without rotary embedding. local_rope: layers with a window turn by a
-        base of their own. partial_rotary: only the first part of a head may turn.
+        base of their own. partial_rotary: only the first part of a head may turn. rope_names: what older files call a
+        type of rotary scaling.
     """
 
     what: str
@@ -41,6 +42,7 @@ class Family:
     rotary_off: str | None = None
     local_rope: bool = False
     partial_rotary: bool = False
+    rope_names: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
     softcaps: bool = False
     scaled_embedding: bool = False
     needs: tuple[str, ...] = ()
@@ -65,7 +67,10 @@ FAMILIES: dict[str, Family] = {
         "Gemma 3, text", **_GEMMA, head_norms="head", windows="by layer", local_rope=True,
         defaults=_TIED,
     ),
-    "phi3": Family("Phi-3, Phi-3.5-mini, Phi-4", fused=True, windows="all", partial_rotary=True),
+    "phi3": Family(
+        "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini", fused=True, windows="all", partial_rotary=True,
+        rope_names=MappingProxyType({"su": "longrope", "yarn": "longrope"}),
+    ),
     "olmo2": Family("OLMo 2", norms="post", head_norms="all", biases=_ATTENTION),
     "smollm3": Family("SmolLM3", biases=_BOTH, windows="by layer", rotary_off="no_rope_layers", defaults=_TIED),
 }  # fmt: skip

@@ -7,6 +7,7 @@ the data in `spec` and `names`; a layer's weights are a dictionary with the keys
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +19,14 @@ from torch import Tensor
 
 from elo_engine.errors import FailedError
 from elo_engine.model import ops
-from elo_engine.model.spec import ModelSpec, RopeSpec
+from elo_engine.model.spec import LONGROPE_FACTORS, ModelSpec, RopeSpec
 
 LayerWeights = dict[str, Tensor]
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the host to a device, without a wait."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,7 @@ class Packing:
         """`segment_starts` as int32 where the positions are, as variable-length attention takes them; sent once,
         without a wait.
         """
-        offsets_S = torch.tensor(self.segment_starts, dtype=torch.int32)
-        if self.positions_N.is_cuda:
-            offsets_S = offsets_S.pin_memory()
-        return offsets_S.to(self.positions_N.device, non_blocking=True)
+        return _sent(torch.tensor(self.segment_starts, dtype=torch.int32), self.positions_N.device)
 
     @cached_property
     def longest(self) -> int:
@@ -68,35 +71,73 @@ class Rope:
 Ropes = tuple[Rope, ...]  # of a micro-batch, one for each of `spec.ropes`
 
 
+@dataclass(frozen=True)
+class _Frequencies:
+    """Of one rotary embedding, fp32 [R], and the factor on cos and sin; `long_R` serves documents of more than `short`
+    tokens.
+    """
+
+    inverse_R: Tensor
+    factor: float
+    long_R: Tensor | None = None
+    short: int = 0
+
+    def table(self, longest: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions [0, longest); with frequencies for long documents, if there may be one, below those
+        of [0, short) for the others.
+        """
+        angles_PR = _angles(longest, self.inverse_R)
+        if self.long_R is not None and longest > self.short:
+            angles_PR = torch.cat((angles_PR[: self.short], _angles(longest, self.long_R)))
+        return angles_PR.cos() * self.factor, angles_PR.sin() * self.factor
+
+    def rows(self, packing: Packing) -> Tensor:
+        """Which row of the table each token takes."""
+        if self.long_R is None or packing.longest <= self.short:
+            return packing.positions_N
+        sizes_S = torch.tensor(packing.segment_starts).diff()
+        first_N = torch.where(sizes_S > self.short, self.short, 0).repeat_interleave(sizes_S)
+        return packing.positions_N + _sent(first_N, packing.positions_N.device)
+
+
+def _angles(longest: int, inverse_R: Tensor) -> Tensor:
+    return torch.arange(longest, dtype=torch.float32)[:, None] * inverse_R[None, :]
+
+
 class RopeTable:
     """Angles for every position met so far, grown on demand; scaling as transformers initialises it (its own code is
-    called).
+    called, but for longrope, where that wants the family's own configuration).
+
+    longrope: each document takes the factors that its own length asks for, as transformers takes them for the document
+    by itself. Its choice for a batch, by the longest document in it, would make a document's gradient depend on those
+    beside it.
     """
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
-        self._device = device
-        self._frequencies = [_inverse_frequencies(spec, rope) for rope in spec.ropes]
-        empty = torch.empty(0, device=device)
-        self._tables = [(empty, empty)] * len(spec.ropes)
+        self._device, self._longest = device, 0
+        self._frequencies = [_frequencies(spec, rope) for rope in spec.ropes]
+        self._tables: list[tuple[Tensor, Tensor]] = []
 
-    def gather(self, positions_N: Tensor, longest: int) -> Ropes:
+    def gather(self, packing: Packing, longest: int) -> Ropes:
         """Tables for these positions; `longest` is one more than the largest of them, known without a device sync."""
-        if self._tables[0][0].shape[0] < longest:
-            positions_P = torch.arange(longest, dtype=torch.float32)
-            self._tables = []
-            for inverse_R, factor in self._frequencies:
-                angles_PR = positions_P[:, None] * inverse_R[None, :]
-                cos_PR, sin_PR = angles_PR.cos() * factor, angles_PR.sin() * factor
-                self._tables.append((cos_PR.to(self._device), sin_PR.to(self._device)))
-        return tuple(Rope(cos_PR, sin_PR, positions_N) for cos_PR, sin_PR in self._tables)
+        if self._longest < longest:
+            tables = [frequencies.table(longest) for frequencies in self._frequencies]
+            self._tables = [(cos_PR.to(self._device), sin_PR.to(self._device)) for cos_PR, sin_PR in tables]
+            self._longest = longest
+        return tuple(
+            Rope(*table, frequencies.rows(packing))
+            for table, frequencies in zip(self._tables, self._frequencies, strict=True)
+        )
 
 
-def _inverse_frequencies(spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
-    """fp32 inverse frequencies [R] and the factor on cos and sin."""
+def _frequencies(spec: ModelSpec, rope: RopeSpec) -> _Frequencies:
+    turning = int(spec.E * rope.share)
+    plain_R = rope.theta ** (torch.arange(0, turning, 2, dtype=torch.int64).float() / turning)
     if rope.kind == "default":
-        turning = int(spec.E * rope.share)
-        exponents = torch.arange(0, turning, 2, dtype=torch.int64).float() / turning
-        return 1.0 / (rope.theta**exponents), 1.0
+        return _Frequencies(1.0 / plain_R, 1.0)
+    if rope.kind == "longrope":
+        short_R, long_R = (1.0 / (torch.tensor(rope.parameters[name]) * plain_R) for name in LONGROPE_FACTORS)
+        return _Frequencies(short_R, _longrope_factor(spec, rope), long_R, rope.short)
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -118,7 +159,16 @@ def _inverse_frequencies(spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float
         raise FailedError(
             f"config.json: rotary scaling {scaling} is not complete for type {rope.kind!r}: {error!r}"
         ) from error
-    return inverse_R, float(factor)
+    return _Frequencies(inverse_R, float(factor))
+
+
+def _longrope_factor(spec: ModelSpec, rope: RopeSpec) -> float:
+    """On cos and sin (Ding et al. 2024, arXiv 2402.13753): of the length by which positions grew, unless given."""
+    given = rope.parameters.get("attention_factor")
+    if given is not None:
+        return float(given)
+    grown = rope.parameters.get("factor") or spec.max_positions / rope.short
+    return 1.0 if grown <= 1.0 else math.sqrt(1.0 + math.log(grown) / math.log(rope.short))
 
 
 def embedding_factor(spec: ModelSpec, dtype: torch.dtype) -> float | None:
@@ -150,7 +200,7 @@ def decoder_layer(
     """
     sum_ND, gate_up_N2F = _until_down(spec, index, weights, hidden_ND, ropes, packing)
     update_ND = ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation)
-    return sum_ND + _norm_out(spec, weights.get("norm_mlp_out"), update_ND)
+    return _add_norm_out(spec, sum_ND, weights.get("norm_mlp_out"), update_ND)
 
 
 def layer_gradient(
@@ -201,11 +251,14 @@ def _until_down(
     q_NHE, k_NKE, v_NKE = _heads(spec, weights, qkv_NC, rope)
     mixed_NHE = ops.attention(q_NHE, k_NKE, v_NKE, packing, spec.scale, kind.window, spec.softcap)
     update_ND = ops.linear(mixed_NHE.flatten(1), weights["output"], weights.get("output_bias"))
-    update_ND = _norm_out(spec, weights.get("norm_attention_out"), update_ND)
+    gamma_D = weights.get("norm_attention_out")
     gate_up, gate_up_bias = weights["gate_up"], weights.get("gate_up_bias")
     if spec.norms == "post":
-        sum_ND = hidden_ND + update_ND
+        sum_ND = _add_norm_out(spec, hidden_ND, gamma_D, update_ND)
         return sum_ND, ops.linear(sum_ND, gate_up, gate_up_bias)
+    # With norms at both ends the add is one pass with the norm after it, which saves more: it is so in the backward
+    # pass as well.
+    update_ND = _norm_out(spec, gamma_D, update_ND)
     return ops.add_norm_linear(hidden_ND, update_ND, weights["norm_mlp"], gate_up, gate_up_bias, **norm)
 
 
@@ -233,3 +286,10 @@ def _norm_out(spec: ModelSpec, gamma_D: Tensor | None, update_ND: Tensor) -> Ten
     if gamma_D is None:
         return update_ND
     return ops.rms_norm(update_ND, gamma_D, spec.norm_eps, unit_offset=spec.unit_offset)
+
+
+def _add_norm_out(spec: ModelSpec, residual_ND: Tensor, gamma_D: Tensor | None, update_ND: Tensor) -> Tensor:
+    """The residual stream after half a layer."""
+    if gamma_D is None:
+        return residual_ND + update_ND
+    return ops.rms_norm_add(residual_ND, update_ND, gamma_D, spec.norm_eps, unit_offset=spec.unit_offset)

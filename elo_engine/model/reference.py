@@ -39,6 +39,13 @@ def add_rms_norm(
     return sum_ND, rms_norm(sum_ND, gamma_D, eps, unit_offset=unit_offset)
 
 
+def rms_norm_add(
+    residual_ND: Tensor, update_ND: Tensor, gamma_D: Tensor, eps: float, *, unit_offset: bool = False
+) -> Tensor:
+    """The norm at the end of half a layer and the residual add after it: residual + rms_norm(update)."""
+    return residual_ND + rms_norm(update_ND, gamma_D, eps, unit_offset=unit_offset)
+
+
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
     """silu(gate) * up for the packed projection [gate | up] (Shazeer 2020) -> [N, F]."""
     gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)

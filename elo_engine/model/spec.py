@@ -6,14 +6,16 @@ never a class of its own. A field that would change the maths and is not underst
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from elo_engine.errors import RefusedError, UsageError
 from elo_engine.model.families import FAMILIES, REFUSED, Family, HeadNorms, Norms
 
 SUPPORTED_FAMILIES = {name: family.what for name, family in FAMILIES.items()}
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+LONGROPE_FACTORS = ("short_factor", "long_factor")  # of each frequency, in documents within the first length and beyond
+_FIRST_LENGTH = "original_max_position_embeddings"
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _BIASES = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias")
 
@@ -29,6 +31,11 @@ class RopeSpec:
     kind: str = "default"
     parameters: dict[str, Any] = field(default_factory=dict)  # of the scaling, for every kind but default
     share: float = 1.0
+
+    @property
+    def short(self) -> int:
+        """Of longrope: tokens of the longest document that takes the short factors."""
+        return int(self.parameters[_FIRST_LENGTH])
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,7 @@ def _read_rope(config: dict[str, Any], family: Family, layers: str | None = None
     scaling = dict(new or old or {})
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
+    kind = family.rope_names.get(kind, kind)
     theta = _number(scaling.pop("rope_theta", None) or config.get(theta_key) or 10000.0, theta_key)
     if kind not in ROPE_TYPES:
         raise RefusedError(
@@ -162,7 +170,39 @@ def _read_rope(config: dict[str, Any], family: Family, layers: str | None = None
     share = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
     if share != 1.0 and not family.partial_rotary:
         raise RefusedError(f"config.json: partial_rotary_factor other than 1 is not supported for {family.what}")
-    return RopeSpec(theta, kind, {} if kind == "default" else scaling, _number(share, "partial_rotary_factor"))
+    rope = RopeSpec(theta, kind, {} if kind == "default" else scaling, _number(share, "partial_rotary_factor"))
+    return rope if kind != "longrope" else replace(rope, parameters=_read_longrope(config, scaling))
+
+
+def _read_longrope(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
+    """The scaling with the length that the model was first trained for, which older files have beside it. How many
+    factors there must be `read_spec` knows.
+    """
+    found = {key: scaling[key] for key in ("factor", "attention_factor") if scaling.get(key) is not None}
+    for key, value in found.items():
+        _number(value, f"{key} of longrope")
+    length = config.get(_FIRST_LENGTH, scaling.get(_FIRST_LENGTH))
+    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+        raise RefusedError(f"config.json: {_FIRST_LENGTH} is {length!r}; rotary embedding of type longrope needs it")
+    if not found:
+        _positive(config, "max_position_embeddings")
+    for key in LONGROPE_FACTORS:
+        factors = scaling.get(key)
+        if not isinstance(factors, list):
+            raise RefusedError(f"config.json: {key} is {factors!r}; rotary embedding of type longrope needs a list")
+        found[key] = [_number(factor, f"{key} of longrope") for factor in factors]
+    return {_FIRST_LENGTH: length, **found}
+
+
+def _check_longrope(ropes: tuple[RopeSpec, ...], head_width: int) -> None:
+    for rope in ropes:
+        for key in LONGROPE_FACTORS if rope.kind == "longrope" else ():
+            count, wanted = len(rope.parameters[key]), -(-int(head_width * rope.share) // 2)
+            if count != wanted:
+                raise RefusedError(
+                    f"config.json: {key} has {count} entries; rotary embedding of type longrope needs {wanted} where "
+                    f"{int(head_width * rope.share)} of a head's {head_width} dimensions turn"
+                )
 
 
 def _read_windows(config: dict[str, Any], family: Family, layers: int) -> list[int | None]:
@@ -268,6 +308,8 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         raise RefusedError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads")
     layers = _positive(config, "num_hidden_layers")
     sides = ("full_attention", "sliding_attention") if family.local_rope else (None,)
+    ropes = tuple(_read_rope(config, family, side) for side in sides)
+    _check_longrope(ropes, head_width)
     attention_bias = bool(config.get("attention_bias", False))
     return ModelSpec(
         family=name,
@@ -279,7 +321,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         K=kv_heads,
         E=head_width,
         norm_eps=float(_require(config, "rms_norm_eps", float)),
-        ropes=tuple(_read_rope(config, family, side) for side in sides),
+        ropes=ropes,
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=int(config.get("max_position_embeddings") or 0),
         kinds=_read_kinds(config, family, layers),

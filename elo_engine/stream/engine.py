@@ -154,7 +154,7 @@ class StreamedEngine:
         if self.broken:
             raise FailedError(self.broken)
         pieces = [to_batch(piece, self.device) for piece in micro_batches(rows, self._micro_batch)]
-        batches = [(batch, self._rope.gather(batch.packing.positions_N, batch.longest)) for batch in pieces]
+        batches = [(batch, self._rope.gather(batch.packing, batch.longest)) for batch in pieces]
         kind, ids = SlicedStep if self.store.sliced else Step, torch.from_numpy(rows.ids_BT)
         step = kind(self, batches, ids, tokens_loss, lr, first=first, should_stop=should_stop)
         with torch.no_grad():

@@ -102,7 +102,7 @@ class LayerMajorScorer:
             FailedError: the checkpoint cannot be read, or was changed.
         """
         spec, parts = self.spec, (self.spec.layers + 1) * len(batches)
-        ropes = [self._rope.gather(batch.packing.positions_N, batch.longest) for batch in batches]
+        ropes = [self._rope.gather(batch.packing, batch.longest) for batch in batches]
         with self.weights.sweep() as units:
             slices = units.vocabulary
             if slices is not None:

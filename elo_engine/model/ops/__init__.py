@@ -14,7 +14,7 @@ from torch import Tensor
 from elo_engine.model.ops.attention import attention
 from elo_engine.model.ops.choice import configure, describe, use_reference
 from elo_engine.model.ops.linear_cross_entropy import linear_cross_entropy, token_losses
-from elo_engine.model.ops.rms_norm import add_norm_linear, add_rms_norm, norm_linear, rms_norm
+from elo_engine.model.ops.rms_norm import add_norm_linear, add_rms_norm, norm_linear, rms_norm, rms_norm_add
 from elo_engine.model.ops.rotary import HeadNorm, Heads, rotary_packed
 from elo_engine.model.ops.swiglu import gated_linear, gated_linear_unrun
 
@@ -32,6 +32,7 @@ __all__ = [
     "linear_cross_entropy",
     "norm_linear",
     "rms_norm",
+    "rms_norm_add",
     "rotary_packed",
     "token_losses",
     "use_reference",

@@ -1,4 +1,4 @@
-"""The norm, with the residual add before it and the projection after it.
+"""The norm, with the residual add before it or after it and the projection after it.
 
 A decoder layer norms a hidden state only to multiply it with a weight, so `norm_linear` is one autograd node: it saves
 the hidden state and one number a row, and makes the normed state again in the backward pass. Below the first trained
@@ -87,6 +87,43 @@ def rms_norm(hidden_ND: Tensor, gamma_D: Tensor, eps: float, *, unit_offset: boo
     if choice.use_reference():
         return reference.rms_norm(hidden_ND, gamma_D, eps, unit_offset=unit_offset)
     return _RmsNorm.apply(hidden_ND, gamma_D, eps, unit_offset)  # type: ignore[no-any-return]
+
+
+class _RmsNormAdd(torch.autograd.Function):
+    """residual + norm(update). Saves the update and one number a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual_ND: Tensor, update_ND: Tensor, gamma_D: Tensor, eps: float, unit_offset: bool
+    ) -> Tensor:
+        if choice.use_triton(update_ND):
+            from elo_engine.kernels import rms_norm as kernel
+
+            out_ND, rstd_N, _ = kernel.rms_norm_forward(
+                update_ND, gamma_D, eps, residual_ND=residual_ND, unit_offset=unit_offset
+            )
+        else:
+            out_ND, rstd_N = cpu_pointwise.rms_norm_forward(update_ND, gamma_D, eps, unit_offset=unit_offset)
+            out_ND.add_(residual_ND)
+        ctx.save_for_backward(update_ND, gamma_D, rstd_N)
+        ctx.unit_offset = unit_offset
+        return out_ND  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        update_ND, gamma_D, rstd_N = ctx.saved_tensors
+        d_grads = _backward(grads[0], update_ND, gamma_D, rstd_N, ctx.unit_offset, ctx.needs_input_grad[1:3])
+        return grads[0] if ctx.needs_input_grad[0] else None, *d_grads, None, None
+
+
+def rms_norm_add(
+    residual_ND: Tensor, update_ND: Tensor, gamma_D: Tensor, eps: float, *, unit_offset: bool = False
+) -> Tensor:
+    """The norm and the residual add after it: -> residual + rms_norm(update)."""
+    if choice.use_reference():
+        return reference.rms_norm_add(residual_ND, update_ND, gamma_D, eps, unit_offset=unit_offset)
+    return _RmsNormAdd.apply(residual_ND, update_ND, gamma_D, eps, unit_offset)  # type: ignore[no-any-return]
 
 
 class _AddRmsNorm(torch.autograd.Function):
