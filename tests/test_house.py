@@ -35,6 +35,7 @@ GROUP_OF_TOP = {
     "errors": "errors",
     "native": "native",
     "config": "config",
+    "strict_yaml": "config",
     "cli": "cli",
     "__main__": "cli",
     "__init__": "cli",
@@ -310,4 +311,5 @@ def test_the_tree_is_read_as_it_is_written() -> None:
     block = "elo_engine/     the package\n  cli.py        verbs\nMakefile setup.py  building\n.ci/  checks\n"
     readme = f"text\n```\n{block}```\n"
     assert tree_entries(readme) == {"elo_engine", "Makefile", "setup.py", ".ci"}
-    assert {"setup", "demo", "test", "lint", "faults", "fuzz", "bench", "clean"} == make_targets()
+    targets = {"setup", "demo", "test", "lint", "faults", "fuzz", "fuzz-readers", "soak", "scale", "bench", "clean"}
+    assert targets == make_targets()

@@ -9,12 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from elo_engine.errors import RefusedError, UsageError
+from elo_engine.errors import RefusedError, UsageError, shown
 from elo_engine.model.families import FAMILIES, REFUSED, Family, HeadNorms, Norms
 
 SUPPORTED_FAMILIES = {name: family.what for name, family in FAMILIES.items()}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+# Far above every model: what is larger would be allocated before anybody misses its weights.
+_LARGEST = {"num_hidden_layers": 1 << 16}
+_SCALING = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+)  # fmt: skip
+_SCALING_OR_ZERO = ("attention_factor", "mscale", "mscale_all_dim")
+_LARGEST_NUMBER = 1e15
+_POSITIONS = "max_position_embeddings"
 _BIASES = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias")
 
 
@@ -124,20 +132,39 @@ class ModelSpec:
 def _require(config: dict[str, Any], key: str, kind: type = int) -> Any:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise RefusedError(f"config.json: {key} is {value!r}; a {kind.__name__} is needed to know the model's maths")
+        raise RefusedError(
+            f"config.json: {key} is {shown(value)}; a {kind.__name__} is needed to know the model's maths"
+        )
     return value
 
 
 def _positive(config: dict[str, Any], key: str) -> int:
     value: int = _require(config, key)
     if value <= 0:
-        raise RefusedError(f"config.json: {key} is {value}; a positive number is needed")
+        raise RefusedError(f"config.json: {key} is {shown(value)}; a positive number is needed")
+    if value > _LARGEST.get(key, 1 << 31):
+        raise RefusedError(f"config.json: {key} is {shown(value)}, more than any model has; is the file damaged?")
     return value
 
 
+def _flag(config: dict[str, Any], key: str, missing: bool = False) -> bool:
+    """true or false as such: the text "false" would count as true."""
+    value = config.get(key)
+    if value is not None and value not in (True, False):
+        raise RefusedError(f"config.json: {key} is {shown(value)}; true or false is needed")
+    return missing if value is None else bool(value)
+
+
 def _number(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise RefusedError(f"config.json: {key} is {value!r}; a positive number is needed")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST_NUMBER:
+        raise RefusedError(f"config.json: {key} is {shown(value)}; a positive number is needed")
+    return float(value)
+
+
+def _read_eps(config: dict[str, Any]) -> float:
+    value: float = _require(config, "rms_norm_eps", float)
+    if not 0 <= value < 1:
+        raise RefusedError(f"config.json: rms_norm_eps is {shown(value)}; a small number is needed")
     return float(value)
 
 
@@ -150,28 +177,45 @@ def _read_rope(config: dict[str, Any], family: Family, layers: str | None = None
         if layers == "sliding_attention":
             old, theta_key = None, "rope_local_base_freq"
     if not isinstance(new or old or {}, dict):
-        raise RefusedError(f"config.json: rope_parameters or rope_scaling is {new or old!r}; a mapping is needed")
+        raise RefusedError(f"config.json: rope_parameters or rope_scaling is {shown(new or old)}; a mapping is needed")
     scaling = dict(new or old or {})
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
     theta = _number(scaling.pop("rope_theta", None) or config.get(theta_key) or 10000.0, theta_key)
     if kind not in ROPE_TYPES:
         raise RefusedError(
-            f"config.json: rotary embedding of type {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})"
+            f"config.json: rotary embedding of type {shown(kind)} is not supported (supported: {', '.join(ROPE_TYPES)})"
         )
     share = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
     if share != 1.0 and not family.partial_rotary:
         raise RefusedError(f"config.json: partial_rotary_factor other than 1 is not supported for {family.what}")
-    return RopeSpec(theta, kind, {} if kind == "default" else scaling, _number(share, "partial_rotary_factor"))
+    share = _number(share, "partial_rotary_factor")
+    if share > 1:
+        raise RefusedError(f"config.json: partial_rotary_factor is {share}; more than a whole head cannot turn")
+    return RopeSpec(theta, kind, {} if kind == "default" else _checked(scaling), share)
+
+
+def _checked(scaling: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a scaling, each of its kind; which of them a type needs is for those who compute with it."""
+    for key, value in scaling.items():
+        if value is not None and (key in _SCALING or (key in _SCALING_OR_ZERO and value != 0)):
+            _number(value, f"rope_parameters or rope_scaling: {key}")
+    low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
+    if low is not None and high is not None and low >= high:
+        raise RefusedError(
+            f"config.json: low_freq_factor {low} of the rotary scaling is not below high_freq_factor {high}"
+        )
+    _flag(scaling, "truncate")
+    return scaling
 
 
 def _read_windows(config: dict[str, Any], family: Family, layers: int) -> list[int | None]:
     """By layer; see `families.Windows`."""
     window = config.get("sliding_window")
-    if family.windows == "none" or window is None or not config.get("use_sliding_window", True):
+    if family.windows == "none" or window is None or not _flag(config, "use_sliding_window", True):
         return [None] * layers
     if isinstance(window, bool) or not isinstance(window, int) or window <= 0:
-        raise RefusedError(f"config.json: sliding_window is {window!r}; a positive number of tokens is needed")
+        raise RefusedError(f"config.json: sliding_window is {shown(window)}; a positive number of tokens is needed")
     types = config.get("layer_types")
     if family.windows == "all":
         return [window] * layers
@@ -179,8 +223,8 @@ def _read_windows(config: dict[str, Any], family: Family, layers: int) -> list[i
         known = ("full_attention", "sliding_attention")
         if not isinstance(types, list) or len(types) != layers or not all(kind in known for kind in types):
             raise RefusedError(
-                f"config.json: layer_types is {types!r}; for each of the {layers} layers one of {', '.join(known)} is "
-                "needed"
+                f"config.json: layer_types is {shown(types)}; for each of the {layers} layers one of "
+                f"{', '.join(known)} is needed"
             )
         return [window if kind == "sliding_attention" else None for kind in types]
     if family.windows == "odd ones full":
@@ -200,8 +244,10 @@ def _read_kinds(config: dict[str, Any], family: Family, layers: int) -> tuple[La
         if listed is None:
             every = _positive(config, "no_rope_layer_interval")
             listed = [int((index + 1) % every != 0) for index in range(layers)]
-        if not isinstance(listed, list) or len(listed) != layers:
-            raise RefusedError(f"config.json: {family.rotary_off} is {listed!r}; {layers} entries are needed")
+        if not isinstance(listed, list) or len(listed) != layers or not all(entry in (0, 1) for entry in listed):
+            raise RefusedError(
+                f"config.json: {family.rotary_off} is {shown(listed)}; {layers} entries of 0 or 1 are needed"
+            )
         turns = [bool(entry) for entry in listed]
     kinds = tuple(
         LayerKind(window, None if not turn else int(family.local_rope and window is not None))
@@ -216,7 +262,7 @@ def _read_activation(config: dict[str, Any], name: str, family: Family) -> Liter
     if _ACTIVATIONS.get(found if isinstance(found, str) else "") != family.activation:
         usual = [known for known, ours in _ACTIVATIONS.items() if ours == family.activation]
         raise RefusedError(
-            f"config.json: {key} {found!r} is not supported for {name} (supported: {', '.join(usual)})"
+            f"config.json: {key} {shown(found)} is not supported for {name} (supported: {', '.join(usual)})"
         )
     return family.activation
 
@@ -229,7 +275,7 @@ def _refuse_the_unknown(config: dict[str, Any], name: str, family: Family) -> No
         )
     for key in _BIASES:
         if config.get(key) and key not in family.biases and not (key == "qkv_bias" and family.qkv_bias):
-            raise RefusedError(f"config.json: {key} is {config[key]!r}; biases are not known of {name}")
+            raise RefusedError(f"config.json: {key} is {shown(config[key])}; biases are not known of {name}")
     if config.get("use_bidirectional_attention"):
         raise RefusedError("config.json: use_bidirectional_attention: only causal attention is supported")
 
@@ -239,7 +285,7 @@ def _softcap(config: dict[str, Any], family: Family, key: str) -> float | None:
     if value is None:
         return None
     if not family.softcaps:
-        raise RefusedError(f"config.json: {key} is {value!r}; soft-caps are not known of {family.what}")
+        raise RefusedError(f"config.json: {key} is {shown(value)}; soft-caps are not known of {family.what}")
     return _number(value, key)
 
 
@@ -253,7 +299,9 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
     if not isinstance(name, str) or name not in FAMILIES:
         why = REFUSED.get(name, "not a supported family") if isinstance(name, str) else "not a supported family"
         known = "; ".join(f"{name} ({what})" for name, what in SUPPORTED_FAMILIES.items())
-        raise RefusedError(f"config.json: model_type {name!r} is {why}. Supported are dense text decoders: {known}")
+        raise RefusedError(
+            f"config.json: model_type {shown(name)} is {why}. Supported are dense text decoders: {known}"
+        )
     family = FAMILIES[name]
     config = {**family.defaults, **config}
     _refuse_the_unknown(config, name, family)
@@ -268,7 +316,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         raise RefusedError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads")
     layers = _positive(config, "num_hidden_layers")
     sides = ("full_attention", "sliding_attention") if family.local_rope else (None,)
-    attention_bias = bool(config.get("attention_bias", False))
+    attention_bias = _flag(config, "attention_bias")
     return ModelSpec(
         family=name,
         layers=layers,
@@ -278,14 +326,14 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         H=heads,
         K=kv_heads,
         E=head_width,
-        norm_eps=float(_require(config, "rms_norm_eps", float)),
+        norm_eps=_read_eps(config),
         ropes=tuple(_read_rope(config, family, side) for side in sides),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=int(config.get("max_position_embeddings") or 0),
+        tied=_flag(config, "tie_word_embeddings"),
+        max_positions=_positive(config, _POSITIONS) if config.get(_POSITIONS) else 0,
         kinds=_read_kinds(config, family, layers),
         qkv_bias=family.qkv_bias or attention_bias,
         output_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=_flag(config, "mlp_bias"),
         activation=_read_activation(config, name, family),
         norms=family.norms,
         unit_offset=family.unit_offset,
