@@ -6,6 +6,9 @@
 #   make audit    known vulnerabilities of what is installed, as far as the package index answers
 #   make faults   the faults of docs/reliability.md: kills, signals, full disks, power loss, numbers that are none
 #   make fuzz     the byte mover under AddressSanitizer and ThreadSanitizer, FUZZ_SECONDS=30 each; needs g++ or clang++
+#   make fuzz-readers   20,000 mutated inputs for every reader of files; FUZZ_EXAMPLES=1000 takes fewer
+#   make soak     2,000 steps with kills, and memory and descriptors watched; minutes
+#   make scale    corpora of gigabytes, 100,000 tensors, 200 shards: time and memory; SCALE="--corpus-mb 500" is shorter
 #   make bench    the pipeline speedup of this machine, within ten minutes; BENCH="--model llama-3.2-1b" passes options on
 #   make setup    .venv with the `elo` command, for use by hand: .venv/bin/elo --help
 # PYTHON=python3.12 chooses the interpreter of a new .venv; CONSTRAINTS=/dev/null takes the newest versions allowed.
@@ -21,7 +24,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test test-oldest lint audit faults fuzz bench clean
+.PHONY: setup demo test test-oldest lint audit faults fuzz fuzz-readers soak scale bench clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.stamp
@@ -76,6 +79,18 @@ build/fuzz/fuzz_mover: csrc/fuzz/fuzz_mover.cpp $(MOVER) $(wildcard csrc/*.h)
 build/fuzz/stress_ring: csrc/fuzz/stress_ring.cpp $(MOVER) $(wildcard csrc/*.h)
 	@mkdir -p $(@D)
 	$(CXX) $(SANITIZED) -fsanitize=thread $< $(MOVER) -o $@
+
+FUZZ_EXAMPLES ?= 20000
+
+fuzz-readers: export PYTHONDONTWRITEBYTECODE =
+fuzz-readers: .venv/.stamp-test
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -rP -n auto --maxprocesses 4 tests/test_fuzz_readers.py
+
+soak: .venv/.stamp-test
+	$(BIN)/python tests/faults/soak.py $(SOAK)
+
+scale: .venv/.stamp-test
+	$(BIN)/python tests/faults/scale.py $(SCALE)
 
 bench: .venv/.stamp-bench
 	$(BIN)/elo bench speedup $(BENCH)

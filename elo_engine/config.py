@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from elo_engine.errors import UsageError
+from elo_engine.errors import UsageError, shown
+from elo_engine.strict_yaml import read_yaml
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
@@ -40,8 +41,9 @@ def parse_count(value: Any) -> Any:
     return int(number)
 
 
-Count = Annotated[int, BeforeValidator(parse_count)]
-Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v)]  # YAML reads 1e-4 as text
+Count = Annotated[int, BeforeValidator(parse_count), Field(le=1 << 62)]
+# YAML reads 1e-4 as text; and neither inf nor nan can be written to config.resolved.yaml and read back
+Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v), Field(allow_inf_nan=False)]
 
 
 Master = Literal["none", "24", "32"]
@@ -55,7 +57,8 @@ class DataConfig(_Section):
     """Where the tokens come from and how rows are cut."""
 
     shards: dict[str, str] = Field(min_length=1)  # language -> folder made by `elo data`
-    mix: dict[str, Annotated[float, Field(gt=0)]] | None = None  # by tokens; None: in proportion to each corpus
+    # by tokens; None: in proportion to each corpus
+    mix: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     sequence_length: Annotated[Count, Field(ge=2)] = 8192
     packing: Literal["document", "concat"] = "document"
 
@@ -290,8 +293,8 @@ def _explain(error: ValidationError, where: str) -> UsageError:
             lines.append(f"{key}: missing, and it has no default")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            shown = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
-            lines.append(f"{key}: {message}{shown}")
+            got = "" if item["type"] == "value_error" else f" (got {shown(item['input'])})"
+            lines.append(f"{key}: {message}{got}")
     return UsageError(f"{where}: " + "; ".join(lines))
 
 
@@ -307,10 +310,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
         if not isinstance(child, dict):
             raise UsageError(f"override {text!r}: {part!r} is a value, not a section")
         node = child
-    try:
-        node[parts[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UsageError(f"override {text!r}: {value!r} is not a YAML value: {error}") from error
+    node[parts[-1]] = read_yaml(value, f"override {shown(text)}")
 
 
 def make_config(tree: dict[str, Any], where: str = "configuration") -> RunConfig:
@@ -333,10 +333,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raise UsageError(f"{path}: no such configuration file; the examples folder holds some to start from") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as text: {error}") from error
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {error}") from error
+    tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: expected a mapping of keys at the top, found {type(tree).__name__}")
     for override in overrides or []:

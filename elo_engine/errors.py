@@ -6,6 +6,21 @@ which calls the package as a library can catch what it would expect.
 
 from __future__ import annotations
 
+import reprlib
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 80, 80
+
+
+def shown(value: object) -> str:
+    """A foreign value as a message shows it: short, whatever it is. `repr` alone can be endless (lists that share
+    parts), and fails for what is nested deeply and for integers of thousands of digits.
+    """
+    try:
+        return _BRIEF.repr(value)
+    except (ValueError, RecursionError):
+        return f"a value of type {type(value).__name__} that is too large to show"
+
 
 class EloError(Exception):
     """Base of every error this package raises on purpose; `exit_status` is what `elo` exits with."""

@@ -10,7 +10,6 @@ configuration says `hard_links: true`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,10 +48,10 @@ def final_weights(run: RunDir, stage: str, index: CheckpointIndex) -> dict[str, 
         raise UsageError(
             f"{run.path}: {stage} is not finished ({at} of {steps} steps); run elo {stage} with --resume auto first"
         )
-    before = json.loads((folder / "state.json").read_text(encoding="utf-8"))["identity"]["checkpoint"]
+    before = state.read_state(folder)["identity"].get("checkpoint")
     if before != index.identity():
         raise RefusedError(
-            f"{index.folder}: is not the checkpoint that {folder} was trained from (identity {before[:12]}, now "
+            f"{index.folder}: is not the checkpoint that {folder} was trained from (identity {str(before)[:12]}, now "
             f"{index.identity()[:12]}); put that one back in its place, or start a new run in another output folder"
         )
     return state.stored_weights(folder)

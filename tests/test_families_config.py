@@ -143,7 +143,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("phi3, longrope", _longrope(short_factor=None), "short_factor is None.*longrope"),
     ("phi3, longrope", _longrope(long_factor=[1.0] * 3), "long_factor has 3 entries.*needs 4"),
     ("phi3, longrope", _longrope(long_factor=[1.0, 2.0, 3.0, -1.0]), "long_factor of longrope is -1.0"),
-    ("phi3, longrope", _longrope(attention_factor="a"), "attention_factor of longrope"),
+    ("phi3, longrope", _longrope(attention_factor="a"), "attention_factor"),
     ("phi3, longrope", {"original_max_position_embeddings": None}, "original_max_position_embeddings is None"),
     ("phi3, longrope", {"max_position_embeddings": None}, "max_position_embeddings is None"),
     ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -35,6 +35,7 @@ GROUP_OF_TOP = {
     "errors": "errors",
     "native": "native",
     "config": "config",
+    "strict_yaml": "config",
     "cli": "cli",
     "__main__": "cli",
     "__init__": "cli",
@@ -319,5 +320,6 @@ def test_the_tree_is_read_as_it_is_written() -> None:
     readme = f"text\n```\n{block}```\n"
     assert tree_entries(readme) == {"elo_engine", "Makefile", "setup.py", ".ci"}
     assert {
-        "setup", "demo", "test", "test-oldest", "lint", "audit", "faults", "fuzz", "bench", "clean"
+        "setup", "demo", "test", "test-oldest", "lint", "audit", "faults", "fuzz", "fuzz-readers", "soak", "scale",
+        "bench", "clean",
     } == make_targets()  # fmt: skip

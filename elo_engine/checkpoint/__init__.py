@@ -9,6 +9,7 @@ temporary folder, removed at the next start.
 """
 
 from elo_engine.checkpoint.commit import COMMIT_NAME, verify_commit, write_file
+from elo_engine.checkpoint.header import strict_json
 from elo_engine.checkpoint.hub import model_files, resolve_model
 from elo_engine.checkpoint.index import CheckpointIndex, ShardInfo, TensorEntry, open_checkpoint
 from elo_engine.checkpoint.partial import PartialStore, cache_folder
@@ -48,6 +49,7 @@ __all__ = [
     "rewrite_checkpoint",
     "space_needed",
     "stored_tensors",
+    "strict_json",
     "verify_commit",
     "verify_patch",
     "write_file",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ from elo_engine.errors import FailedError, RefusedError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit; checked before anything is allocated
 MAX_RANK = 8
+_DEEPEST = 32  # of JSON; a header has 3 levels, the configurations of models at most some 6
 _MAX_INT = 2**63 - 1  # sizes in bits have to fit torch's signed 64-bit counts
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -103,13 +104,24 @@ def strict_json(raw: bytes, where: str, *, integers_only: bool) -> Any:
     if integers_only:
         number = {"parse_int": integer, "parse_float": no_number, "parse_constant": no_number}
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, **number)  # type: ignore[arg-type]
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, **number)  # type: ignore[arg-type]
     except UnicodeDecodeError as error:
         damaged(where, f"not UTF-8 at byte {error.start}")
     except RecursionError:
         damaged(where, "JSON is nested too deeply")
     except ValueError as error:  # JSONDecodeError, and Python's limit on the digits of an integer
         damaged(where, f"not valid JSON ({error})")
+    # Python parses almost as deeply as it can call; what it could just parse it could no longer show or write.
+    level, depth = [found], 0
+    while level := [part for parts in level if isinstance(parts, (dict, list)) for part in _members(parts)]:
+        depth += 1
+        if depth > _DEEPEST:
+            damaged(where, f"JSON is nested too deeply (more than {_DEEPEST} levels)")
+    return found
+
+
+def _members(parts: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return parts.values() if isinstance(parts, dict) else parts
 
 
 def header_length(first: bytes, where: str, file_size: int) -> int:

@@ -164,7 +164,11 @@ def rewrite_checkpoint(
 
     job = _Job(index, pieces, folder, report, hard_links, check_finite)
     with open_folder(index.folder) as dir_fd:
-        parts = [_rewrite_shard(job, info, dir_fd) for info in index.shards.values()]
+        entries: dict[str, list[TensorEntry]] = {name: [] for name in index.shards}
+        for entry in index.entries.values():
+            if entry.name in pieces:
+                entries[entry.shard].append(entry)
+        parts = [_rewrite_shard(job, info, entries[info.name], dir_fd) for info in index.shards.values()]
     for path in model_files(index.folder):
         copy_small_file(path, folder / path.relative_to(index.folder))
     # The shards were compared one by one; this also covers config.json and a shard replaced after its turn.
@@ -222,9 +226,9 @@ def _check_fits(entry: TensorEntry, tensor: Pieces, folder: Path) -> None:
         raise UsageError(f"{where} is {on_disk} in the checkpoint, not {tensor.dtype}: only floats are cast.")
 
 
-def _rewrite_shard(job: _Job, info: ShardInfo, dir_fd: int) -> RewriteStats:
+def _rewrite_shard(job: _Job, info: ShardInfo, entries: list[TensorEntry], dir_fd: int) -> RewriteStats:
+    """entries: the changed tensors of this shard, in file order."""
     index = job.index
-    entries = [e for e in index.entries.values() if e.shard == info.name and e.name in job.changed]
     path, where = job.folder / info.name, str(index.folder / info.name)
     declined = ""
     source_fd = open_shard(info, dir_fd, index.folder)

@@ -57,13 +57,14 @@ class Record(BaseModel):
 
 
 _Sha256 = Field(pattern="^[0-9a-f]{64}$")
+_MOST = 1 << 50  # of whatever is counted: sums stay far inside 64 bits
 
 
 class InputRecord(Record):
     """One input file: name without its folder, size, sha256 of the content."""
 
     name: str
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=_MOST)
     sha256: str = _Sha256
 
 
@@ -80,11 +81,11 @@ class Recipe(Record):
     tokenizer_sha256: str = _Sha256
     vocab_size: int = Field(ge=1, le=1 << 31)
     dtype: Literal["uint16", "uint32"]
-    eos_id: int = Field(ge=0)
-    bos_id: int | None = Field(ge=0)
+    eos_id: int = Field(ge=0, le=_MOST)
+    bos_id: int | None = Field(ge=0, le=_MOST)
     text_field: str
     split_blank_lines: bool
-    shard_tokens: int = Field(ge=1)
+    shard_tokens: int = Field(ge=1, le=_MOST)
     chat_template_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     inputs: tuple[InputRecord, ...]
 
@@ -94,12 +95,12 @@ class ShardRecord(Record):
 
     only_chat = frozenset({"loss_tokens", "loss_sha256"})
 
-    tokens: int = Field(ge=1)
-    documents: int = Field(ge=1)
-    text_bytes: int = Field(ge=1)
+    tokens: int = Field(ge=1, le=_MOST)
+    documents: int = Field(ge=1, le=_MOST)
+    text_bytes: int = Field(ge=1, le=_MOST)
     tokens_sha256: str = _Sha256
     documents_sha256: str = _Sha256
-    loss_tokens: int | None = Field(default=None, ge=1)
+    loss_tokens: int | None = Field(default=None, ge=1, le=_MOST)
     loss_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
 
@@ -110,11 +111,11 @@ class Totals(Record):
 
     only_chat = frozenset({"loss_tokens"})
 
-    tokens: int = Field(ge=1)
-    documents: int = Field(ge=1)
-    text_bytes: int = Field(ge=1)
-    empty_documents: int = Field(ge=0)
-    loss_tokens: int | None = Field(default=None, ge=1)
+    tokens: int = Field(ge=1, le=_MOST)
+    documents: int = Field(ge=1, le=_MOST)
+    text_bytes: int = Field(ge=1, le=_MOST)
+    empty_documents: int = Field(ge=0, le=_MOST)
+    loss_tokens: int | None = Field(default=None, ge=1, le=_MOST)
 
 
 class Manifest(Record):

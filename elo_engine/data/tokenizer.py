@@ -105,7 +105,7 @@ def _refuse_own_code(path: Path) -> None:
         settings = json.loads(path.read_bytes())
     except FileNotFoundError:
         return
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FailedError(f"{path}: not JSON ({error}); fetch the file again") from None
     if isinstance(settings, dict) and settings.get("auto_map"):
         raise RefusedError(

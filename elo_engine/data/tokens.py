@@ -9,6 +9,7 @@ in a single call.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -61,6 +62,12 @@ class _Progress(Record):
     offset: int = 0
     line: int = 0
     empty_documents: int = 0
+    seal: str = ""
+
+    def sealed(self) -> _Progress:
+        """With a sha256 over the rest, so that a place which a damaged digit names is never taken for one."""
+        plain = self.model_copy(update={"seal": ""}).model_dump_json().encode()
+        return self.model_copy(update={"seal": hashlib.sha256(plain).hexdigest()})
 
 
 def build_tokens(
@@ -220,7 +227,7 @@ class _Builder:
             line=self.line,
             empty_documents=self.empty_documents,
         )
-        write_file(self.work / _PROGRESS, state.model_dump_json(indent=1).encode())
+        write_file(self.work / _PROGRESS, state.sealed().model_dump_json(indent=1).encode())
 
     def _report(self) -> None:
         if self.progress is None:
@@ -286,7 +293,7 @@ def _resume(work: Path, recipe: Recipe) -> _Progress:
             found = _Progress.model_validate_json((work / _PROGRESS).read_bytes())
         except ValidationError:
             found = None
-        if found and found.recipe == recipe and _shards_intact(work, found.shards):
+        if found and found == found.sealed() and found.recipe == recipe and _shards_intact(work, found.shards):
             state = found
         else:
             log.warning("%s: starting afresh, the unfinished folder is damaged or of another recipe", work)

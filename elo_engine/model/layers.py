@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elo_engine.errors import FailedError
+from elo_engine.errors import FailedError, shown
 from elo_engine.model import ops
-from elo_engine.model.spec import LONGROPE_FACTORS, ModelSpec, RopeSpec
+from elo_engine.model.spec import ModelSpec, RopeSpec
+from elo_engine.model.spec_rope import LONGROPE_FACTORS
 
 LayerWeights = dict[str, Tensor]
 
@@ -144,21 +145,24 @@ def _frequencies(spec: ModelSpec, rope: RopeSpec) -> _Frequencies:
     scaling = {"rope_type": rope.kind, "rope_theta": rope.theta, **rope.parameters}
     if rope.share != 1.0:
         scaling["partial_rotary_factor"] = rope.share
-    config: Any = LlamaConfig(
-        hidden_size=spec.D,
-        num_attention_heads=spec.H,
-        head_dim=spec.E,
-        max_position_embeddings=spec.max_positions,
-        rope_theta=rope.theta,
-        rope_scaling=scaling,
-        partial_rotary_factor=rope.share,
-    )
     try:
+        config: Any = LlamaConfig(
+            hidden_size=spec.H * spec.E,  # only the heads' width counts here, and D need be no multiple of their number
+            num_attention_heads=spec.H,
+            head_dim=spec.E,
+            max_position_embeddings=spec.max_positions,
+            rope_theta=rope.theta,
+            rope_scaling=scaling,
+            partial_rotary_factor=rope.share,
+        )
         inverse_R, factor = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise FailedError(
-            f"config.json: rotary scaling {scaling} is not complete for type {rope.kind!r}: {error!r}"
+            f"config.json: rotary scaling {shown(scaling)} is not complete for type {rope.kind!r}, or makes no sense: "
+            f"{shown(error)}"
         ) from error
+    if not bool(inverse_R.isfinite().all()) or not math.isfinite(factor):
+        raise FailedError(f"config.json: rotary scaling {shown(scaling)} gives angles that are no numbers")
     return _Frequencies(inverse_R, float(factor))
 
 

@@ -6,36 +6,20 @@ never a class of its own. A field that would change the maths and is not underst
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from elo_engine.errors import RefusedError, UsageError
+from elo_engine.errors import RefusedError, UsageError, shown
 from elo_engine.model.families import FAMILIES, REFUSED, Family, HeadNorms, Norms
+from elo_engine.model.spec_fields import flag, number, positive, require
+from elo_engine.model.spec_rope import RopeSpec, check_longrope, read_rope
+
+__all__ = ["SUPPORTED_FAMILIES", "LayerKind", "ModelSpec", "RopeSpec", "choose_layers", "read_spec"]
 
 SUPPORTED_FAMILIES = {name: family.what for name, family in FAMILIES.items()}
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-LONGROPE_FACTORS = ("short_factor", "long_factor")  # of each frequency, in documents within the first length and beyond
-_FIRST_LENGTH = "original_max_position_embeddings"
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_POSITIONS = "max_position_embeddings"
 _BIASES = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias")
-
-
-@dataclass(frozen=True)
-class RopeSpec:
-    """Rotary embedding: base and scaling as in the checkpoint's configuration.
-
-    share: of a head's width, the part that turns.
-    """
-
-    theta: float
-    kind: str = "default"
-    parameters: dict[str, Any] = field(default_factory=dict)  # of the scaling, for every kind but default
-    share: float = 1.0
-
-    @property
-    def short(self) -> int:
-        """Of longrope: tokens of the longest document that takes the short factors."""
-        return int(self.parameters[_FIRST_LENGTH])
 
 
 @dataclass(frozen=True)
@@ -128,90 +112,20 @@ class ModelSpec:
         return self.layers * self.layer_parameters + self.V * self.D * (1 if self.tied else 2) + self.D
 
 
-def _require(config: dict[str, Any], key: str, kind: type = int) -> Any:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise RefusedError(f"config.json: {key} is {value!r}; a {kind.__name__} is needed to know the model's maths")
-    return value
-
-
-def _positive(config: dict[str, Any], key: str) -> int:
-    value: int = _require(config, key)
-    if value <= 0:
-        raise RefusedError(f"config.json: {key} is {value}; a positive number is needed")
-    return value
-
-
-def _number(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise RefusedError(f"config.json: {key} is {value!r}; a positive number is needed")
+def _read_eps(config: dict[str, Any]) -> float:
+    value: float = require(config, "rms_norm_eps", float)
+    if not 0 <= value < 1:
+        raise RefusedError(f"config.json: rms_norm_eps is {shown(value)}; a small number is needed")
     return float(value)
-
-
-def _read_rope(config: dict[str, Any], family: Family, layers: str | None = None) -> RopeSpec:
-    """layers: "full_attention" or "sliding_attention" where the two kinds have rotary embeddings of their own."""
-    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling: both are in the wild
-    new, old, theta_key = config.get("rope_parameters"), config.get("rope_scaling"), "rope_theta"
-    if layers is not None:
-        new = new.get(layers) if isinstance(new, dict) and layers in new else None if layers[0] == "s" else new
-        if layers == "sliding_attention":
-            old, theta_key = None, "rope_local_base_freq"
-    if not isinstance(new or old or {}, dict):
-        raise RefusedError(f"config.json: rope_parameters or rope_scaling is {new or old!r}; a mapping is needed")
-    scaling = dict(new or old or {})
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
-    kind = family.rope_names.get(kind, kind)
-    theta = _number(scaling.pop("rope_theta", None) or config.get(theta_key) or 10000.0, theta_key)
-    if kind not in ROPE_TYPES:
-        raise RefusedError(
-            f"config.json: rotary embedding of type {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})"
-        )
-    share = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    if share != 1.0 and not family.partial_rotary:
-        raise RefusedError(f"config.json: partial_rotary_factor other than 1 is not supported for {family.what}")
-    rope = RopeSpec(theta, kind, {} if kind == "default" else scaling, _number(share, "partial_rotary_factor"))
-    return rope if kind != "longrope" else replace(rope, parameters=_read_longrope(config, scaling))
-
-
-def _read_longrope(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
-    """The scaling with the length that the model was first trained for, which older files have beside it. How many
-    factors there must be `read_spec` knows.
-    """
-    found = {key: scaling[key] for key in ("factor", "attention_factor") if scaling.get(key) is not None}
-    for key, value in found.items():
-        _number(value, f"{key} of longrope")
-    length = config.get(_FIRST_LENGTH, scaling.get(_FIRST_LENGTH))
-    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
-        raise RefusedError(f"config.json: {_FIRST_LENGTH} is {length!r}; rotary embedding of type longrope needs it")
-    if not found:
-        _positive(config, "max_position_embeddings")
-    for key in LONGROPE_FACTORS:
-        factors = scaling.get(key)
-        if not isinstance(factors, list):
-            raise RefusedError(f"config.json: {key} is {factors!r}; rotary embedding of type longrope needs a list")
-        found[key] = [_number(factor, f"{key} of longrope") for factor in factors]
-    return {_FIRST_LENGTH: length, **found}
-
-
-def _check_longrope(ropes: tuple[RopeSpec, ...], head_width: int) -> None:
-    for rope in ropes:
-        for key in LONGROPE_FACTORS if rope.kind == "longrope" else ():
-            count, wanted = len(rope.parameters[key]), -(-int(head_width * rope.share) // 2)
-            if count != wanted:
-                raise RefusedError(
-                    f"config.json: {key} has {count} entries; rotary embedding of type longrope needs {wanted} where "
-                    f"{int(head_width * rope.share)} of a head's {head_width} dimensions turn"
-                )
 
 
 def _read_windows(config: dict[str, Any], family: Family, layers: int) -> list[int | None]:
     """By layer; see `families.Windows`."""
     window = config.get("sliding_window")
-    if family.windows == "none" or window is None or not config.get("use_sliding_window", True):
+    if family.windows == "none" or window is None or not flag(config, "use_sliding_window", True):
         return [None] * layers
     if isinstance(window, bool) or not isinstance(window, int) or window <= 0:
-        raise RefusedError(f"config.json: sliding_window is {window!r}; a positive number of tokens is needed")
+        raise RefusedError(f"config.json: sliding_window is {shown(window)}; a positive number of tokens is needed")
     types = config.get("layer_types")
     if family.windows == "all":
         return [window] * layers
@@ -219,16 +133,16 @@ def _read_windows(config: dict[str, Any], family: Family, layers: int) -> list[i
         known = ("full_attention", "sliding_attention")
         if not isinstance(types, list) or len(types) != layers or not all(kind in known for kind in types):
             raise RefusedError(
-                f"config.json: layer_types is {types!r}; for each of the {layers} layers one of {', '.join(known)} is "
-                "needed"
+                f"config.json: layer_types is {shown(types)}; for each of the {layers} layers one of "
+                f"{', '.join(known)} is needed"
             )
         return [window if kind == "sliding_attention" else None for kind in types]
     if family.windows == "odd ones full":
         return [None if index % 2 else window for index in range(layers)]
     if family.local_rope:
-        every = _positive(config, "sliding_window_pattern")
+        every = positive(config, "sliding_window_pattern")
         return [None if (index + 1) % every == 0 else window for index in range(layers)]
-    first = _require(config, "max_window_layers")
+    first = require(config, "max_window_layers")
     return [window if index >= first else None for index in range(layers)]
 
 
@@ -238,10 +152,12 @@ def _read_kinds(config: dict[str, Any], family: Family, layers: int) -> tuple[La
     if family.rotary_off is not None:
         listed = config.get(family.rotary_off)
         if listed is None:
-            every = _positive(config, "no_rope_layer_interval")
+            every = positive(config, "no_rope_layer_interval")
             listed = [int((index + 1) % every != 0) for index in range(layers)]
-        if not isinstance(listed, list) or len(listed) != layers:
-            raise RefusedError(f"config.json: {family.rotary_off} is {listed!r}; {layers} entries are needed")
+        if not isinstance(listed, list) or len(listed) != layers or not all(entry in (0, 1) for entry in listed):
+            raise RefusedError(
+                f"config.json: {family.rotary_off} is {shown(listed)}; {layers} entries of 0 or 1 are needed"
+            )
         turns = [bool(entry) for entry in listed]
     kinds = tuple(
         LayerKind(window, None if not turn else int(family.local_rope and window is not None))
@@ -256,7 +172,7 @@ def _read_activation(config: dict[str, Any], name: str, family: Family) -> Liter
     if _ACTIVATIONS.get(found if isinstance(found, str) else "") != family.activation:
         usual = [known for known, ours in _ACTIVATIONS.items() if ours == family.activation]
         raise RefusedError(
-            f"config.json: {key} {found!r} is not supported for {name} (supported: {', '.join(usual)})"
+            f"config.json: {key} {shown(found)} is not supported for {name} (supported: {', '.join(usual)})"
         )
     return family.activation
 
@@ -269,7 +185,7 @@ def _refuse_the_unknown(config: dict[str, Any], name: str, family: Family) -> No
         )
     for key in _BIASES:
         if config.get(key) and key not in family.biases and not (key == "qkv_bias" and family.qkv_bias):
-            raise RefusedError(f"config.json: {key} is {config[key]!r}; biases are not known of {name}")
+            raise RefusedError(f"config.json: {key} is {shown(config[key])}; biases are not known of {name}")
     if config.get("use_bidirectional_attention"):
         raise RefusedError("config.json: use_bidirectional_attention: only causal attention is supported")
 
@@ -279,8 +195,8 @@ def _softcap(config: dict[str, Any], family: Family, key: str) -> float | None:
     if value is None:
         return None
     if not family.softcaps:
-        raise RefusedError(f"config.json: {key} is {value!r}; soft-caps are not known of {family.what}")
-    return _number(value, key)
+        raise RefusedError(f"config.json: {key} is {shown(value)}; soft-caps are not known of {family.what}")
+    return number(value, key)
 
 
 def read_spec(config: dict[str, Any]) -> ModelSpec:
@@ -293,41 +209,43 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
     if not isinstance(name, str) or name not in FAMILIES:
         why = REFUSED.get(name, "not a supported family") if isinstance(name, str) else "not a supported family"
         known = "; ".join(f"{name} ({what})" for name, what in SUPPORTED_FAMILIES.items())
-        raise RefusedError(f"config.json: model_type {name!r} is {why}. Supported are dense text decoders: {known}")
+        raise RefusedError(
+            f"config.json: model_type {shown(name)} is {why}. Supported are dense text decoders: {known}"
+        )
     family = FAMILIES[name]
     config = {**family.defaults, **config}
     _refuse_the_unknown(config, name, family)
     for key in family.needs:
-        _positive(config, key) if key != "query_pre_attn_scalar" else _number(config.get(key), key)
-    heads, width = _positive(config, "num_attention_heads"), _positive(config, "hidden_size")
-    kv_heads = heads if config.get("num_key_value_heads") is None else _positive(config, "num_key_value_heads")
+        positive(config, key) if key != "query_pre_attn_scalar" else number(config.get(key), key)
+    heads, width = positive(config, "num_attention_heads"), positive(config, "hidden_size")
+    kv_heads = heads if config.get("num_key_value_heads") is None else positive(config, "num_key_value_heads")
     if config.get("head_dim") is None and width % heads:
         raise RefusedError(f"config.json: hidden_size {width} makes no {heads} heads, and head_dim is missing")
-    head_width = width // heads if config.get("head_dim") is None else _positive(config, "head_dim")
+    head_width = width // heads if config.get("head_dim") is None else positive(config, "head_dim")
     if heads % kv_heads:
         raise RefusedError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads")
-    layers = _positive(config, "num_hidden_layers")
+    layers = positive(config, "num_hidden_layers")
     sides = ("full_attention", "sliding_attention") if family.local_rope else (None,)
-    ropes = tuple(_read_rope(config, family, side) for side in sides)
-    _check_longrope(ropes, head_width)
-    attention_bias = bool(config.get("attention_bias", False))
+    ropes = tuple(read_rope(config, family, side) for side in sides)
+    check_longrope(ropes, head_width)
+    attention_bias = flag(config, "attention_bias")
     return ModelSpec(
         family=name,
         layers=layers,
-        V=_positive(config, "vocab_size"),
+        V=positive(config, "vocab_size"),
         D=width,
-        F=_positive(config, "intermediate_size"),
+        F=positive(config, "intermediate_size"),
         H=heads,
         K=kv_heads,
         E=head_width,
-        norm_eps=float(_require(config, "rms_norm_eps", float)),
+        norm_eps=_read_eps(config),
         ropes=ropes,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=int(config.get("max_position_embeddings") or 0),
+        tied=flag(config, "tie_word_embeddings"),
+        max_positions=positive(config, _POSITIONS) if config.get(_POSITIONS) else 0,
         kinds=_read_kinds(config, family, layers),
         qkv_bias=family.qkv_bias or attention_bias,
         output_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=flag(config, "mlp_bias"),
         activation=_read_activation(config, name, family),
         norms=family.norms,
         unit_offset=family.unit_offset,

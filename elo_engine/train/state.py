@@ -24,10 +24,11 @@ from elo_engine.checkpoint import (
     publish,
     remove_leftovers,
     stored_tensors,
+    strict_json,
     verify_commit,
     write_safetensors,
 )
-from elo_engine.errors import FailedError, RefusedError
+from elo_engine.errors import FailedError, RefusedError, shown
 from elo_engine.train.loop import Progress
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -129,7 +130,7 @@ def read_progress(
     Raises:
         RefusedError: it belongs to another run, model, data or environment; the differing keys are named.
     """
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = read_state(folder)
     saved = state["identity"]
     different = {
         key: [saved.get(key), identity.get(key)]
@@ -138,12 +139,49 @@ def read_progress(
     }
     refused = [key for key in different if key not in may_differ]
     if refused:
-        told = "; ".join("{}: snapshot {!r}, now {!r}".format(key, *different[key]) for key in refused)
+        named = [(key, different[key]) for key in refused]
+        told = "; ".join(f"{key}: snapshot {shown(then)}, now {shown(now)}" for key, (then, now) in named)
         ways = "restore what changed, or start a new run in another output folder"
         if set(refused) <= MAY_DIFFER:
             ways += ", or go on with --resume anyway, which is recorded as not exact"
         raise RefusedError(f"{folder}: this snapshot does not continue this run ({told}); {ways}")
-    return Progress(**state["progress"]), state["numerics"], different
+    return _progress(folder, state["progress"]), state["numerics"], different
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json: format, progress, identity, numerics. FailedError: not what `save_snapshot` writes."""
+    path = folder / "state.json"
+    try:
+        state = strict_json(path.read_bytes(), str(path), integers_only=False)
+    except OSError as error:
+        raise FailedError(f"{path}: cannot be read ({error.strerror}); resume from another snapshot") from error
+    sections = ("progress", "identity", "numerics")
+    if not isinstance(state, dict) or not all(isinstance(state.get(section), dict) for section in sections):
+        raise FailedError(f"{path}: has not the sections {', '.join(sections)}; resume from another snapshot")
+    return state
+
+
+def _progress(folder: Path, told: dict[str, Any]) -> Progress:
+    """Of the values' own kinds: a step that is text, or too many, would be noticed far from here."""
+
+    def count(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 1 << 62
+
+    path, usual = folder / "state.json", asdict(Progress())
+    for key, value in told.items():
+        if key not in usual:
+            raise FailedError(f"{path}: progress has the unknown key {shown(key)}; use the version that wrote it")
+        if key == "loss_tokens_of":
+            fits = isinstance(value, dict) and all(count(one) for one in value.values())
+        elif key == "spreads":
+            fits = isinstance(value, dict) and all(
+                isinstance(one, list) and all(type(x) in (int, float) for x in one) for one in value.values()
+            )
+        else:
+            fits = count(value)
+        if not fits:
+            raise FailedError(f"{path}: progress has {shown(value)} as {key}; resume from another snapshot")
+    return Progress(**told)
 
 
 def restore(folder: Path, optimizer: Saved) -> None:
