@@ -22,6 +22,7 @@ from elo_engine.benchmarks.trainer_arms import run_trainer
 from elo_engine.errors import FailedError, UsageError
 from elo_engine.measure.setting import ENGINE, ArmName, Setting
 from elo_engine.model import decoder, ops
+from elo_engine.model.layers import Packing
 from elo_engine.model.presets import preset_config, preset_spec
 from elo_engine.stream import step as streamed_step
 
@@ -282,7 +283,9 @@ def test_an_arm_that_computes_something_else_starts_elsewhere(fault: str, monkey
             model.layers[1], model.layers[2] = model.layers[2], model.layers[1]
         elif fault == "positions that all are 0":
             gather = model._rope.gather
-            model._rope.gather = lambda positions, longest: gather(positions * 0, longest)
+            model._rope.gather = lambda packing, longest: gather(
+                Packing(packing.segment_starts, packing.positions_N * 0), longest
+            )
         else:
             from elo_engine.model import ops
 
