@@ -7,6 +7,7 @@ pretraining, the paper's baseline. Output: `RUN/model/`, a checkpoint that loads
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from elo_engine.errors import UsageError
 from elo_engine.evaluate import Scorer, batch_tokens
 from elo_engine.measure.expected import StageMemory, stage_memory
 from elo_engine.model.full import load_full
+from elo_engine.model.names import expected_shapes
 from elo_engine.out_of_memory import explained
-from elo_engine.plan import align_engine
+from elo_engine.plan import align_engine, setting_of
 from elo_engine.reattach import final_weights, write_model
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import StageEngine, log_model, run_stage
@@ -30,6 +32,7 @@ from elo_engine.stream.engine import open_streamed
 from elo_engine.stream.interleaved import StreamedInterleaving, WholeTurn
 from elo_engine.stream.scoring import LayerMajorScorer, why_not
 from elo_engine.summary import stage_summary
+from elo_engine.train import world
 from elo_engine.train.interleaved import InterleavedEngine
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
@@ -42,9 +45,15 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
     if target.exists():
         run.say(f"align: {target} is already there")
         return stage_summary(run.path, "align")
-    choice = align_engine(config, source)
-    run.say(f"align: {choice.engine}, {choice.why}")
-    memory = StageMemory.now(stage_memory(choice.setting), source.device)  # what does not fit is refused by now
+    if world.size() > 1 and config.align.engine != "resident":
+        choice, memory = None, None
+        run.say(f"align: sharded, the whole model is spread over {world.size()} processes; its memory is not predicted")
+        setting = setting_of(config, source, "align")
+    else:
+        choice = align_engine(config, source)
+        run.say(f"align: {choice.engine}, {choice.why}")
+        memory = StageMemory.now(stage_memory(choice.setting), source.device)  # what does not fit is refused by now
+        setting = choice.setting
     start = run.folder("reattached")
     index = open_checkpoint(start) if start.exists() else source.index
     run.say(
@@ -60,12 +69,12 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
             "folder"
         )
     fitted = obtain_bridge(run, source, mixture, keep_statistics=True) if interleaved else None
-    if fitted is not None:  # its pass has left its own mark on the process
+    if fitted is not None and memory is not None:  # its pass has left its own mark on the process
         memory = StageMemory.now(memory.predicted, source.device)
     # after ELO pretraining the alignment goes on where that stopped reading; the paper's stages share no text either
     rows_read = config.steps("pretrain") * config.pretrain.tokens_per_step // config.data.sequence_length
     first_row = rows_read if start.exists() else 0
-    with explained(run, source, "align", memory, choice.setting):
+    with nullcontext() if memory is None else explained(run, source, "align", memory, setting):
         engine = _load(run, source, index, choice, fitted)
         del fitted  # its maps in fp32
         scorers: dict[str, Scorer] = {"whole": engine.scorer}
@@ -76,25 +85,24 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
                 scorers = {}
         summary = run_stage(
             run, "align", engine, index, mixture, scorers, heldout,
-            memory=memory, setting=choice.setting, first_row=first_row,
+            memory=memory, setting=setting, first_row=first_row,
         )  # fmt: skip
     extra = {"kind": "aligned", "run_id": run.run_id, "source": source.index.identity()}
-    write_model(
-        run,
-        index,
-        final_weights(run, "align", index),
-        target,
-        extra,
-        _model_card(config, source, summary, reattached=start.exists() or interleaved),
-    )
+    reattached = start.exists() or interleaved
+
+    def write() -> None:
+        card = _model_card(config, source, summary, reattached=reattached)
+        write_model(run, index, final_weights(run, "align", index), target, extra, card)
+
+    world.first(write)
     return summary
 
 
 def _load(
-    run: RunDir, source: Source, index: CheckpointIndex, choice: EngineChoice, fitted: Calibration | None
+    run: RunDir, source: Source, index: CheckpointIndex, choice: EngineChoice | None, fitted: Calibration | None
 ) -> StageEngine:
-    """The whole model, on the device or in a store of the host; `fitted`: what begins as the bridge of interleaved
-    steps.
+    """The whole model, on the device or in a store of the host; `choice` None: in shares of several processes.
+    `fitted`: what begins as the bridge of interleaved steps.
     """
     config, spec = run.config, source.spec
     section = config.align
@@ -105,6 +113,16 @@ def _load(
         run.say("align: interleaved, {} whole-model steps among {} of the detached layers".format(*steps))
     with console.bytes_bar("load the whole model") as bar:
         progress = run.beating("loading", bar)
+        if choice is None:
+            from elo_engine.model.sharded import load_sharded  # torch.distributed is for those who use it
+            from elo_engine.train.sharded import ShardedAdamW, ShardedEngine
+
+            shares, _ = load_sharded(
+                index, spec, device=source.device, dtype=source.dtype, recompute=section.recompute == "layer",
+                progress=progress,
+            )  # fmt: skip
+            log_model(run, set(expected_shapes(spec)), set(), index)
+            return ShardedEngine(shares, ShardedAdamW(shares, section.optimizer), section.micro_batch)
         if choice.streaming is None:
             model, _ = load_full(
                 index,

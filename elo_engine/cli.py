@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from elo_engine.cli_bench import benches
 from elo_engine.cli_judge import AsJson, Config, Overrides
 from elo_engine.command import verb as _verb
 from elo_engine.errors import UsageError
+
+if TYPE_CHECKING:
+    from elo_engine.config import RunConfig
 
 app = typer.Typer(
     help="Teach a multilingual LLM a new language by training its outer layers (ELO, arXiv 2601.03648).",
@@ -52,12 +55,8 @@ def _stage(
     config_path: Path, overrides: list[str] | None, resume: str, dry_run: bool, body: Callable[..., Any]
 ) -> None:
     from elo_engine.config import load_config
-    from elo_engine.corpora import describe_corpora, make_mixture, require_shards
-    from elo_engine.detach import open_source
-    from elo_engine.pipeline import start
-    from elo_engine.plan import plan, refusals, require_fit
-    from elo_engine.plan_text import describe_plan
-    from elo_engine.run_dir import RunDir
+    from elo_engine.corpora import require_shards
+    from elo_engine.train import world
 
     if config_path.is_dir():  # a run folder stands for its own configuration, continued
         config = load_config(config_path / "config.resolved.yaml", overrides)
@@ -65,8 +64,20 @@ def _stage(
         resume = "auto" if resume == "never" else resume
     else:
         config = load_config(config_path, overrides)
-    again = _resume(resume)
+    _resume(resume)
     require_shards(config)
+    with world.joined(config.device):
+        _run_stage(config, resume, dry_run, body)
+
+
+def _run_stage(config: RunConfig, resume: str, dry_run: bool, body: Callable[..., Any]) -> None:
+    from elo_engine.corpora import describe_corpora, make_mixture
+    from elo_engine.detach import open_source
+    from elo_engine.pipeline import start
+    from elo_engine.plan import plan, refusals, require_fit
+    from elo_engine.plan_text import describe_plan
+    from elo_engine.ranks import obtain_run
+
     source = open_source(config)
     make_mixture(config, source.folder, source.spec.V)  # every check of the data, before anything is written
     if dry_run:
@@ -76,7 +87,7 @@ def _stage(
             console.out.print(line, markup=False)
         require_fit(found, stage)
         return
-    with RunDir.obtain(config, again, anyway=resume == "anyway") as run:
+    with obtain_run(config, _resume(resume), anyway=resume == "anyway") as run:
         if body.__name__ != "run_pipeline":
             start(run, source)
         body(run, source)

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from elo_engine import console
-from elo_engine.errors import EloError
+from elo_engine.errors import EloError, Elsewhere
 
 LESS_MEMORY = "a smaller micro_batch, recompute: layer or a shorter data.sequence_length need less"
 
@@ -45,6 +45,7 @@ def verb(body: Callable[..., None]) -> Callable[..., None]:
         try:
             body(*args, **kwargs)
         except EloError as error:
+            console.err.quiet = isinstance(error, Elsewhere)  # that was said by whom it happened to
             console.err.print(f"error: {error}", markup=False)
             raise typer.Exit(error.exit_status) from None
         except KeyboardInterrupt:

@@ -26,6 +26,9 @@ def format_seconds(seconds: float) -> str:
 @contextmanager
 def progress_bar(title: str, total: int, start: int = 0) -> Iterator[Callable[[int, str], None]]:
     """Yields `update(done, note)`; a bar with ETA on a terminal, occasional lines with ETA elsewhere."""
+    if err.quiet:
+        yield _nothing
+        return
     if not err.is_terminal:
         yield _plain(title, total, start)
         return
@@ -64,6 +67,10 @@ def bytes_bar(title: str) -> Iterator[Callable[[int, int], None]]:
             bar(done // 10**6, f"{done / 1e9 / seconds:.2f} GB/s" if seconds > 0 else "")
 
         yield update
+
+
+def _nothing(done: int, note: str = "") -> None:
+    """Where nothing is to be seen."""
 
 
 def _plain(title: str, total: int, start: int) -> Callable[[int, str], None]:

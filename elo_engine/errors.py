@@ -67,3 +67,11 @@ class Interrupted(EloError):
     """Stopped by a signal after a clean snapshot."""
 
     exit_status = 130
+
+
+class Elsewhere(EloError):
+    """Another process of the same run failed and has said so; this one ends with the same exit status, silently."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status

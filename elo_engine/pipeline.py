@@ -20,6 +20,7 @@ from elo_engine.pretrain import pretrain
 from elo_engine.reattach import reattach
 from elo_engine.run_dir import RunDir
 from elo_engine.summary import stage_summary
+from elo_engine.train import world
 
 
 def read_results(run: RunDir) -> dict[str, Any]:
@@ -42,6 +43,10 @@ def start(run: RunDir, source: Source) -> None:
 
 def evaluate_once(run: RunDir, source: Source, moment: str, folder: Path) -> None:
     """Score the whole model on every held-out set, unless this run has done so already."""
+    world.first(lambda: _evaluate(run, source, moment, folder))
+
+
+def _evaluate(run: RunDir, source: Source, moment: str, folder: Path) -> None:
     results = read_results(run)
     if not run.config.evaluate.shards or moment in results["evaluations"]:
         return
@@ -68,7 +73,7 @@ def evaluate_once(run: RunDir, source: Source, moment: str, folder: Path) -> Non
 
 def keep_summary(run: RunDir, stage: str, summary: dict[str, Any]) -> None:
     """Add a stage's summary to `results.json`; an empty one changes nothing."""
-    if summary:
+    if summary and world.rank() == 0:
         results = read_results(run)
         results["stages"][stage] = summary
         run.write_json("results.json", results)
@@ -91,7 +96,7 @@ def run_pipeline(run: RunDir, source: Source) -> Path:
         evaluate_once(run, source, "reattached", reattached)
         keep_summary(run, "align", align(run, source))
     evaluate_once(run, source, "aligned", run.folder("model"))
-    report.write_report(run.path, read_results(run))
+    world.first(lambda: report.write_report(run.path, read_results(run)))
     run.status(state="finished")
     run.say(f"finished: the model is in {run.folder('model')}, the report in {run.path / 'report.md'}")
     return run.folder("model")

@@ -19,6 +19,7 @@ from elo_engine.reattach import refuse_interleaved
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import run_stage
 from elo_engine.stream.scoring import whole_model_scorer, why_not
+from elo_engine.train import world
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
 
@@ -31,7 +32,7 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     mixture = make_mixture(config, source.folder, source.spec.V)
     heldout = open_heldout(config, source.folder, source.spec.V) if config.evaluate.every else None
     section = config.pretrain
-    bridge = obtain_bridge(run, source, mixture)
+    bridge = world.first_then_others(lambda: obtain_bridge(run, source, mixture))
     if bridge is not None:  # its pass has left its own mark on the process
         memory = StageMemory.now(memory.predicted, source.device)
     bridges = None if bridge is None else bridge.bridges

@@ -32,7 +32,7 @@ from elo_engine.errors import FailedError, RefusedError, UsageError
 from elo_engine.measure.meter import human_bytes
 from elo_engine.model import names
 from elo_engine.run_dir import RunDir
-from elo_engine.train import state
+from elo_engine.train import state, world
 
 
 def final_weights(run: RunDir, stage: str, index: CheckpointIndex) -> dict[str, StoredTensor]:
@@ -133,7 +133,11 @@ def reattach(run: RunDir, source: Source, *, hard_links: bool | None = None) -> 
         run.say(f"reattach: {target} is already there")
         return target
     refuse_interleaved(run, "reattach")
-    weights = final_weights(run, "pretrain", source.index)
     extra = {"kind": "reattached", "run_id": run.run_id, "source": source.index.identity()}
-    write_model(run, source.index, weights, target, extra, hard_links=hard_links)
+
+    def write() -> None:
+        weights = final_weights(run, "pretrain", source.index)
+        write_model(run, source.index, weights, target, extra, hard_links=hard_links)
+
+    world.first(write)
     return target

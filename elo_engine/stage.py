@@ -8,7 +8,7 @@ import hashlib
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -16,9 +16,9 @@ from elo_engine import __version__, console
 from elo_engine.checkpoint import CheckpointIndex, preflight_space
 from elo_engine.config import RunConfig, StageConfig, digest
 from elo_engine.corpora import Heldout
-from elo_engine.data import Mixture
+from elo_engine.data import Mixture, RowBatch
 from elo_engine.errors import Interrupted, RefusedError
-from elo_engine.evaluate import Scorer, Stopped, evaluate_all
+from elo_engine.evaluate import GroupScorer, Scorer, Stopped, evaluate_all
 from elo_engine.measure.expected import StageMemory
 from elo_engine.measure.meter import human_bytes, peak_memory
 from elo_engine.measure.setting import Setting
@@ -27,15 +27,38 @@ from elo_engine.run_dir import RunDir
 from elo_engine.stream.engine import StreamedEngine
 from elo_engine.stream.interleaved import StreamedInterleaving
 from elo_engine.summary import stage_summary
-from elo_engine.train import state
+from elo_engine.train import state, world
 from elo_engine.train.interleaved import InterleavedEngine
-from elo_engine.train.loop import Hooks, Progress, StopSignal, Straight, Turns, train_turns
+from elo_engine.train.loop import Hooks, Progress, StepOutcome, StopSignal, Straight, Turns, train_turns
 from elo_engine.train.resident import ResidentEngine
 
 StageName = Literal["pretrain", "align"]
 
 
-StageEngine = ResidentEngine | StreamedEngine | InterleavedEngine | StreamedInterleaving
+@runtime_checkable
+class SpreadEngine(Protocol):
+    """`train.sharded.ShardedEngine`, known by what it does: its module is loaded where there are several processes."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def scorer(self) -> GroupScorer: ...
+
+    @property
+    def optimizer(self) -> state.Saved: ...
+
+    def collected(self) -> state.Saved: ...
+
+    def step(
+        self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
+    ) -> StepOutcome | None: ...
+
+
+StageEngine = ResidentEngine | StreamedEngine | InterleavedEngine | StreamedInterleaving | SpreadEngine
 
 
 def log_model(run: RunDir, trains: set[str], frozen: set[str], index: CheckpointIndex) -> None:
@@ -78,6 +101,7 @@ def _numerics(engine: StageEngine, config: RunConfig) -> dict[str, Any]:
         "gradients": "wait in bf16" if engine.dtype != torch.float32 and streamed else "stay",
         "vocabulary": "sliced" if isinstance(whole, StreamedEngine) and whole.store.sliced else "whole",
         "configuration": digest(config),
+        "processes": world.size(),
     }
 
 
@@ -85,15 +109,31 @@ def _saved(engine: StageEngine) -> state.Saved:
     return cast(state.Saved, engine.optimizer)  # a ResidentEngine that is a stage of its own has a MasterAdamW
 
 
+def _to_save(engine: StageEngine, step: int) -> state.Saved:
+    """What a snapshot is made of, on rank 0. FailedError: processes that should hold the same weights do not."""
+    if isinstance(engine, SpreadEngine):
+        return engine.collected()
+    saved = _saved(engine)
+    if world.size() > 1:
+        world.require_equal(list(saved.weights().values()), f"the weights after step {step}")
+    return saved
+
+
 def _resume(run: RunDir, name: StageName, engine: StageEngine, identity: dict[str, Any]) -> Progress:
-    state.clear_leftovers(run.folder(name))
-    folder = state.latest_snapshot(run.folder(name), run.say)
-    if folder is None:
+    def newest() -> str | None:
+        state.clear_leftovers(run.folder(name))
+        found = state.latest_snapshot(run.folder(name), run.say)
+        return None if found is None else found.name
+
+    told = world.first(newest)
+    if told is None:
         return Progress()
+    folder = run.folder(name) / told
     progress, before, changed = state.read_progress(folder, identity, state.MAY_DIFFER if run.anyway else ())
     now = _numerics(engine, run.config)
     # written before there was another way, or before it was recorded
-    before = {"gradients": "stay", "vocabulary": "whole", "configuration": now["configuration"]} | before
+    older = {"gradients": "stay", "vocabulary": "whole", "configuration": now["configuration"], "processes": 1}
+    before = older | before
     changed |= {key: [before.get(key), now[key]] for key in now if before.get(key) != now[key]}
     versions = [f"{key} {before.get(key)} (now {now[key]})" for key in _VERSIONS if key in changed]
     if versions and not run.anyway:
@@ -126,7 +166,7 @@ def run_stage(
     scorers: dict[str, Scorer],
     heldout: Heldout | None,
     *,
-    memory: StageMemory,
+    memory: StageMemory | None,
     setting: Setting,
     first_row: int = 0,
 ) -> dict[str, Any]:
@@ -158,20 +198,32 @@ def run_stage(
     def save(at: Progress) -> Path:
         run.beat("saving")
         numerics = _numerics(engine, config)
-        return state.save_snapshot(run.folder(name), optimizer, at, identity, numerics, config.snapshot.keep)
+        saved = _to_save(engine, at.step)
+
+        def write() -> str:
+            return state.save_snapshot(run.folder(name), saved, at, identity, numerics, config.snapshot.keep).name
+
+        return run.folder(name) / world.first(write)
 
     def polled() -> bool:
         run.beat()
+        return world.agreed(stop())
+
+    def beaten() -> bool:
+        run.beat()
         return stop()
 
+    # Shares of a model are scored by all processes together; a model that each has, by rank 0 while the others wait.
+    together = isinstance(engine, SpreadEngine)
+
     def evaluate(at: Progress) -> None:
-        if heldout is None:
+        if heldout is None or (world.rank() and not together):
             return
         for what, scorer in scorers.items():
             run.beat("evaluating")
             try:
                 with peak.without():  # the plan is of training
-                    found = evaluate_all(scorer, heldout, polled)
+                    found = evaluate_all(scorer, heldout, polled if together else beaten)
             except Stopped:
                 return  # the loop sees the signal next
             for language, result in found.items():
@@ -200,7 +252,7 @@ def run_stage(
         def on_step(at: Progress, metrics: dict[str, Any]) -> None:
             kind = metrics.pop("kind", name)
             if kind == name and kind not in warm:  # the step's gradients are still there
-                counted.update(engine.held())
+                counted.update({} if isinstance(engine, SpreadEngine) else engine.held())
             record = {"stage": kind, "step": at.step, **metrics, "warm": kind in warm}
             record |= {"tokens_total": at.tokens_total, "tokens_loss": at.tokens_loss}
             if "number" in metrics:  # interleaved: each kind is recorded as the stage that it is, counted by itself
@@ -234,16 +286,16 @@ def run_stage(
             "step": progress.step,
             "peak_bytes": peak.bytes,
             "peak_what": peak.what,
-            "memory": memory.against(peak.bytes, setting, counted),
+            "memory": None if memory is None else memory.against(peak.bytes, setting, counted),
         }
     )
-    if stop():  # also when it came during the last step: the next stage must not start
+    if world.agreed(stop()):  # also when it came during the last step: the next stage must not start
         where = snapshot.name if snapshot else "the start"
         raise Interrupted(
             f"{name} interrupted by {stop.received.name if stop.received else 'a signal'} after step {progress.step}; "
             f"continue from {where} with --resume auto"
         )
-    summary = stage_summary(run.path, name)
+    summary = stage_summary(run.path, name) if world.rank() == 0 else {}
     if summary:
         times, taken = summary["step_s"], summary["memory"]
         held = (

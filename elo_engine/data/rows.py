@@ -36,6 +36,18 @@ class RowBatch:
         """Positions that carry a loss."""
         return int(np.count_nonzero(self.labels_BT != NO_LABEL))
 
+    def part(self, first: int, last: int) -> RowBatch:
+        """Rows first .. last - 1, as views; every row begins a segment, so segments are cut nowhere."""
+        length = self.ids_BT.shape[1]
+        inside = (self.segment_starts >= first * length) & (self.segment_starts <= last * length)
+        return RowBatch(
+            ids_BT=self.ids_BT[first:last],
+            labels_BT=self.labels_BT[first:last],
+            positions_BT=self.positions_BT[first:last],
+            segment_starts=self.segment_starts[inside] - first * length,
+            languages=self.languages[first:last],
+        )
+
 
 def sequential_rows(store: TokenStore, sequence_length: int, batch_rows: int, language: str = "") -> Iterator[RowBatch]:
     """Every document once, in stored order, for evaluation: batches of up to `batch_rows` rows.

@@ -209,8 +209,7 @@ class Decoder:
         for index, weights in zip(self.layer_indices, self.layers, strict=True):
             hidden_ND = self._enter(index, hidden_ND)
             if self.recompute and torch.is_grad_enabled():
-                anchor = weights["output"]
-                hidden_ND = _RunAgain.apply(hidden_ND, anchor, self.spec, index, weights, ropes, batch.packing)
+                hidden_ND = run_again(self.spec, index, weights, hidden_ND, ropes, batch.packing)
             else:
                 hidden_ND = decoder_layer(self.spec, index, weights, hidden_ND, ropes, batch.packing)
         hidden_ND = self._enter(self.spec.layers, hidden_ND)
@@ -261,6 +260,13 @@ class Decoder:
         with self._unobserved():
             logits_NV, cap = F.linear(self.hidden_states(batch), self.head_VD), self.spec.head_softcap
             return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+
+
+def run_again(
+    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing
+) -> Tensor:
+    """`decoder_layer` that keeps its input alone for the backward pass."""
+    return _RunAgain.apply(hidden_ND, weights["output"], spec, index, weights, ropes, packing)  # type: ignore[no-any-return]
 
 
 class _RunAgain(torch.autograd.Function):

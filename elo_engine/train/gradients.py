@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from elo_engine.model.decoder import Leaf
+from elo_engine.train import world
 
 
 class Gradients:
@@ -43,6 +44,22 @@ class Gradients:
                 wide = any(other is not None and other.dtype == torch.float32 for other in self._aside)
                 self._aside[i] = grad if wide else grad.to(tensor.dtype)
             del grad  # before the next one is made
+
+    def add_up(self) -> None:
+        """Each becomes the sum over the processes of the run, in fp32: a sum of bf16 would lose a bit at every process.
+
+        All of a step's gradients are there; where a process has none for a leaf, none has.
+        """
+        if world.size() == 1:
+            return
+        there = [(i, grad) for i, grad in enumerate(self.as_they_came()) if grad is not None]
+        wide = [grad.float() for _, grad in there]
+        world.add_up(wide)
+        for (i, _), grad in zip(there, wide, strict=True):
+            if self._mixed:
+                self._aside[i] = grad
+            else:
+                self._leaves[i].tensor.grad = grad
 
     def as_they_came(self) -> list[Tensor | None]:
         """One a leaf; None where none has arrived."""

@@ -105,6 +105,9 @@ class _OneKind(Optimizer):
         """Drop the gradients."""
         self.shared._grads.clear()
 
+    def add_up(self) -> None:
+        """There is one process."""
+
     def take(self, outer: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Gradients of leaves that were added up beside autograd."""
         self.shared._grads.take(outer)

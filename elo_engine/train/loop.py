@@ -118,17 +118,9 @@ def to_batch(rows: RowBatch, device: torch.device) -> Batch:
 
 def micro_batches(rows: RowBatch, micro_batch: int) -> Iterator[RowBatch]:
     """Cut the rows of a step into micro-batches; document bounds are cut at the same rows."""
-    total, length = rows.ids_BT.shape
+    total = len(rows.ids_BT)
     for first in range(0, total, micro_batch):
-        last = min(total, first + micro_batch)
-        inside = (rows.segment_starts >= first * length) & (rows.segment_starts <= last * length)
-        yield RowBatch(
-            ids_BT=rows.ids_BT[first:last],
-            labels_BT=rows.labels_BT[first:last],
-            positions_BT=rows.positions_BT[first:last],
-            segment_starts=rows.segment_starts[inside] - first * length,
-            languages=rows.languages[first:last],
-        )
+        yield rows.part(first, min(total, first + micro_batch))
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,10 @@ class MasterAdamW(LeafState):
         """Gradients of leaves that were added up beside autograd: `Decoder.outer_gradients`."""
         self._grads.take(outer)
 
+    def add_up(self) -> None:
+        """Gradients become sums over the processes of the run, before `step`."""
+        self._grads.add_up()
+
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
         """Checkpoint name -> accumulated gradient of the step so far, in the type it has (None: none has arrived)."""
         return self._grads.by_name()

@@ -1,4 +1,8 @@
-"""A step with the whole model on the device: forward and backward micro-batch by micro-batch, then the update."""
+"""A step with the whole model on the device: forward and backward micro-batch by micro-batch, then the update.
+
+Of several processes each has the model and takes its share of the step's rows; gradients are added up over them, and
+all make the same update.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from elo_engine.errors import FailedError, NonFiniteError
 from elo_engine.measure.components import held_bytes
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.ops.adamw import StepResult
+from elo_engine.train import world
 from elo_engine.train.guards import scale_of
 from elo_engine.train.loop import StepOutcome, micro_batches, to_batch
 
@@ -24,6 +29,9 @@ class Optimizer(Protocol):
     def zero_grad(self) -> None: ...
 
     def take(self, outer: Iterator[tuple[Tensor, Tensor]]) -> None: ...
+
+    def add_up(self) -> None:
+        """Gradients become sums over the processes; nothing where there is one."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]: ...
 
@@ -68,6 +76,7 @@ class ResidentEngine:
         """See `Engine`; the host waits for the device once."""
         model, optimizer = self.model, self.optimizer
         optimizer.zero_grad()
+        rows = world.share(rows)
         model.begin_step(torch.from_numpy(rows.ids_BT))
         loss_sum = torch.zeros((), dtype=torch.float32, device=model.device)
         for piece in micro_batches(rows, self._micro_batch):
@@ -79,6 +88,8 @@ class ResidentEngine:
             (loss / max(1, tokens_loss)).backward(scale_of(loss))
             loss_sum += loss.detach()
         optimizer.take(model.outer_gradients(1 / max(1, tokens_loss)))
+        optimizer.add_up()
+        world.add_up([loss_sum])
         if first:
             check_first_gradients(model, optimizer)
         result = optimizer.step(lr)

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
+
+from peak import own_peak_mib  # noqa: E402
 
 # Verses of nobody's book: lengths and letters of real text, and never the same line twice in a row.
 SUBJECTS = ("the king", "his servant", "a shepherd", "the people of a valley", "every man", "her son", "a priest")
@@ -33,6 +35,17 @@ OBJECTS = ("the river", "the city of stone", "his father's field", "the seed of 
 ENDS = ("in those days", "and it was evening", "for seven years", "as is written", "before the sun", "and said nothing")
 DESCRIPTORS = 2 * 32 + 4  # see `shards`
 GROWTH_MIB = 32  # of the peak, from the small corpus to the large: see `corpus`
+
+
+# The elo command, which writes down its peak as it ends; sys.argv[1] is where.
+WITH_PEAK = """
+import atexit, runpy, sys
+sys.path.insert(0, "tests/faults")
+from peak import own_peak_mib
+told = sys.argv.pop(1)
+atexit.register(lambda: open(told, "w").write(str(own_peak_mib())))
+runpy.run_module("elo_engine", run_name="__main__")
+"""
 
 
 def write_corpus(path: Path, size: int) -> int:
@@ -69,19 +82,17 @@ def corpus(folder: Path, sizes_mb: tuple[int, int]) -> dict[str, Any]:
         path = folder / f"{name}.jsonl"
         documents = write_corpus(path, size_mb * 10**6)
         began = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "elo_engine", "data", path, "--tokenizer", tokenizer, "--out", folder / name],
-            cwd=ROOT, env=os.environ | {"TOKENIZERS_PARALLELISM": "true"}, stdout=subprocess.DEVNULL,
+        told = folder / f"{name}.peak"
+        subprocess.run(
+            [sys.executable, "-c", WITH_PEAK, told, "data", path, "--tokenizer", tokenizer, "--out", folder / name],
+            cwd=ROOT, env=os.environ | {"TOKENIZERS_PARALLELISM": "true"}, stdout=subprocess.DEVNULL, check=True,
         )  # fmt: skip
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0, f"elo data ended with {process.returncode}"
         manifest = json.loads((folder / name / "manifest.json").read_text())
         assert manifest["totals"]["documents"] == documents, "documents were lost"
         found[name] = {
             "megabytes": size_mb, "documents": documents, "tokens": manifest["totals"]["tokens"],
             "shards": len(manifest["shards"]), "seconds": round(time.perf_counter() - began, 1),
-            "peak_mib": round(usage.ru_maxrss / 1024, 1),
+            "peak_mib": float(told.read_text()),
         }  # fmt: skip
         path.unlink()
         shutil.rmtree(folder / name)
@@ -202,8 +213,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.checkpoint is not None:
         seconds = use_checkpoint(options.checkpoint, options.checkpoint.with_name("written"))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": {k: round(v, 3) for k, v in seconds.items()}, "peak_mib": round(peak, 1)}))
+        print(json.dumps({"seconds": {k: round(v, 3) for k, v in seconds.items()}, "peak_mib": own_peak_mib()}))
         return
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
