@@ -7,12 +7,14 @@ import fcntl
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -149,8 +151,11 @@ def test_killed_at_any_moment(
 def test_two_processes_at_once(hub: HubServer, files: dict[str, bytes], tmp_path: Path) -> None:
     hub.delay_s = 0.002
 
+    all_open = multiprocessing.get_context("fork").Barrier(3)  # whoever opens it when it is whole has nothing to fetch
+
     def work() -> None:
         index = open_checkpoint(resolve_model(REPO))
+        all_open.wait(60)
         for number in (0, 3, 12):
             ensure(index, number)
         index.completed()
@@ -163,6 +168,9 @@ def test_two_processes_at_once(hub: HubServer, files: dict[str, bytes], tmp_path
             try:
                 work()
                 status = 0
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
             finally:
                 os._exit(status)
         children.append(child)

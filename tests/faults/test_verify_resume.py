@@ -25,6 +25,7 @@ Elo = Callable[..., tuple[int, str]]
     [
         ("pretrain.optimizer.state=fp32", [("pretrain", 4, 2), ("align", 4, 2)]),
         ("align.when=interleaved", [("align", 8, 4)]),
+        ("align.engine=streamed", [("pretrain", 4, 2), ("align", 4, 2)]),
     ],
 )
 def test_a_run_that_continues_exactly(
