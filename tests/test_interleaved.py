@@ -330,6 +330,16 @@ main()
 """
 
 
+def test_a_run_moves_its_bridge(tree: dict[str, Any], write_config: Callable[..., Path], elo: Elo) -> None:
+    """Through the loop and not by a step alone: what the bridge is fitted to is no longer what it began with."""
+    assert elo("run", write_config(tree | {"evaluate": {"every": 0}}))[0] == 0
+    run = Path(tree["output"])
+    began = load_file(run / "pretrain" / "bridge.safetensors")
+    ended = load_file(max((run / "align").glob("step-*")) / "optimizer.safetensors")
+    moved = {name: ended["bridge." + name.replace(".statistics", "")] for name in began if ".statistics." in name}
+    assert moved and not any(torch.equal(began[name], moved[name]) for name in moved if began[name].dim() > 1)
+
+
 @pytest.mark.parametrize("nth", [2, 6])
 def test_killed_and_resumed_it_ends_with_the_same_bits(
     nth: int, tree: dict[str, Any], write_config: Callable[..., Path], elo: Elo, tmp_path: Path

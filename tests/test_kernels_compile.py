@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +18,9 @@ from elo_engine.kernels import arguments, compiled, specimens
 
 if arguments.INTERPRETED:
     pytest.skip("TRITON_INTERPRET is set: there is no compiler in this process", allow_module_level=True)
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +69,28 @@ def test_a_spill_would_be_seen() -> None:
     """The widest norm is known to spill a little: the numbers above can be other than 0."""
     backward = next(s for s in specimens.specimens(width=16384) if s.name == "rms_norm backward")
     assert 0 < compiled.compile_for(backward, 80).spill_bytes < 512
+
+
+FRESH = """
+import time
+from elo_engine.kernels.compiled import _compile
+from elo_engine.kernels.specimens import specimens
+began = time.process_time(), time.perf_counter()
+names = [_compile(specimen, 90) and specimen.name for specimen in specimens()]
+print(len(names), time.perf_counter() - began[1])
+"""
+
+
+def test_all_kernels_compile_within_a_minute_on_a_fresh_machine(tmp_path: Path) -> None:
+    """For one card, with an empty cache: more than any first step wants. Nothing is tuned by trial, so this is all."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", FRESH], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, seconds = done.stdout.split()
+    assert int(count) >= 25 and len(list(tmp_path.glob("*/*.cubin"))) >= int(count) and float(seconds) < 60
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py")]
+    assert not any("autotune" in source for source in sources)
 
 
 def test_no_atomics_and_wide_loads() -> None:

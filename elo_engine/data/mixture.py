@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -112,6 +113,7 @@ class Mixture:
         self.block_rows = sum(self.rows_per_block.values())
         self._block = np.repeat(np.arange(len(self.languages)), list(self.rows_per_block.values()))
         self._epochs: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._changing = threading.Lock()  # rows are read ahead while an error names the documents of others
 
     def batch(self, step: int, rows_per_step: int) -> RowBatch:
         """The rows of one optimizer step."""
@@ -184,6 +186,10 @@ class Mixture:
 
     def _epoch(self, name: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of a language's documents in an epoch and where each then ends; both int64 [documents]."""
+        with self._changing:
+            return self._plan(name, epoch)
+
+    def _plan(self, name: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         plan = self._epochs.get((name, epoch))
         if plan is None:
             store = self.stores[name]

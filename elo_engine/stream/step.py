@@ -255,21 +255,21 @@ class Step:
         clip = None if engine.at_once else engine.config.clip  # at once, each unit has been clipped by its own
         numbers = self._numbers(store.powers, norms, clip)
         apart = self._numbers(store.apart_powers, norms, clip) if store.apart else numbers
-        total, norm, taken = torch.stack((self.loss_sum, *(part.float() for part in numbers.result))).tolist()
+        outcome = StepOutcome(torch.stack((self.loss_sum, *(part.float() for part in numbers.result))))
         engine.optimizer.attempts += 1
         units.forget()
-        if not engine.at_once and taken == 1.0:
+        if not engine.at_once and outcome.updated:
             units.waiting = set(store.order)
             units.numbers = {n: apart if store.parts[n].owner in store.apart else numbers for n in store.order}
-        if engine.at_once and taken != 1.0:
+        if engine.at_once and not outcome.updated:
             engine.broken = (
-                f"align.stream.update=at_once: the gradient's norm is {norm}, and what came before the first bad "
-                "number has been updated already, so this step can be neither kept nor left out. The snapshots are "
+                f"align.stream.update=at_once: the gradient's norm is {outcome.norm}, and what came before the "
+                "first bad number has been updated already, so this step can be neither kept nor left out. The snapshots are "
                 "whole; start a new run in another output folder with a lower learning rate, or with "
                 "align.stream.update=lazy, which leaves such a step out"
             )
             raise FailedError(engine.broken)
-        return StepOutcome(total, norm, taken == 1.0)
+        return outcome
 
 
 def _named(unit: Unit, grads: Sequence[Tensor | None]) -> Iterator[tuple[str, Tensor | None]]:

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from elo_engine.config import StageConfig
-from elo_engine.data import Mixture, RowBatch
+from elo_engine.data import Mixture, RowBatch, RowsAhead
 from elo_engine.errors import NonFiniteError
 from elo_engine.model.decoder import Batch
 from elo_engine.model.layers import Packing
@@ -49,13 +49,70 @@ class Hooks:
     every: dict[int, list[Callable[[Progress], Any]]] = field(default_factory=dict)  # steps -> callbacks
     should_stop: Callable[[], bool] = lambda: False
 
+    def nothing_after(self, step: int, steps: int) -> bool:
+        """Whether the next step follows at once."""
+        return step < steps and not self.due(step, steps)
 
-class StepOutcome(NamedTuple):
-    """One optimizer step as numbers on the host."""
+    def due(self, step: int, steps: int) -> list[Callable[[Progress], Any]]:
+        """What is to be called when so many of all steps are done; nothing after the last one."""
+        return [
+            callback
+            for interval, callbacks in self.every.items()
+            if interval and step % interval == 0 and step < steps
+            for callback in callbacks
+        ]
 
-    loss_sum: float  # nats, over the tokens with a label
-    norm: float  # of all gradients, before clipping
-    updated: bool  # False: the norm was not finite, or the loss, and nothing was changed
+
+class StepOutcome:
+    """One optimizer step in numbers. On a GPU they are on their way when the step is launched; whoever asks for one of
+    them waits until the device has come so far.
+
+    Args:
+        numbers_3: loss sum, norm, and 1 where the step was made, in fp32 on the device.
+    """
+
+    def __init__(self, numbers_3: torch.Tensor) -> None:
+        self._sent_3, self._arrived = numbers_3, None
+        self._read: tuple[float, float, bool] | None = None
+        if numbers_3.is_cuda:
+            self._sent_3 = torch.empty(3, pin_memory=True)  # into pageable memory the copy would wait
+            self._sent_3.copy_(numbers_3, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    @property
+    def waits(self) -> bool:
+        """Whether asking would wait for the device."""
+        return self._read is None and self._arrived is not None
+
+    def _numbers(self) -> tuple[float, float, bool]:
+        if self._read is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            total, norm, taken = self._sent_3.tolist()
+            self._read = total, norm, taken == 1.0
+        return self._read
+
+    @property
+    def loss_sum(self) -> float:
+        """Nats, over the tokens with a label."""
+        return self._numbers()[0]
+
+    @property
+    def norm(self) -> float:
+        """Of all gradients, before clipping."""
+        return self._numbers()[1]
+
+    @property
+    def updated(self) -> bool:
+        """False: the norm was not finite, or the loss, and nothing was changed."""
+        return self._numbers()[2]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StepOutcome) and self._numbers() == other._numbers()
+
+    def __repr__(self) -> str:
+        return "StepOutcome(loss_sum={}, norm={}, updated={})".format(*self._numbers())
 
 
 class Engine(Protocol):
@@ -188,53 +245,92 @@ def train(
 def train_turns(turns: Turns, mixture: Mixture, progress: Progress, hooks: Hooks) -> bool:
     """Run optimizer steps until all are done; True when they are, False when `should_stop` ended it early.
 
-    Stopped early, the model stands exactly at the end of the last completed step.
+    Stopped early, the model stands exactly at the end of the last completed step. A step's rows are read while the one
+    before is made. On a GPU the numbers of a step are read when the next one is launched, so that the device never
+    waits for the host; before anything that happens between two steps they are read at once.
 
     Raises:
         FailedError: gradients missing or wrong on the first step. NonFiniteError: not finite on the first step, or
         `guards.NON_FINITE_LIMIT` times in a row.
     """
-    guards = Guards(mixture, progress)
-    while progress.step < turns.steps:
-        started = time.perf_counter()
-        turn = turns.turn(progress.step)
-        rows = mixture.rows(turn.row, turn.rows)
-        tokens_loss = int((rows.labels_BT >= 0).sum())
-        data_s = time.perf_counter() - started
-        try:
-            outcome = turn.engine.step(
-                rows, tokens_loss, turn.lr, first=turn.number == 0, should_stop=hooks.should_stop
-            )
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error} ({describe_batch(mixture, turn)})") from None
-        if outcome is None:
-            return False
-        loss_mean = outcome.loss_sum / max(1, tokens_loss)
-        seconds = time.perf_counter() - started
+    book = _Book(mixture, progress, hooks, turns.steps)
+    waiting: _Made | None = None
+    with RowsAhead(mixture) as ahead:
+        for number in range(progress.step, turns.steps):
+            started = time.perf_counter()
+            turn = turns.turn(number)
+            rows = ahead.rows(turn.row, turn.rows)
+            data_s = time.perf_counter() - started
+            if number + 1 < turns.steps:
+                coming = turns.turn(number + 1)
+                ahead.expect(coming.row, coming.rows)
+            tokens_loss = rows.tokens_loss
+            try:
+                outcome = turn.engine.step(
+                    rows, tokens_loss, turn.lr, first=turn.number == 0, should_stop=hooks.should_stop
+                )
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error} ({describe_batch(mixture, turn)})") from None
+            if waiting is not None:
+                book.enter(waiting)
+            waiting = None
+            if outcome is None:
+                return False
+            made = _Made(turn, rows.ids_BT.size, tokens_loss, outcome, started, data_s)
+            if outcome.waits and hooks.nothing_after(number + 1, turns.steps):
+                waiting = made
+            else:
+                book.enter(made)
+    return True
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A step that was launched."""
+
+    turn: Turn
+    tokens: int
+    tokens_loss: int
+    outcome: StepOutcome
+    started: float
+    data_s: float
+
+
+class _Book:
+    """Enters steps into the progress, in order, and does what is due after each."""
+
+    def __init__(self, mixture: Mixture, progress: Progress, hooks: Hooks, steps: int) -> None:
+        self._progress, self._hooks, self._steps = progress, hooks, steps
+        self._guards = Guards(mixture, progress)
+        self._entered = 0.0  # when the last step was entered and all that was due after it was done
+
+    def enter(self, made: _Made) -> None:
+        """Read the step's numbers, waiting for the device if need be."""
+        progress, turn, outcome = self._progress, made.turn, made.outcome
+        loss_mean = outcome.loss_sum / max(1, made.tokens_loss)
+        seconds = time.perf_counter() - max(made.started, self._entered)
         progress.step += 1
-        progress.tokens_total += rows.ids_BT.size
-        progress.tokens_loss += tokens_loss
+        progress.tokens_total += made.tokens
+        progress.tokens_loss += made.tokens_loss
         if turn.kind:
             before = progress.loss_tokens_of.get(turn.kind, 0)
-            progress.loss_tokens_of[turn.kind] = before + tokens_loss
+            progress.loss_tokens_of[turn.kind] = before + made.tokens_loss
         metrics: dict[str, Any] = {
             "loss_nats": loss_mean,
             "gradient_norm": outcome.norm,
             "lr": turn.lr,
             "step_s": seconds,
-            "data_wait_s": data_s,
-            "tokens_per_s": rows.ids_BT.size / seconds,
-            **guards.see(turn, outcome, loss_mean),
+            "data_wait_s": made.data_s,
+            "tokens_per_s": made.tokens / seconds,
+            **self._guards.see(turn, outcome, loss_mean),
         }
         if turn.kind:
             metrics |= {
-                "kind": turn.kind, "number": turn.number + 1, "kind_tokens_total": (turn.number + 1) * rows.ids_BT.size,
+                "kind": turn.kind, "number": turn.number + 1, "kind_tokens_total": (turn.number + 1) * made.tokens,
                 "kind_tokens_loss": progress.loss_tokens_of[turn.kind],
             }  # fmt: skip
-        hooks.on_step(progress, metrics)
-        guards.require(turn, outcome, loss_mean)
-        for interval, callbacks in hooks.every.items():
-            if interval and progress.step % interval == 0 and progress.step < turns.steps:
-                for callback in callbacks:
-                    callback(progress)
-    return True
+        self._hooks.on_step(progress, metrics)
+        self._guards.require(turn, outcome, loss_mean)
+        for callback in self._hooks.due(progress.step, self._steps):
+            callback(progress)
+        self._entered = time.perf_counter()

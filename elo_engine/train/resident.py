@@ -73,7 +73,7 @@ class ResidentEngine:
     def step(
         self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
     ) -> StepOutcome | None:
-        """See `Engine`; the host waits for the device once."""
+        """See `Engine`; but for the first step the host does not wait for the device."""
         model, optimizer = self.model, self.optimizer
         optimizer.zero_grad()
         rows = world.share(rows)
@@ -93,9 +93,7 @@ class ResidentEngine:
         if first:
             check_first_gradients(model, optimizer)
         result = optimizer.step(lr)
-        # the step's only wait for the device
-        total, norm, taken = torch.stack((loss_sum, result.norm, result.updated)).tolist()
-        return StepOutcome(total, norm, taken == 1.0)
+        return StepOutcome(torch.stack((loss_sum, result.norm, result.updated)))
 
 
 def check_first_gradients(model: Decoder, optimizer: Optimizer) -> None:

@@ -223,8 +223,7 @@ class ShardedEngine:
         if first:
             require_gradients(optimizer.gradients())
         result = optimizer.step(lr)
-        total, norm, taken = torch.stack((loss_sum, result.norm, result.updated)).tolist()
-        return StepOutcome(total, norm, taken == 1.0)
+        return StepOutcome(torch.stack((loss_sum, result.norm, result.updated)))
 
 
 def _local(weight: DTensor) -> Tensor | None:
