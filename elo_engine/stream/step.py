@@ -263,8 +263,8 @@ class Step:
             units.numbers = {n: apart if store.parts[n].owner in store.apart else numbers for n in store.order}
         if engine.at_once and not outcome.updated:
             engine.broken = (
-                f"align.stream.update=at_once: the gradient's norm is {outcome.norm}, and what came before the "
-                "first bad number has been updated already, so this step can be neither kept nor left out. The snapshots are "
+                f"align.stream.update=at_once: the gradient's norm is {outcome.norm}, and what came before the first "
+                "bad number has been updated already, so this step can be neither kept nor left out. The snapshots are "
                 "whole; start a new run in another output folder with a lower learning rate, or with "
                 "align.stream.update=lazy, which leaves such a step out"
             )
