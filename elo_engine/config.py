@@ -145,6 +145,14 @@ class StageConfig(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
 
 
+class PretrainConfig(StageConfig):
+    """ELO pretraining of the detached layers (paper section 3.2)."""
+
+    # where the frozen embedding of a model with an untied head is; host: a GPU is sent the rows of each micro-batch's
+    # tokens, which saves 2 V D bytes of its memory
+    embedding: Literal["device", "host"] = "device"
+
+
 class StreamConfig(_Section):
     """How a whole model is trained with a few of its layers on the device (`align.engine: streamed`)."""
 
@@ -214,7 +222,7 @@ class RunConfig(_Section):
     hard_links: bool = False
     data: DataConfig
     detach: DetachConfig = DetachConfig()
-    pretrain: StageConfig = StageConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     align: AlignConfig = AlignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     snapshot: SnapshotConfig = SnapshotConfig()

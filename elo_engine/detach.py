@@ -77,6 +77,7 @@ def detach(
             recompute=recompute,
             bridges=bridges,
             progress=run.beating("loading", progress),
+            host_embedding=run.config.pretrain.embedding == "host",
         )
     seconds = time.perf_counter() - began
     run.say(f"detach: layers {list(source.layers)} of {source.spec.layers} from {source.folder}")

@@ -45,7 +45,22 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         device="cuda" if device == "cuda" else "cpu",
         bridges=len(gaps(spec.layers, layers)) if stage == "pretrain" and config.detach.bridge == "linear" else 0,
         turns=turns,
+        host_embedding=stage == "pretrain" and host_embedding(config, spec) and device == "cuda",
     )
+
+
+def host_embedding(config: RunConfig, spec: ModelSpec) -> bool:
+    """Whether the frozen embedding of ELO pretraining stays in host memory; on a CPU that is where it is anyway.
+
+    Raises:
+        UsageError: it is the head too, which the device needs.
+    """
+    if config.pretrain.embedding == "host" and spec.tied:
+        raise UsageError(
+            "pretrain.embedding: host is for a model with a head of its own; this one's embedding is its head, which "
+            "the device needs. Set pretrain.embedding: device"
+        )
+    return config.pretrain.embedding == "host"
 
 
 def bridge_file_bytes(setting: Setting) -> int:
@@ -115,7 +130,7 @@ class Advice:
 # Cost time or precision, but neither text, nor context, nor layers: a combination of these alone is named first.
 _SAME_LESSON = (
     ".micro_batch", ".recompute", ".optimizer.state", ".optimizer.master", "dtype", ".engine", ".stream.store",
-    ".stream.inputs", ".stream.vocabulary",
+    ".stream.inputs", ".stream.vocabulary", ".embedding",
 )  # fmt: skip
 
 _ONE_MICRO_BATCH = "one micro-batch"  # stands for a number of tokens, known once the other overrides are
@@ -158,6 +173,8 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
             found.append(("detach.layers", fewer))
     if setting.bridges:
         found.append(("detach.bridge", "none"))
+    if stage == "pretrain" and setting.device == "cuda" and not (setting.spec.tied or setting.host_embedding):
+        found.append(("pretrain.embedding", "host"))
     return found
 
 

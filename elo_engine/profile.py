@@ -100,6 +100,7 @@ def open_subject(config: RunConfig, stage: StageName) -> Subject:
         model, _ = load_shallow(
             source.index, source.spec, source.layers, device=source.device, dtype=source.dtype, recompute=recompute,
                 bridges=_blank_bridges(config, source.spec, source.layers),
+                host_embedding=config.pretrain.embedding == "host",
         )
     else:
         reattached = Path(config.output) / "reattached"
@@ -201,7 +202,7 @@ def take_step(subject: Subject, step: int) -> float:
         pieces = micro_batches(rows, section.micro_batch)
         for _ in range(-(-len(rows.ids_BT) // section.micro_batch)):
             with part("data"):
-                batch = to_batch(next(pieces), model.device)
+                batch = to_batch(next(pieces), model.device, model.host_embedding_VD)
             with part("forward"):
                 hidden_ND = model.hidden_states(batch)
                 hidden_ND.register_hook(_mark_hidden_gradient)

@@ -121,10 +121,12 @@ def rows(seed: int, documents: int = 1) -> RowBatch:
 
 def make(
     config: dict[str, Any], *, whole: bool = False, micro_batch: int = 2, recompute: bool = False,
-    bridge: bool = False, dtype: torch.dtype = torch.bfloat16, **optimizer: Any,
+    bridge: bool = False, host: bool = False, dtype: torch.dtype = torch.bfloat16, **optimizer: Any,
 ) -> ResidentEngine:  # fmt: skip
     spec = read_spec(config)
     tensors = _empty(spec, dtype)
+    if host:
+        tensors[names.EMBEDDING] = torch.zeros(spec.V, spec.D, dtype=dtype)
     layers = tuple(range(spec.layers)) if whole else (0, spec.layers - 1)
     bridges = {}
     if bridge:
@@ -153,6 +155,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no clipping": {"config": LLAMA, "clip": None},
     "norms of q and k": {"config": QWEN3},
     "norms behind": {"config": OLMO2},
+    "embedding on the host": {"config": LLAMA | {"tie_word_embeddings": False}, "host": True},
     "untied head": {"config": LLAMA | {"tie_word_embeddings": False}},
     "whole model": {"config": LLAMA, "whole": True, "recompute": True},
     "whole model, untied": {"config": LLAMA | {"tie_word_embeddings": False}, "whole": True},

@@ -128,6 +128,8 @@ def host_by_part(setting: Setting, memory: MemoryPlan) -> dict[str, int]:
             found |= host_parts(setting)
         standing = standing_bytes(setting) + sum(between_turns(setting).values())
         loading = loading_bytes(setting)
+    if setting.host_embedding:
+        found["embedding"] = setting.spec.V * setting.spec.D * setting.width
     if setting.device == "cuda":
         return found | {"snapshot": max(saving, loading)}
     parts = memory.components

@@ -61,7 +61,7 @@ class EngineStep:
     def standing(self) -> None:
         """Weights, masters and moments."""
         spec, ledger, leaves = self.spec, self.ledger, self.leaves()
-        outer = spec.V * spec.D * (1 if spec.tied else 2) + spec.D
+        outer = spec.V * spec.D * (1 if spec.tied or self.setting.host_embedding else 2) + spec.D
         bridges = self.setting.bridges * (spec.D + 1) * spec.D
         ledger.add("weights", self.w * (outer + len(self.indices) * spec.layer_parameters + bridges))
         if self.setting.state == "8bit":

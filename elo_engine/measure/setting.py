@@ -84,6 +84,7 @@ class Setting:
         recompute: gradient checkpointing, layer by layer.
         lora_rank: r of arm (d), on all seven projections of a layer.
         bridges: gaps between, before and behind the detached layers that have an affine map (elo_pretrain): all or 0.
+        host_embedding: elo_pretrain's frozen embedding is in the host's memory and not in a GPU's.
         streaming: of arm (s), whose layers are always run again, whatever `recompute` says.
     """
 
@@ -102,6 +103,7 @@ class Setting:
     master: Literal["none", "24", "32"] = "none"
     bridges: int = 0
     turns: ShallowTurns | None = None
+    host_embedding: bool = False
 
     @property
     def master_bytes(self) -> int:

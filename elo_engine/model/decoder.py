@@ -43,6 +43,7 @@ class Batch:
     labels_N: Tensor
     packing: Packing
     longest: int  # one more than the largest position
+    embedded_ND: Tensor | None = None  # the embedding's rows of ids_N, where the embedding is not on the device
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Leaf:
         for name, shape in zip(self.names, self.shapes, strict=True):
             yield name, packed[start : start + shape[0]]
             start += shape[0]
+
+
+def embedding_rows(ids_N: Tensor, embedding_VD: Tensor) -> Tensor:
+    """[N] -> [N, D] on the ids' device; it waits where the embedding is on another."""
+    return F.embedding(ids_N.to(embedding_VD.device), embedding_VD).to(ids_N.device)
 
 
 class Decoder:
@@ -110,7 +116,7 @@ class Decoder:
         self.head_VD = (
             self.embedding_VD if spec.tied else self._leaf(tensors[names.HEAD], (names.HEAD,), ((V, D),), train_outer)
         )
-        self.device = self.embedding_VD.device
+        self.device = self.norm_D.device  # the frozen embedding may be on the host
         self.dtype = self.embedding_VD.dtype
         self._rope = RopeTable(spec, self.device)
         self._outer: OuterGradients | None = None
@@ -128,6 +134,11 @@ class Decoder:
         if train:
             self.leaves.append(Leaf(leaf, full, shapes))
         return leaf
+
+    @property
+    def host_embedding_VD(self) -> Tensor | None:
+        """The embedding, where it is not on the device; `Batch.embedded_ND` brings its rows."""
+        return None if self.embedding_VD.device == self.device else self.embedding_VD
 
     def shallow(
         self, layers: tuple[int, ...], *, recompute: bool = False, bridges: Mapping[Gap, Bridge] | None = None
@@ -201,8 +212,10 @@ class Decoder:
         """Final-norm output [N, D] for every token."""
         ropes = self._rope.gather(batch.packing, batch.longest)
         outer = self._outer if torch.is_grad_enabled() else None
-        if outer is None:
-            hidden_ND = F.embedding(batch.ids_N, self.embedding_VD)
+        if batch.embedded_ND is not None:
+            hidden_ND = batch.embedded_ND
+        elif outer is None:
+            hidden_ND = embedding_rows(batch.ids_N, self.embedding_VD)
         else:
             hidden_ND = embed(batch.ids_N, self.embedding_VD, outer)
         hidden_ND = scale_embedded(self.spec, hidden_ND)

@@ -35,9 +35,13 @@ def load_shallow(
     recompute: bool = False,
     bridges: Mapping[Gap, Bridge] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    host_embedding: bool = False,
 ) -> tuple[Decoder, int]:
     """Read only the detached tensors and make the shallow model, with `bridges` at its gaps; returns it and the bytes
     taken from the checkpoint.
+
+    Args:
+        host_embedding: the embedding stays in host memory, and the device gets the rows of a micro-batch's tokens.
 
     Raises:
         FailedError: a tensor that the spec needs is missing or has another shape.
@@ -45,6 +49,9 @@ def load_shallow(
     wanted = shallow_names(spec, layers)
     check_shapes(index, spec, wanted)
     with CheckpointReader(index) as reader:
-        tensors: dict[str, Any] = reader.read(wanted, device=str(device), dtype=dtype, progress=progress)
+        there = [name for name in wanted if not (host_embedding and name == names.EMBEDDING)]
+        tensors: dict[str, Any] = reader.read(there, device=str(device), dtype=dtype, progress=progress)
+        if host_embedding:
+            tensors |= reader.read([names.EMBEDDING], dtype=dtype)
         taken = reader.bytes_read
     return Decoder(spec, tensors, layers, train_outer=False, recompute=recompute, bridges=bridges), taken

@@ -27,7 +27,8 @@ class CheckpointWeights:
         dtype: in which the model computes; other floating-point types are cast while they are read.
         layers: by original index, packed as `names.layer_parts` says: used in place of the checkpoint's, rounded to
             its type as if they had been written back. They may change between two passes.
-        outer: `embedding`, `norm` and `head` that are on the device; used as they are. None: the checkpoint's.
+        outer: `embedding`, `norm` and `head` as they are, on the device but for an `embedding` that a model has on the
+            host. None: the checkpoint's.
         executor: makes what reads ahead, a thread unless a trace of this thread's memory must see the reading.
 
     Raises:

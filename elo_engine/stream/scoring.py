@@ -15,14 +15,13 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elo_engine.checkpoint import CheckpointIndex
 from elo_engine.measure.machine import device_room
 from elo_engine.measure.meter import human_bytes
 from elo_engine.model import names, ops
-from elo_engine.model.decoder import Batch, Decoder
+from elo_engine.model.decoder import Batch, Decoder, embedding_rows
 from elo_engine.model.layers import LayerWeights, RopeTable, decoder_layer, final_norm, scale_embedded
 from elo_engine.model.spec import ModelSpec
 from elo_engine.stream.reading import CheckpointWeights
@@ -112,7 +111,7 @@ class LayerMajorScorer:
             else:
                 with _only_inside(units.embedding()) as weights:
                     table_VD = weights["embedding"]
-                    hidden = [scale_embedded(spec, F.embedding(batch.ids_N, table_VD)) for batch in batches]
+                    hidden = [scale_embedded(spec, embedding_rows(batch.ids_N, table_VD)) for batch in batches]
                     del table_VD
             for number in range(spec.layers):
                 with _only_inside(units.layer(number)) as weights:

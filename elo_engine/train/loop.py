@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from elo_engine.config import StageConfig
 from elo_engine.data import Mixture, RowBatch, RowsAhead
@@ -160,17 +161,24 @@ class StopSignal:
                 signal.signal(number, old)
 
 
-def to_batch(rows: RowBatch, device: torch.device) -> Batch:
-    """Move a micro-batch to the device and flatten it to N = B * T tokens."""
+def to_batch(rows: RowBatch, device: torch.device, embedding_VD: torch.Tensor | None = None) -> Batch:
+    """Move a micro-batch to the device and flatten it to N = B * T tokens; with an embedding on the host, also its rows
+    of these tokens.
+    """
 
-    def move(array_BT: np.ndarray) -> torch.Tensor:
-        flat_N = torch.from_numpy(np.ascontiguousarray(array_BT).reshape(-1))
+    def flat(array_BT: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array_BT).reshape(-1))
+
+    def send(tensor: torch.Tensor) -> torch.Tensor:
         if device.type == "cuda":
-            flat_N = flat_N.pin_memory()  # from pageable memory the copy would wait for the device
-        return flat_N.to(device, non_blocking=True)
+            tensor = tensor.pin_memory()  # from pageable memory the copy would wait for the device
+        return tensor.to(device, non_blocking=True)
 
-    packing = Packing([int(start) for start in rows.segment_starts], move(rows.positions_BT))
-    return Batch(move(rows.ids_BT), move(rows.labels_BT), packing, int(rows.positions_BT.max()) + 1)
+    ids_N = flat(rows.ids_BT)
+    packing = Packing([int(start) for start in rows.segment_starts], send(flat(rows.positions_BT)))
+    embedded_ND = None if embedding_VD is None else send(F.embedding(ids_N, embedding_VD))
+    longest = int(rows.positions_BT.max()) + 1
+    return Batch(send(ids_N), send(flat(rows.labels_BT)), packing, longest, embedded_ND)
 
 
 def micro_batches(rows: RowBatch, micro_batch: int) -> Iterator[RowBatch]:

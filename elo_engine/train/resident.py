@@ -84,7 +84,7 @@ class ResidentEngine:
                 optimizer.zero_grad()
                 model.drop_step()
                 return None
-            loss = model.loss_sum(to_batch(piece, model.device))
+            loss = model.loss_sum(to_batch(piece, model.device, model.host_embedding_VD))
             (loss / max(1, tokens_loss)).backward(scale_of(loss))
             loss_sum += loss.detach()
         optimizer.take(model.outer_gradients(1 / max(1, tokens_loss)))
