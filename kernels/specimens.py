@@ -115,7 +115,8 @@ def _adamw() -> list[Specimen]:
     launch = adamw_plan.LAUNCH
     pointers = {"table_ptr": "i64", "map_ptr": "i32", "sums_ptr": "fp32", "control_ptr": "fp32", "powers_ptr": "fp64"}
     pointers |= {"bounds_ptr": "i32", "norms_ptr": "fp64", "given_ptr": "i32"}
-    host, given = {"GIVEN": False, "given_ptr": None}, {"GIVEN": True}
+    host: dict[str, Any] = {"GIVEN": False, "given_ptr": None}
+    given: dict[str, Any] = {"GIVEN": True}
     scalars = {"eps": "fp32", "decay": "fp32", "clip": "fp32", "lr": "fp32"}
 
     def step(name: str, kernel: Any, warps: int, *ragged: str, sums: str = "fp32", **constants: Any) -> Specimen:
