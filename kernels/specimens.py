@@ -133,8 +133,8 @@ def _adamw() -> list[Specimen]:
             BLOCK_P=launch.sums_per_round, **host,
         ),
         step(
-            "adamw norm, clip, powers, rate on the device", adamw._control_kernel, launch.fold_warps, "P", NORMS=False, CLIP=True,
-            BLOCK_P=launch.sums_per_round, **given,
+            "adamw norm, clip, powers, rate on the device", adamw._control_kernel, launch.fold_warps, "P",
+            NORMS=False, CLIP=True, BLOCK_P=launch.sums_per_round, **given,
         ),
         step(
             "adamw norm of each tensor", adamw_norms._norms_kernel, launch.fold_warps,
@@ -149,8 +149,8 @@ def _adamw() -> list[Specimen]:
             HAS_LEAF=True, ALIGNED=True, TILE=launch.tile, **host,
         ),
         step(
-            "adamw, fp32 state, bf16 copy, decay on the device", adamw._update_fp32_kernel, launch.fp32_warps, GRAD=tl.bfloat16,
-            HAS_LEAF=True, ALIGNED=True, TILE=launch.tile, **given,
+            "adamw, fp32 state, bf16 copy, decay on the device", adamw._update_fp32_kernel, launch.fp32_warps,
+            GRAD=tl.bfloat16, HAS_LEAF=True, ALIGNED=True, TILE=launch.tile, **given,
         ),
         step(
             "adamw, 8-bit state, bf16 weight", adamw_8bit._update_8bit_kernel, launch.num_warps, "key", "first",

@@ -64,6 +64,18 @@ def describe_backend() -> str:
     return _backend(torch.bfloat16, 128, None)
 
 
+def why_not_padded(dtype: torch.dtype, E: int, softcap: float | None) -> str | None:
+    """What keeps a CUDA step from depending on nothing of the host's; None: nothing."""
+    if choice.use_reference():
+        return "kernels: reference looks at numbers of the device"
+    if not choice.has_triton():
+        return "triton is not installed, and AdamW without it waits for the norm"
+    if _backend(dtype, E, softcap) == "sdpa":
+        capped = "" if softcap is None else f" with scores capped at {softcap:g}"
+        return f"no fused attention here takes heads of {E} in {str(dtype).removeprefix('torch.')}{capped}"
+    return None
+
+
 def attention(
     q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, packing: Packing, scale: float, window: int | None = None,
     softcap: float | None = None,
