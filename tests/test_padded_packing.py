@@ -152,7 +152,7 @@ def test_padded_and_not_is_the_same_training(untied: Path, path: str) -> None:
 
 
 def test_one_over_the_tokens_is_what_dividing_by_them_gives() -> None:
-    """For every number of tokens up to 2^20, and some beyond: the first factor of the backward pass has the same bits."""
+    """For numbers of tokens up to 2^20, and some beyond: the first factor of the backward pass has the same bits."""
     tokens = torch.cat((torch.arange(1, 2**20), torch.randint(2**20, 2**24, (2**16,))))
     loss = torch.ones(len(tokens), requires_grad=True)
     (loss / tokens).sum().backward()
