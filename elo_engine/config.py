@@ -47,6 +47,10 @@ Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str)
 
 
 Master = Literal["none", "24", "32"]
+# YAML reads on and off as true and false
+Graph = Annotated[
+    Literal["auto", "on", "off"], BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v)
+]
 
 
 class _Section(BaseModel):
@@ -152,7 +156,7 @@ class PretrainConfig(StageConfig):
     # tokens, which saves 2 V D bytes of its memory
     embedding: Literal["device", "host"] = "device"
     # whether a step is captured once as a CUDA graph and launched whole; auto: where it can be, else it says why not
-    graph: Literal["auto", "on", "off"] = "auto"
+    graph: Graph = "auto"
 
 
 class StreamConfig(_Section):

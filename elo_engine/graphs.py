@@ -7,11 +7,14 @@ stage when it begins.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from elo_engine.config import RunConfig
 from elo_engine.errors import RefusedError, UsageError
+from elo_engine.measure.memory_shapes import step_buffer_bytes
+from elo_engine.measure.setting import Setting
 from elo_engine.model import ops
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.spec import ModelSpec
@@ -56,6 +59,15 @@ def planned(config: RunConfig, spec: ModelSpec, device: str, auto_dtype: str) ->
     if reason is not None and config.pretrain.graph == "on":
         raise UsageError(f"pretrain.graph: on, but {reason}; {_OFF}")
     return reason is None
+
+
+def graph_plan(config: RunConfig, setting: Setting) -> dict[str, Any]:
+    """For a plan: whether steps are graphs as far as it can know, the buffers they are fed from, which are among the
+    activations, and why not.
+    """
+    off = "pretrain.graph: off" if config.pretrain.graph == "off" else None
+    why = off or why_not(config, setting.spec, setting.device, setting.dtype)
+    return {"used": setting.graph, "buffer_bytes": step_buffer_bytes(setting), "why_not": why}
 
 
 def pretrain_engine(
