@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,9 @@ class Taped:
 
         return replay
 
+    def let_go(self) -> None:
+        """Nothing is held."""
+
 
 def tape_launches() -> None:
     """Launches of Triton's interpreter are taped whole."""
@@ -126,7 +130,7 @@ def tape_launches() -> None:
 def _segments(offsets: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
     """Of each document its place, q, k and v in fp32 by query head, and the probabilities."""
     group, bounds = q.shape[1] // k.shape[1], offsets.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         q_HTE, k_HTE, v_HTE = (x[start:stop].float().transpose(0, 1) for x in (q, k, v))
         k_HTE, v_HTE = k_HTE.repeat_interleave(group, 0), v_HTE.repeat_interleave(group, 0)
         future_TT = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)

@@ -25,8 +25,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_taped_steps_train_as_launched_ones(case: str) -> None:
-    """Rates, keys, text and numbers of documents are others each step; one step has a loss that is no number and changes
-    nothing; going on from a snapshot puts other steps into graphs and gives the same bits.
+    """Rates, keys, text and numbers of documents are others each step; one step has a loss that is no number and
+    changes nothing; going on from a snapshot puts other steps into graphs and gives the same bits.
     """
     script = Path(__file__).with_name("graph_tape.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

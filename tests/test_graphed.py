@@ -1,5 +1,5 @@
-"""A step that is captured: what a CUDA graph would keep depends on no text, no document count and no number of the host,
-and when it is captured, repeated and given up. Without a card, on meta tensors, as tests/test_no_sync.py has them.
+"""A step that is captured: what a CUDA graph would keep depends on no text, no document count and no number of the
+host; when it is captured, repeated and given up. Without a card, on meta tensors, as tests/test_no_sync.py has them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -103,6 +102,9 @@ class Fake:
         self.traces.append(trace)
         return lambda: self.done.append(f"replay {number}")
 
+    def let_go(self) -> None:
+        self.done.append("let go")
+
 
 running: list[Trace] = []
 
@@ -185,7 +187,7 @@ def test_what_is_captured_depends_on_nothing_of_the_step(case: str, on_meta: lis
     trace = fake.traces[0]
     assert trace.of_the_host == []
     assert len(trace.seen) > 100 and sum("_kernel" in seen[0] for seen in trace.seen) > 20
-    read = {place for seen in trace.seen for x in seen[1:] if isinstance(x, tuple) and len(x) == 4 for place in [x[3][0]]}
+    read = {x[3][0] for seen in trace.seen for x in seen[1:] if isinstance(x, tuple) and len(x) == 4}
     assert {"tokens", "numbers", "bounds 16", "result"} <= read, "the step is fed from the buffers"
     assert on_meta == [3] * (EAGER_STEPS + 2), "its numbers are sent once a step, outside of the graph"
 
@@ -308,6 +310,19 @@ def test_a_capture_that_fails_where_it_must_not_is_an_error(on_meta: list[int]) 
     warm(engine)
     with pytest.raises(FailedError, match=r"pretrain.graph: on, but the step cannot be captured: no; set"):
         step(engine, rows(30))
+
+
+def test_graphs_are_let_go_of_and_captured_anew(on_meta: list[int]) -> None:
+    """Before an evaluation: their memory serves nothing else. No eager step is made again, nothing is told twice."""
+    fake, said = Fake(), list[str]()
+    engine = make_graphed(fake, said, config=LLAMA)
+    engine.let_go()  # there is nothing yet
+    warm(engine)
+    step(engine, rows(30))
+    engine.let_go()
+    assert all(gradient is None for _, gradient in engine.optimizer.gradients()), "they lie in that memory"
+    step(engine, rows(31))
+    assert fake.done[EAGER_STEPS:] == ["capture 0", "replay 0", "let go", "capture 1", "replay 1"] and len(said) == 1
 
 
 def test_what_learns_the_embedding_is_not_taken(on_meta: list[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,7 +113,7 @@ class Model:
 
     spec, device, dtype = SPEC, torch.device("cuda"), torch.bfloat16
     embedding_VD = torch.zeros(1)
-    observers: dict[int, Any] = {}
+    observers = MappingProxyType[int, Any]({})
     host_embedding_VD = None
 
 
@@ -137,8 +137,9 @@ def test_the_engine_follows_the_choice(config: Path, monkeypatch: pytest.MonkeyP
 def test_what_this_machine_lacks_is_told_or_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "why_not_here", lambda model: "it lacks something")
     made, said = engine(config, "auto", monkeypatch)
-    assert type(made) is ResidentEngine and said == ["pretrain: steps are launched kernel by kernel: it lacks something"]
-    with pytest.raises(RefusedError, match="pretrain.graph: on, but it lacks something; set"):
+    told = "steps are launched kernel by kernel: it lacks something"
+    assert type(made) is ResidentEngine and said == [f"pretrain: {told}"]
+    with pytest.raises(RefusedError, match=r"pretrain.graph: on, but it lacks something; set"):
         engine(config, "on", monkeypatch)
 
 

@@ -52,6 +52,9 @@ class Captures(Protocol):
             RuntimeError: it cannot be captured, or there is no memory for it; nothing was changed.
         """
 
+    def let_go(self) -> None:
+        """Give back the memory of what was captured, which nobody holds any more."""
+
 
 @dataclass(frozen=True)
 class _Captured:
@@ -72,6 +75,7 @@ class CudaCaptures:
         # Its own, because the legacy default stream cannot be captured, and the same for both, because autograd adds a
         # leaf's gradient up on the stream where it first met the leaf.
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def eager(self, body: Callable[[], T]) -> T:
         """See `Captures`."""
@@ -91,11 +95,33 @@ class CudaCaptures:
         try:
             with addresses_noted(state) as deliver, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 body()
+        except BaseException:
+            self._tidy(graph)
+            raise
         finally:
             torch.cuda.set_stream(outside)  # torch leaves its own in place where a capture fails
             if collects:
                 gc.enable()
         return _Captured(graph, deliver()).replay
+
+    def let_go(self) -> None:
+        """See `Captures`."""
+        self._pool = torch.cuda.graph_pool_handle()  # one that nothing uses any more cannot be taken up again
+        torch.cuda.empty_cache()
+
+    def _tidy(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a capture that failed: before 2.12 torch's allocator goes on believing in it (pytorch#180395), and then
+        fails an assertion of its own when it gives memory back.
+        """
+        self._failed.append(graph)  # the allocator for pinned memory still asks it whether a stream is captured
+        device = self._stream.device_index
+        try:
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+        except RuntimeError as error:
+            if "not currently recording" not in str(error):
+                raise
+            return  # torch has done it
+        torch._C._cuda_releasePool(device, self._pool)
 
 
 class GraphedEngine(ResidentEngine):
@@ -119,7 +145,7 @@ class GraphedEngine(ResidentEngine):
         assert not model.embedding_VD.requires_grad, "the embedding's gradient has a row for each token that occurs"
         assert not model.observers and model.host_embedding_VD is None
         self._captures, self._say, self._must = captures, say, must
-        self._eager_left = EAGER_STEPS
+        self._eager_left, self._told = EAGER_STEPS, False
         self._graphs: dict[int, Callable[[], None]] | None = {}  # None: capturing has failed
         self._buffers: StepBuffers | None = None
         self._numbers_3 = torch.zeros(3, dtype=torch.float32, device=model.device)
@@ -143,6 +169,15 @@ class GraphedEngine(ResidentEngine):
             self._eager_left -= 1
         return StepOutcome(self._numbers_3)
 
+    def let_go(self) -> None:
+        """Give the graphs' memory back, in which nothing but they can compute, before something else needs room. The
+        next step is captured anew, which takes the host about as long as launching it.
+        """
+        if self._graphs:
+            self.optimizer.zero_grad()  # these lie in it
+            self._graphs.clear()
+            self._captures.let_go()
+
     def _graph(self, documents: int) -> Callable[[], None] | None:
         """The graph with this room, captured if there is none yet; None where capturing has failed."""
         if self._graphs is None or documents in self._graphs:
@@ -151,6 +186,8 @@ class GraphedEngine(ResidentEngine):
         try:
             replay = self._captures.capture(lambda: self._make(documents), self.optimizer.state)
         except RuntimeError as error:  # whatever CUDA or a library finds wrong with it, memory too
+            if self._must and isinstance(error, torch.OutOfMemoryError):
+                raise  # explained where it arrives
             if self._must:
                 raise FailedError(
                     f"pretrain.graph: on, but the step cannot be captured: {error}; set pretrain.graph: off, or auto, "
@@ -160,7 +197,8 @@ class GraphedEngine(ResidentEngine):
             self._graphs = None
             self.optimizer.zero_grad()
             return None
-        if not self._graphs:
+        if not self._told:
+            self._told = True
             self._say(
                 f"steps are CUDA graphs from here on; this one is for up to {documents} documents a micro-batch, and "
                 "there is one more for each power of two that the text asks for"
