@@ -267,7 +267,7 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
     saved = tuple({name: tensor.clone() for name, tensor in part.items()} for part in parts)
     found += train(graphed, HALF, len(RATES))
     told: dict[str, Any] = {"steps": right, "outcomes": found == right}
-    told["rooms"] = sorted(graphed._graphs or {})  # type: ignore[attr-defined]
+    told["rooms"] = sorted(room.documents for room in graphed._graphs or {})  # type: ignore[attr-defined]
     told["differing"] = differing(everything(plain), everything(graphed))
     after = resumed(GraphedEngine, saved, options)  # type: ignore[arg-type]
     told["resumed"] = train(after, HALF, len(RATES)) == right[HALF:]

@@ -19,7 +19,7 @@ from elo_engine.model.ops.adamw import AdamwState, addresses_noted
 from elo_engine.train import graphed
 from elo_engine.train.graphed import EAGER_STEPS, GraphedEngine
 from elo_engine.train.loop import StepOutcome
-from elo_engine.train.step_buffers import StepBuffers
+from elo_engine.train.step_buffers import Room, StepBuffers
 
 pytest.importorskip("triton")
 
@@ -193,9 +193,9 @@ def test_what_is_captured_depends_on_nothing_of_the_step(case: str, on_meta: lis
 
 
 class RateOfTheHost(GraphedEngine):
-    def _make(self, documents: int, *, first: bool = False) -> None:
+    def _make(self, room: Room, *, first: bool = False) -> None:
         self.optimizer.step_given = lambda given: self.optimizer._update(self.lr, 0)  # type: ignore[method-assign]
-        super()._make(documents, first=first)
+        super()._make(room, first=first)
 
     def step(self, rows: RowBatch, tokens_loss: int, lr: float, **rest: Any) -> StepOutcome | None:
         self.lr = lr
@@ -203,19 +203,24 @@ class RateOfTheHost(GraphedEngine):
 
 
 class KeyOfTheHost(GraphedEngine):
-    def _make(self, documents: int, *, first: bool = False) -> None:
+    def _make(self, room: Room, *, first: bool = False) -> None:
         self.optimizer.step_given = lambda given: self.optimizer._update(1e-3, self.optimizer.attempts)  # type: ignore[method-assign]
-        super()._make(documents, first=first)
+        super()._make(room, first=first)
 
 
 class BoundsOfTheText(StepBuffers):
-    def room(self, rows: RowBatch) -> int:
-        return len(rows.segment_starts)
+    def room(self, rows: RowBatch) -> Room:
+        return Room(len(rows.segment_starts), T)
+
+
+class LongestOfTheText(StepBuffers):
+    def room(self, rows: RowBatch) -> Room:
+        return Room(16, int(rows.positions_BT.max()) + 1)
 
 
 class TokensOfTheHost(StepBuffers):
-    def fill(self, rows: RowBatch, documents: int, given: Tensor, tokens_loss: int) -> None:
-        super().fill(rows, documents, given, tokens_loss)
+    def fill(self, rows: RowBatch, room: Room, given: Tensor, tokens_loss: int) -> None:
+        super().fill(rows, room, given, tokens_loss)
         self.inverse = 1 / tokens_loss  # type: ignore[assignment]
 
 
@@ -223,9 +228,10 @@ class TokensOfTheHost(StepBuffers):
     ("kind", "buffers", "case"),
     [
         (RateOfTheHost, StepBuffers, {}), (KeyOfTheHost, StepBuffers, {"state": "8bit"}),
-        (GraphedEngine, BoundsOfTheText, {}), (GraphedEngine, TokensOfTheHost, {}),
+        (GraphedEngine, BoundsOfTheText, {}), (GraphedEngine, LongestOfTheText, {}),
+        (GraphedEngine, TokensOfTheHost, {}),
     ],
-    ids=["learning rate", "key", "documents", "tokens with a loss"],
+    ids=["learning rate", "key", "documents", "longest", "tokens with a loss"],
 )  # fmt: skip
 def test_a_number_of_the_step_that_is_baked_in_would_be_seen(
     kind: type[GraphedEngine], buffers: type[StepBuffers], case: dict[str, Any], on_meta: list[int],

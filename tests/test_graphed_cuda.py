@@ -24,6 +24,7 @@ from elo_engine.model.presets import preset_spec
 from elo_engine.train.graphed import EAGER_STEPS, CudaCaptures, GraphedEngine
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
+from elo_engine.train.step_buffers import Room
 
 SPEC = replace(preset_spec("smollm2-135m"), D=256, F=512, V=2048, H=4, K=2, E=64, layers=4)
 T, ROWS, STEPS = 512, 4, 20
@@ -189,8 +190,8 @@ def test_a_capture_that_waits_fails_and_training_goes_on() -> None:
 
     def waiting(model: Decoder, optimizer: MasterAdamW, micro_batch: int) -> GraphedEngine:
         class Waits(GraphedEngine):
-            def _make(self, documents: int, *, first: bool = False) -> None:
-                super()._make(documents, first=first)
+            def _make(self, room: Room, *, first: bool = False) -> None:
+                super()._make(room, first=first)
                 self._numbers_3.tolist()
 
         return Waits(model, optimizer, micro_batch, CudaCaptures(model.device), said.append)

@@ -21,12 +21,13 @@ from elo_engine.model.ops import choice
 from elo_engine.train.guards import scale_of
 from elo_engine.train.loop import micro_batches, to_batch
 from elo_engine.train.optim import MasterAdamW
-from elo_engine.train.step_buffers import FEWEST_DOCUMENTS, StepBuffers
+from elo_engine.train.step_buffers import FEWEST_DOCUMENTS, Room, StepBuffers
 
 from .test_loop import shallow
 
 CPU = torch.device("cpu")
 ROWS, T, MICRO = 5, 32, 2  # the last micro-batch has one row
+ROOM = Room(FEWEST_DOCUMENTS, T)
 GIVEN = torch.tensor([1, -2, 2**31 - 1], dtype=torch.int32)
 
 
@@ -49,7 +50,7 @@ def test_buffers_hold_what_micro_batches_are(documents: int = 3) -> None:
     rows = make_rows(1, documents)
     buffers = StepBuffers(ROWS, T, MICRO, CPU)
     room = buffers.room(rows)
-    assert room == FEWEST_DOCUMENTS
+    assert room == ROOM
     for filled in (make_rows(2, 5), rows):  # what was there before is gone
         buffers.fill(filled, room, GIVEN, filled.tokens_loss)
     pieces = [to_batch(piece, CPU) for piece in micro_batches(rows, MICRO)]
@@ -58,7 +59,7 @@ def test_buffers_hold_what_micro_batches_are(documents: int = 3) -> None:
         assert torch.equal(found.packing.positions_N, right.packing.positions_N)
         assert found.packing.segment_starts == right.packing.segment_starts
         N, offsets = len(right.ids_N), found.packing.offsets.tolist()
-        assert offsets == right.packing.segment_starts + [N] * (room + 1 - len(right.packing.segment_starts))
+        assert offsets == right.packing.segment_starts + [N] * (room.documents + 1 - len(right.packing.segment_starts))
         assert found.longest == found.packing.longest == T >= right.packing.longest
     assert torch.equal(buffers.given, GIVEN)
     assert buffers.inverse.item() == np.float32(1) / np.float32(rows.tokens_loss)
@@ -67,16 +68,16 @@ def test_buffers_hold_what_micro_batches_are(documents: int = 3) -> None:
 def test_places_stay_and_views_follow_them() -> None:
     """A batch made once shows what is filled in later: what a graph would read."""
     buffers = StepBuffers(ROWS, T, MICRO, CPU)
-    before = list(buffers.batches(16))
+    before = list(buffers.batches(ROOM))
     places = [x.data_ptr() for b in before for x in (b.ids_N, b.labels_N, b.packing.positions_N, b.packing.offsets)]
     for seed in (3, 4):
         rows = make_rows(seed, seed)
-        buffers.fill(rows, 16, GIVEN, 7)
+        buffers.fill(rows, ROOM, GIVEN, 7)
         assert before[1].ids_N.tolist() == rows.ids_BT[MICRO : 2 * MICRO].reshape(-1).tolist()
         assert before[-1].packing.segment_starts == list(rows.part(4, 5).segment_starts)
         after = [
             x.data_ptr()
-            for b in buffers.batches(16)
+            for b in buffers.batches(ROOM)
             for x in (b.ids_N, b.labels_N, b.packing.positions_N, b.packing.offsets)
         ]
         assert after == places
@@ -85,12 +86,21 @@ def test_places_stay_and_views_follow_them() -> None:
 
 @pytest.mark.parametrize(("documents", "room"), [(1, 16), (8, 16), (9, 32), (16, 32), (17, 64), (31, 64)])
 def test_room_is_the_next_power_of_two_of_the_fullest_micro_batch(documents: int, room: int) -> None:
-    assert StepBuffers(ROWS, T, MICRO, CPU).room(make_rows(0, documents)) == room
+    assert StepBuffers(ROWS, T, MICRO, CPU).room(make_rows(0, documents)) == (room, T)
+
+
+@pytest.mark.parametrize(("longest", "room"), [(1, 256), (256, 256), (257, 512), (512, 512), (513, 600), (600, 600)])
+def test_room_for_the_longest_document_is_the_next_power_of_two(longest: int, room: int) -> None:
+    """And never more than a row."""
+    positions = np.zeros((1, 600), np.int64)
+    positions[0, :longest] = np.arange(longest)
+    rows = RowBatch(positions, positions, positions, np.array([0, 600]), ("x",))
+    assert StepBuffers(1, 600, 1, CPU).room(rows) == (FEWEST_DOCUMENTS, room)
 
 
 def test_rows_of_another_shape_are_not_taken() -> None:
     with pytest.raises(AssertionError, match="in buffers of"):
-        StepBuffers(ROWS + 1, T, MICRO, CPU).fill(make_rows(0, 2), 16, GIVEN, 1)
+        StepBuffers(ROWS + 1, T, MICRO, CPU).fill(make_rows(0, 2), ROOM, GIVEN, 1)
 
 
 @pytest.fixture(params=["auto", "reference"])
@@ -145,8 +155,8 @@ def test_padded_and_not_is_the_same_training(untied: Path, path: str) -> None:
     assert same(trained(untied, padded, lambda rows: buffers.inverse), right)
 
     def wrong(rows: RowBatch) -> list[Batch]:
-        buffers.fill(make_rows(9, 2) if rows.segment_starts[1] % 2 else rows, 16, GIVEN, rows.tokens_loss)
-        return list(buffers.batches(16))
+        buffers.fill(make_rows(9, 2) if rows.segment_starts[1] % 2 else rows, ROOM, GIVEN, rows.tokens_loss)
+        return list(buffers.batches(ROOM))
 
     assert not same(trained(untied, wrong, lambda rows: buffers.inverse), right)
 

@@ -27,7 +27,7 @@ from elo_engine.train.guards import scale_of
 from elo_engine.train.loop import StepOutcome
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine, check_first_gradients
-from elo_engine.train.step_buffers import StepBuffers
+from elo_engine.train.step_buffers import Room, StepBuffers
 
 T = TypeVar("T")
 
@@ -127,8 +127,8 @@ class CudaCaptures:
 class GraphedEngine(ResidentEngine):
     """`ResidentEngine` for frozen embedding and head, with the steps as graphs.
 
-    A graph has room for a number of documents a micro-batch, `StepBuffers.room`: one graph for each power of two that
-    the text asks for, all of them in the memory of one.
+    A graph has room for a number of documents a micro-batch and of tokens a document, `StepBuffers.room`: one graph for
+    each pair of powers of two that the text asks for, all of them in the memory of one.
 
     Args:
         model: without observers. say: told once what is captured, and once why nothing is.
@@ -146,7 +146,7 @@ class GraphedEngine(ResidentEngine):
         assert not model.observers and model.host_embedding_VD is None
         self._captures, self._say, self._must = captures, say, must
         self._eager_left, self._told = EAGER_STEPS, False
-        self._graphs: dict[int, Callable[[], None]] | None = {}  # None: capturing has failed
+        self._graphs: dict[Room, Callable[[], None]] | None = {}  # None: capturing has failed
         self._buffers: StepBuffers | None = None
         self._numbers_3 = torch.zeros(3, dtype=torch.float32, device=model.device)
 
@@ -159,13 +159,13 @@ class GraphedEngine(ResidentEngine):
         if self._buffers is None:
             count, length = rows.ids_BT.shape
             self._buffers = StepBuffers(count, length, self._micro_batch, self.device)
-        documents = self._buffers.room(rows)
-        self._buffers.fill(rows, documents, self.optimizer.next_given(lr), tokens_loss)
-        replay = None if first or self._eager_left > 0 else self._graph(documents)
+        room = self._buffers.room(rows)
+        self._buffers.fill(rows, room, self.optimizer.next_given(lr), tokens_loss)
+        replay = None if first or self._eager_left > 0 else self._graph(room)
         if replay is not None:
             replay()
         else:
-            self._captures.eager(lambda: self._make(documents, first=first))
+            self._captures.eager(lambda: self._make(room, first=first))
             self._eager_left -= 1
         return StepOutcome(self._numbers_3)
 
@@ -178,13 +178,13 @@ class GraphedEngine(ResidentEngine):
             self._graphs.clear()
             self._captures.let_go()
 
-    def _graph(self, documents: int) -> Callable[[], None] | None:
+    def _graph(self, room: Room) -> Callable[[], None] | None:
         """The graph with this room, captured if there is none yet; None where capturing has failed."""
-        if self._graphs is None or documents in self._graphs:
-            return None if self._graphs is None else self._graphs[documents]
+        if self._graphs is None or room in self._graphs:
+            return None if self._graphs is None else self._graphs[room]
         self.optimizer.zero_grad()  # the last gradients' memory can be the graph's
         try:
-            replay = self._captures.capture(lambda: self._make(documents), self.optimizer.state)
+            replay = self._captures.capture(lambda: self._make(room), self.optimizer.state)
         except RuntimeError as error:  # whatever CUDA or a library finds wrong with it, memory too
             if self._must and isinstance(error, torch.OutOfMemoryError):
                 raise  # explained where it arrives
@@ -200,19 +200,19 @@ class GraphedEngine(ResidentEngine):
         if not self._told:
             self._told = True
             self._say(
-                f"steps are CUDA graphs from here on; this one is for up to {documents} documents a micro-batch, and "
-                "there is one more for each power of two that the text asks for"
+                f"steps are CUDA graphs from here on; this one is for up to {room.documents} documents a micro-batch, "
+                f"of up to {room.longest} tokens, and there is one more for each pair of powers of two that is met"
             )
-        self._graphs[documents] = replay
+        self._graphs[room] = replay
         return replay
 
-    def _make(self, documents: int, *, first: bool = False) -> None:
+    def _make(self, room: Room, *, first: bool = False) -> None:
         """A step of what is in the buffers: no number of the host's that changes, no shape that depends on the text."""
         model, optimizer, buffers = self.model, self.optimizer, self._buffers
         assert buffers is not None
         optimizer.zero_grad()
         loss_sum = torch.zeros((), dtype=torch.float32, device=model.device)
-        for batch in buffers.batches(documents):
+        for batch in buffers.batches(room):
             loss = model.loss_sum(batch)
             # The same bits as those of (loss / tokens).backward(scale): its first factor is this one.
             loss.backward(scale_of(loss) * buffers.inverse)
