@@ -179,6 +179,33 @@ def test_on_a_cpu_auto_says_nothing_and_on_is_refused(
     assert not Path(f"{run_tree['output']}-2", "pretrain").exists(), "nothing was trained"
 
 
+class Counted(GraphedEngine):
+    """Steps as without graphs, which the CPU can make; how often room was made."""
+
+    made = 0
+
+    def step(self, *args: Any, **rest: Any) -> Any:
+        return ResidentEngine.step(self, *args, **rest)
+
+    def let_go(self) -> None:
+        Counted.made += 1
+
+
+def test_room_is_made_before_every_evaluation(
+    elo: Callable[..., tuple[int, str]], run_tree: Tree, write_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from elo_engine import pretrain
+
+    def make(config: Any, model: Any, optimizer: Any, say: Any) -> Counted:
+        return Counted(model, optimizer, config.pretrain.micro_batch, None, say)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pretrain, "pretrain_engine", make)
+    status, shown = elo("pretrain", write_config(run_tree))  # six steps, an evaluation after three
+    assert status == 0, shown
+    assert Counted.made == 1
+
+
 def test_it_is_the_same_class(config: Path) -> None:
     """Whatever looks at a stage's engine finds a resident one: what is held, the snapshot, the scorer."""
     assert issubclass(GraphedEngine, ResidentEngine) and attention.__name__ == "attention"
