@@ -47,6 +47,10 @@ Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str)
 
 
 Master = Literal["none", "24", "32"]
+# YAML reads on and off as true and false
+Graph = Annotated[
+    Literal["auto", "on", "off"], BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v)
+]
 
 
 class _Section(BaseModel):
@@ -151,6 +155,8 @@ class PretrainConfig(StageConfig):
     # where the frozen embedding of a model with an untied head is; host: a GPU is sent the rows of each micro-batch's
     # tokens, which saves 2 V D bytes of its memory
     embedding: Literal["device", "host"] = "device"
+    # whether a step is captured once as a CUDA graph and launched whole; auto: where it can be, else it says why not
+    graph: Graph = "auto"
 
 
 class StreamConfig(_Section):
@@ -352,7 +358,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 # A run folder can be moved, and what is kept where changes no number in fp32; a change of engine in bf16,
 # or to slices of the vocabulary, is recorded.
 _MAY_CHANGE = (
-    "output", "hard_links", "align.engine", "align.stream.store", "align.stream.inputs", "align.stream.vocabulary",
+    "output", "hard_links", "pretrain.graph", "align.engine", "align.stream.store", "align.stream.inputs",
+    "align.stream.vocabulary",
 )  # fmt: skip
 # What no snapshot can be continued with, whoever asks: it holds other tensors.
 NEVER_CHANGE = ("detach.layers", "align.when", "pretrain.optimizer.state", "align.optimizer.state")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any, Literal
 
+from elo_engine import graphs
 from elo_engine.calibrate import calibration_rows
 from elo_engine.config import RunConfig, StageConfig, make_config
 from elo_engine.errors import UsageError
@@ -46,6 +47,7 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         bridges=len(gaps(spec.layers, layers)) if stage == "pretrain" and config.detach.bridge == "linear" else 0,
         turns=turns,
         host_embedding=stage == "pretrain" and host_embedding(config, spec) and device == "cuda",
+        graph=stage == "pretrain" and graphs.planned(config, spec, device, auto_dtype),
     )
 
 
@@ -215,7 +217,10 @@ def advise(
 
     def plan_with(*overrides: tuple[str, Any]) -> tuple[int, tuple[str, ...]] | None:
         changed = _with(config, overrides)
-        return None if changed is None else (need(changed.config), changed.texts)
+        try:
+            return None if changed is None else (need(changed.config), changed.texts)
+        except UsageError:  # such as a lever that pretrain.graph: on cannot have
+            return None
 
     now = need(config)
     alone = [(override, plan_with(override)) for override in _overrides(config, stage, setting)]

@@ -19,6 +19,7 @@ from elo_engine.config import RunConfig, load_config
 from elo_engine.detach import Source
 from elo_engine.engine_choice import EngineChoice, Predictions, choose
 from elo_engine.errors import RefusedError, UsageError
+from elo_engine.graphs import graph_plan
 from elo_engine.levers import StageName, advise, bridge_file_bytes, bridge_plan, stage_setting
 from elo_engine.measure import expected
 from elo_engine.measure.cards import CONTEXT_BYTES, Card, card_of_device, find_card, parse_memory
@@ -117,6 +118,7 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
     stages = {stage: _stage(config, stage, planning, target) for stage in STAGES}
     stages["align"]["engine"] = _engine(choice)
     stages["pretrain"]["bridge"] = bridge_plan(config, pretrain)
+    stages["pretrain"]["graph"] = graph_plan(config, pretrain)
     share = config.pretrain.tokens / (config.pretrain.tokens + config.align.tokens)
     plan: dict[str, Any] = {
         "model": {"family": spec.family, "layers": spec.layers, "parameters": spec.parameters, "tied": spec.tied},

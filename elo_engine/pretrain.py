@@ -12,6 +12,7 @@ from elo_engine.calibrate import obtain_bridge
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source, detach
 from elo_engine.evaluate import Scorer, batch_tokens
+from elo_engine.graphs import pretrain_engine
 from elo_engine.measure.expected import StageMemory
 from elo_engine.out_of_memory import explained
 from elo_engine.plan import require_memory, setting_of
@@ -21,7 +22,6 @@ from elo_engine.stage import run_stage
 from elo_engine.stream.scoring import whole_model_scorer, why_not
 from elo_engine.train import world
 from elo_engine.train.optim import MasterAdamW
-from elo_engine.train.resident import ResidentEngine
 
 
 def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
@@ -40,7 +40,8 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     with explained(run, source, "pretrain", memory, setting):
         model = detach(source, run, recompute=section.recompute == "layer", bridges=bridges)
         del bridge, bridges
-        engine = ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.micro_batch)
+        optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)
+        engine = pretrain_engine(config, model, optimizer, run.say)
         scorers: dict[str, Scorer] = {"shallow": engine.scorer}
         if heldout is not None and config.evaluate.whole:
             whole = whole_model_scorer(source.index, model)

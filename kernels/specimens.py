@@ -114,7 +114,9 @@ def _loss(floats: str) -> list[Specimen]:
 def _adamw() -> list[Specimen]:
     launch = adamw_plan.LAUNCH
     pointers = {"table_ptr": "i64", "map_ptr": "i32", "sums_ptr": "fp32", "control_ptr": "fp32", "powers_ptr": "fp64"}
-    pointers |= {"bounds_ptr": "i32", "norms_ptr": "fp64"}
+    pointers |= {"bounds_ptr": "i32", "norms_ptr": "fp64", "given_ptr": "i32"}
+    host: dict[str, Any] = {"GIVEN": False, "given_ptr": None}
+    given: dict[str, Any] = {"GIVEN": True}
     scalars = {"eps": "fp32", "decay": "fp32", "clip": "fp32", "lr": "fp32"}
 
     def step(name: str, kernel: Any, warps: int, *ragged: str, sums: str = "fp32", **constants: Any) -> Specimen:
@@ -128,7 +130,11 @@ def _adamw() -> list[Specimen]:
         ),
         step(
             "adamw norm, clip, powers", adamw._control_kernel, launch.fold_warps, "P", NORMS=False, CLIP=True,
-            BLOCK_P=launch.sums_per_round,
+            BLOCK_P=launch.sums_per_round, **host,
+        ),
+        step(
+            "adamw norm, clip, powers, rate on the device", adamw._control_kernel, launch.fold_warps, "P",
+            NORMS=False, CLIP=True, BLOCK_P=launch.sums_per_round, **given,
         ),
         step(
             "adamw norm of each tensor", adamw_norms._norms_kernel, launch.fold_warps,
@@ -136,15 +142,25 @@ def _adamw() -> list[Specimen]:
         ),
         step(
             "adamw norm, clip, powers, of norms", adamw._control_kernel, launch.fold_warps, "P", sums="fp64",
-            NORMS=True, CLIP=True, BLOCK_P=launch.sums_per_round,
+            NORMS=True, CLIP=True, BLOCK_P=launch.sums_per_round, **host,
         ),
         step(
             "adamw, fp32 state, bf16 copy", adamw._update_fp32_kernel, launch.fp32_warps, GRAD=tl.bfloat16,
-            HAS_LEAF=True, ALIGNED=True, TILE=launch.tile,
+            HAS_LEAF=True, ALIGNED=True, TILE=launch.tile, **host,
+        ),
+        step(
+            "adamw, fp32 state, bf16 copy, decay on the device", adamw._update_fp32_kernel, launch.fp32_warps,
+            GRAD=tl.bfloat16, HAS_LEAF=True, ALIGNED=True, TILE=launch.tile, **given,
         ),
         step(
             "adamw, 8-bit state, bf16 weight", adamw_8bit._update_8bit_kernel, launch.num_warps, "key", "first",
             GRAD=tl.bfloat16, WEIGHT=tl.bfloat16, ROUNDED=True, ALIGNED=True, ROWS=launch.tile // adamw_plan.GROUP,
+            **host,
+        ),
+        step(
+            "adamw, 8-bit state, bf16 weight, decay and key on the device", adamw_8bit._update_8bit_kernel,
+            launch.num_warps, "key", "first", GRAD=tl.bfloat16, WEIGHT=tl.bfloat16, ROUNDED=True, ALIGNED=True,
+            ROWS=launch.tile // adamw_plan.GROUP, **given,
         ),
     ]  # fmt: skip
 

@@ -13,7 +13,7 @@ from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_attention import copies_bytes, flash_backward_bytes, lse_bytes
 from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
 from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes, turn_bytes
-from elo_engine.measure.memory_shapes import coded_bytes, projections, split_spike
+from elo_engine.measure.memory_shapes import coded_bytes, projections, split_spike, step_buffer_bytes
 from elo_engine.measure.setting import SHALLOW, Setting
 
 ACT = "activations"
@@ -72,7 +72,7 @@ class EngineStep:
         if self.cuda:
             tiles = sum(-(-size // _ADAMW_TILE) for size in leaves)
             ledger.add("optimizer", 8 * tiles + 4 * -(-tiles // _TILES_PER_SUM))
-        ledger.add(ACT, table_bytes(self.setting))
+        ledger.add(ACT, table_bytes(self.setting) + step_buffer_bytes(self.setting))
 
     def gradient(self, layer: int, name: str, size: int) -> None:
         """The gradient of a leaf of `size` elements, in the weights' type."""
@@ -321,8 +321,9 @@ class EngineStep:
         ledger = self.ledger
         # ids, positions and rotary tables by token live with the graph, and that until the next loss replaces this one
         tables = gathered_bytes(self.setting, self.indices) + rows_bytes(self.setting)
-        graph = ledger.add(ACT, 2 * 8 * self.N + tables)
-        labels = ledger.add(ACT, 8 * self.N)
+        tokens = 0 if self.setting.graph else 8 * self.N  # of a graph they are the step's, and stay
+        graph = ledger.add(ACT, 2 * tokens + tables)
+        labels = ledger.add(ACT, tokens)
         hidden = ledger.add(ACT, self.ND)
         saved: list[SavedLayer] = []
         for index in self.indices:

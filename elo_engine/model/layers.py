@@ -50,6 +50,32 @@ class Packing:
         return max(stop - start for start, stop in pairwise(self.segment_starts))
 
 
+class PaddedPacking(Packing):
+    """Bounds of documents of which the device alone knows: as many for every text, empty documents at the end.
+
+    What variable-length attention is given has so the same shapes whatever the text. flash-attn 2, and the copy of it
+    that is torch's varlen_attn, takes empty documents: each block of a grid of longest x documents x heads finds its
+    document in the offsets and returns where it begins behind its end, before it has read or written anything
+    (BlockInfo, in both passes), and the forward pass is not split by length but for single queries.
+
+    Args:
+        offsets_S1: int32, in [0, N], N as often as there are empty documents, and once more.
+        longest: no document is longer. Blocks beyond a document's end cost their launch alone.
+    """
+
+    def __init__(self, offsets_S1: Tensor, positions_N: Tensor, longest: int) -> None:
+        # as if they had been made when first asked for
+        vars(self).update(positions_N=positions_N, offsets=offsets_S1, longest=longest)
+
+    @property
+    def segment_starts(self) -> list[int]:
+        """The bounds that are there now, without the empty documents, for paths that need them on the host; a device is
+        waited for.
+        """
+        starts: list[int] = self.offsets.unique_consecutive().tolist()
+        return starts
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary tables in fp32, a row a position, R = half the rotary width, and the positions of one micro-batch."""

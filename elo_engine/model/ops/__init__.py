@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from elo_engine.model.ops.attention import attention
+from elo_engine.model.ops.attention import attention, why_not_padded
 from elo_engine.model.ops.choice import configure, describe, use_reference
 from elo_engine.model.ops.linear_cross_entropy import linear_cross_entropy, token_losses
 from elo_engine.model.ops.rms_norm import add_norm_linear, add_rms_norm, norm_linear, rms_norm, rms_norm_add
@@ -36,6 +36,7 @@ __all__ = [
     "rotary_packed",
     "token_losses",
     "use_reference",
+    "why_not_padded",
 ]
 
 
