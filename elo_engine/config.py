@@ -151,6 +151,8 @@ class PretrainConfig(StageConfig):
     # where the frozen embedding of a model with an untied head is; host: a GPU is sent the rows of each micro-batch's
     # tokens, which saves 2 V D bytes of its memory
     embedding: Literal["device", "host"] = "device"
+    # products of operands rounded to 8-bit floats, on a card that has them: the frozen head's, or the layers' too
+    fp8: Literal["none", "head", "all"] = "none"
 
 
 class StreamConfig(_Section):

@@ -46,7 +46,22 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         bridges=len(gaps(spec.layers, layers)) if stage == "pretrain" and config.detach.bridge == "linear" else 0,
         turns=turns,
         host_embedding=stage == "pretrain" and host_embedding(config, spec) and device == "cuda",
+        fp8=fp8(config) if stage == "pretrain" else "none",
     )
+
+
+def fp8(config: RunConfig) -> Literal["none", "head", "all"]:
+    """Which products of ELO pretraining multiply 8-bit operands.
+
+    Raises:
+        UsageError: the head learns, so what was rounded at the start would not be what it is.
+    """
+    if config.pretrain.fp8 != "none" and config.align.when == "interleaved":
+        raise UsageError(
+            f"pretrain.fp8: {config.pretrain.fp8} rounds a frozen head once, and with align.when: interleaved the head "
+            "learns; set pretrain.fp8: none, which is bf16, or align.when: after"
+        )
+    return config.pretrain.fp8
 
 
 def host_embedding(config: RunConfig, spec: ModelSpec) -> bool:

@@ -85,6 +85,7 @@ class Setting:
         lora_rank: r of arm (d), on all seven projections of a layer.
         bridges: gaps between, before and behind the detached layers that have an affine map (elo_pretrain): all or 0.
         host_embedding: elo_pretrain's frozen embedding is in the host's memory and not in a GPU's.
+        fp8: elo_pretrain's products of 8-bit operands: the head's, or the layers' too.
         streaming: of arm (s), whose layers are always run again, whatever `recompute` says.
     """
 
@@ -104,6 +105,7 @@ class Setting:
     bridges: int = 0
     turns: ShallowTurns | None = None
     host_embedding: bool = False
+    fp8: Literal["none", "head", "all"] = "none"
 
     @property
     def master_bytes(self) -> int:
