@@ -11,11 +11,11 @@ from torch import Tensor
 
 from elo_engine.config import RunConfig
 from elo_engine.data import Mixture
-from elo_engine.detach import Source
 from elo_engine.errors import RefusedError
-from elo_engine.levers import fp8
+from elo_engine.fp8_plan import fp8
 from elo_engine.model import ops
 from elo_engine.model.decoder import Decoder
+from elo_engine.model.spec import ModelSpec
 from elo_engine.run_dir import RunDir
 from elo_engine.train.loop import to_batch
 
@@ -66,16 +66,16 @@ def _order(value: float) -> float:
     return value if value == value else float("inf")
 
 
-def refuse_without_fp8(config: RunConfig, source: Source) -> None:
+def refuse_without_fp8(config: RunConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
     """RefusedError where `pretrain.fp8` cannot run: device, type or shapes. Nothing where it is not asked for."""
-    kind, spec = fp8(config), source.spec
+    kind = fp8(config)
     if kind == "none":
         return
     sizes = {"width": spec.D}
     if kind == "all":
         sizes |= {"MLP width": spec.F, "width of the query heads": spec.H * spec.E,
                   "width of the packed projection": (spec.H + 2 * spec.K) * spec.E}  # fmt: skip
-    ops.require_fp8(kind, source.device, source.dtype, sizes)
+    ops.require_fp8(kind, device, dtype, sizes)
 
 
 def begin_fp8(run: RunDir, model: Decoder, mixture: Mixture) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from elo_engine.calibrate import calibration_rows
 from elo_engine.config import RunConfig, StageConfig, make_config
 from elo_engine.errors import UsageError
+from elo_engine.fp8_plan import fp8
 from elo_engine.measure.flops import bridge_step, calibration_flops
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.planner import STREAMED
@@ -48,20 +49,6 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         host_embedding=stage == "pretrain" and host_embedding(config, spec) and device == "cuda",
         fp8=fp8(config) if stage == "pretrain" else "none",
     )
-
-
-def fp8(config: RunConfig) -> Literal["none", "head", "all"]:
-    """Which products of ELO pretraining multiply 8-bit operands.
-
-    Raises:
-        UsageError: the head learns, so what was rounded at the start would not be what it is.
-    """
-    if config.pretrain.fp8 != "none" and config.align.when == "interleaved":
-        raise UsageError(
-            f"pretrain.fp8: {config.pretrain.fp8} rounds a frozen head once, and with align.when: interleaved the head "
-            "learns; set pretrain.fp8: none, which is bf16, or align.when: after"
-        )
-    return config.pretrain.fp8
 
 
 def host_embedding(config: RunConfig, spec: ModelSpec) -> bool:
@@ -145,7 +132,7 @@ class Advice:
 # Cost time or precision, but neither text, nor context, nor layers: a combination of these alone is named first.
 _SAME_LESSON = (
     ".micro_batch", ".recompute", ".optimizer.state", ".optimizer.master", "dtype", ".engine", ".stream.store",
-    ".stream.inputs", ".stream.vocabulary", ".embedding",
+    ".stream.inputs", ".stream.vocabulary", ".embedding", ".fp8",
 )  # fmt: skip
 
 _ONE_MICRO_BATCH = "one micro-batch"  # stands for a number of tokens, known once the other overrides are
@@ -188,6 +175,8 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
             found.append(("detach.layers", fewer))
     if setting.bridges:
         found.append(("detach.bridge", "none"))
+    if setting.fp8 != "none":  # faster, at the price of a head in 8 bits, twice
+        found.append(("pretrain.fp8", "none"))
     if stage == "pretrain" and setting.device == "cuda" and not (setting.spec.tied or setting.host_embedding):
         found.append(("pretrain.embedding", "host"))
     return found

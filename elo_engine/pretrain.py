@@ -29,7 +29,7 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     """Run the stage to its end (or from its newest snapshot) and return its summary; see `run_stage`."""
     refuse_interleaved(run, "pretrain")
     config = run.config
-    refuse_without_fp8(config, source)
+    refuse_without_fp8(config, source.spec, source.device, source.dtype)
     memory = require_memory(config, source, "pretrain")
     mixture = make_mixture(config, source.folder, source.spec.V)
     heldout = open_heldout(config, source.folder, source.spec.V) if config.evaluate.every else None

@@ -6,9 +6,9 @@ two that fits the largest number in (an option of torchao as well), so that divi
 far below the largest lose bits, in e4m3 those below 2^-15 of it.
 
 The products are torch._scaled_mm's: cuBLASLt's or CUTLASS's. On Ada and Hopper those multiply rows by rows; where a
-product is over another dimension its operand is written the other way around. A matrix is rounded both ways in
-one pass. Counted for bf16 rows of D: 2 D read twice, the second time from L2, and D written. A matrix: its largest number is
-torch's norm (2 bytes an element), the rounding reads it again and writes 1 or 2. Not yet timed on a card.
+product is over another dimension its operand is written the other way around. A matrix is rounded both ways in one
+pass. Counted for bf16 rows of D: 2 D read twice, the second time from L2, and D written. A matrix: its largest number
+is torch's norm (2 bytes an element), the rounding reads it again and writes 1 or 2. Not yet timed on a card.
 """
 
 from __future__ import annotations
