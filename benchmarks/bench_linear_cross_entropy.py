@@ -99,7 +99,7 @@ def _engine_fp8(inputs: Any) -> Run:
     reason = reason_without(hidden_ND.device)
     if reason is not None:
         raise Missing(reason)
-    head = ops.Fp8Head.of(head_VD)
+    head = ops.Fp8Head.of(head_VD, None)
     return forward_backward(
         lambda *_: ops.linear_cross_entropy_fp8(hidden_ND, head_VD, head, labels_N), [hidden_ND], None
     )

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from elo_engine import demo, demo_assets
+from elo_engine.benchmarks.recording import card_name, write_record
 from elo_engine.config import RunConfig, make_config
 from elo_engine.detach import open_source
 from elo_engine.errors import FailedError
+from elo_engine.measure.environment import describe_environment, device_name
 from elo_engine.model.ops.quantize_fp8 import EMULATE, reason_without
 from elo_engine.pipeline import start
 from elo_engine.pretrain import pretrain
@@ -54,12 +56,14 @@ def configuration(work: Path, shards: tuple[dict[str, str], dict[str, str]], arm
     )  # fmt: skip
 
 
-def run_arm(config: RunConfig) -> dict[str, Any]:
+def run_arm(config: RunConfig, *, train: bool = True) -> dict[str, Any] | None:
     """Train one arm with one seed, or read what an earlier call trained. -> losses by step, held-out losses, and what
-    the check before the first step found.
+    the check before the first step found; None where it is not complete and is not to be trained.
     """
     folder = Path(config.output)
     if len(read_steps(folder) if folder.exists() else []) < config.steps("pretrain"):
+        if not train:
+            return None
         source = open_source(config)
         with RunDir.obtain(config, resume=True) as run:
             start(run, source)
@@ -134,8 +138,12 @@ def _heldout(runs: dict[str, dict[int, dict[str, Any]]], arm: str, seeds: list[i
     return found
 
 
-def measure(work: Path, seeds: list[int], arms: list[str], steps: int, tokens: int) -> dict[str, Any]:
-    """Every arm with every seed, seed by seed; what is in `work` already is not trained again."""
+def measure(
+    work: Path, seeds: list[int], arms: list[str], steps: int, tokens: int, *, train: bool = True
+) -> dict[str, Any]:
+    """Every arm with every seed, seed by seed; what is in `work` already is not trained again, and without `train`
+    nothing is: then what is complete is all there is.
+    """
     shards = demo._prepare(demo_assets.demo_text(), demo_assets.demo_model(), work / "data")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     emulated = reason_without(device) is not None
@@ -144,11 +152,62 @@ def measure(work: Path, seeds: list[int], arms: list[str], steps: int, tokens: i
     runs: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in arms}
     for seed in seeds:
         for arm in arms:
-            runs[arm][seed] = run_arm(configuration(work, shards, arm, seed, steps, tokens))
-            losses = [step["loss_nats"] for step in runs[arm][seed]["steps"]]
+            run = run_arm(configuration(work, shards, arm, seed, steps, tokens), train=train)
+            if run is None:
+                continue
+            runs[arm][seed] = run
+            losses = [step["loss_nats"] for step in run["steps"]]
             if not all(map(math.isfinite, losses)):
                 raise FailedError(f"{LABELS[arm]}, seed {seed}: a loss is not finite, so there is no curve to compare")
-    return {"runs": runs, "emulated": emulated, "compared": compared(runs) if "none" in arms and len(seeds) > 1 else []}
+    several = len(runs.get("none", {})) > 1
+    return {"runs": runs, "emulated": emulated, "compared": compared(runs) if several else []}
+
+
+def result_of(found: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
+    """The record's result: smoothed curves, comparisons, and the checks before training."""
+    curves, checks = [], []
+    for arm, by_seed in found["runs"].items():
+        for seed, run in by_seed.items():
+            losses = smoothed(run)
+            steps = [(at + 1) * WINDOW for at in range(len(losses))]
+            curves.append({"arm": LABELS[arm], "seed": seed, "step": steps, "loss_nats": losses})
+            if (check := run["check"]) is not None:
+                parts = {name: part for name, part in check["gradients"].items() if name != "all"}
+                worst = max(parts, key=lambda name: parts[name]["relative"])
+                checks.append(
+                    {
+                        "arm": LABELS[arm], "seed": seed, "loss_bf16_nats": check["loss_bf16_nats"],
+                        "loss_fp8_nats": check["loss_fp8_nats"], **check["gradients"]["all"], "worst": worst,
+                        "worst_relative": parts[worst]["relative"],
+                    }
+                )  # fmt: skip
+    how = (
+        "products emulated on a CPU: operands rounded to 8 bits, multiplied in bf16 with sums in fp32; nothing here is "
+        "a speed" if found["emulated"] else "products of 8-bit operands on the card"
+    )  # fmt: skip
+    conditions = (
+        f"ELO pretraining of the first and last layer of SmolLM2-135M-Instruct, {given.steps} steps of {given.tokens} "
+        f"tokens in rows of {min(256, given.tokens)}, Japanese and English 9 : 1, learning rate 3e-4; {how}; with one "
+        f"seed every arm reads the same rows; a point of a curve is the mean of {WINDOW} steps; held-out losses "
+        "are the shallow model's, scored in bf16 for all arms"
+    )
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "schema": 1, "theme": "fp8", "conditions": conditions, "device": {"type": kind, "name": device_name(kind)},
+        "emulated": found["emulated"], "compared": found["compared"], "curves": curves, "checks": checks,
+    }  # fmt: skip
+
+
+def keep(found: dict[str, Any], given: argparse.Namespace) -> Path:
+    """Write the record; returns its folder."""
+    environment = describe_environment()
+    raw = {"runs": {arm: {str(seed): run for seed, run in by_seed.items()} for arm, by_seed in found["runs"].items()}}
+    settings = {"seeds": given.seeds, "arms": given.arms, "steps": given.steps, "tokens": given.tokens}
+    return write_record(
+        given.records, card=card_name("auto", environment), result=result_of(found, given), raw=raw,
+        environment=environment, settings=settings, command=["python", "-m", "elo_engine.benchmarks.fp8",
+        "--steps", str(given.steps), "--tokens", str(given.tokens)], name="fp8-smollm2-135m-instruct",
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -158,10 +217,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=512, help="a step")
+    parser.add_argument("--records", type=Path, help="keep a record in this folder")
+    parser.add_argument("--show", action="store_true", help="train nothing: what is complete in --work")
     given = parser.parse_args()
-    found = measure(given.work, given.seeds, given.arms, given.steps, given.tokens)
+    found = measure(given.work, given.seeds, given.arms, given.steps, given.tokens, train=not given.show)
     for line in found["compared"]:
         print(line)
+    if given.records is not None:
+        print(keep(found, given))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 Shapes as in linear_cross_entropy.py, whose chunks of rows, log-sum-exp without the target and softplus these are. What
 differs: both products take e4m3 operands, so the kernel between them reads bf16 logits and writes e4m3 gradients beside
-them. The target takes no part in either: its logit is an fp32 dot product of the bf16 operands, and its term of the
-gradient, -sigmoid(o - z) head[target], is added afterwards in fp32. Without it the largest gradient of a row is known
-when the row has been read once, exp(0) = 1 times a factor of the row; so what is rounded is 448 exp(logit - largest),
-the factor goes into the product's row scale, and no pass looks for a maximum. Probabilities below 2^-19 of the row's
+them. The head is rounded without the mean of its rows, which adds the same to all logits of a token. The target takes
+no part in either product: its logit is an fp32 dot product of the rounded operands (of others, what rounding adds to
+all other logits would not cancel), and its term of the gradient, -sigmoid(o - z) (head[target] - mean), is added
+afterwards, of bf16 in fp32. Without it the largest gradient of a row is known when the row has been read once, exp(0) =
+1 times a factor of the row; so what is rounded is 448 exp(logit - largest), the factor goes into the product's row
+scale, and no pass looks for a maximum. Probabilities below 2^-19 of the row's
 largest (but for the target) become 0: at most V 2^-19 of it all together, 9 % for V = 49152, and in docs/fp8.md 0.1 %.
 With a soft-cap the gradient's largest is that times the slope of the cap there, so as many bits are left unused.
 
@@ -20,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import check_device
+from .arguments import check_device, check_vector
 from .linear_cross_entropy import IGNORED_LABEL, LAUNCH, _check_operands, _log1p, _softcap
 from .quantize_fp8 import quantize_rows, scaled_product
 
@@ -45,15 +47,15 @@ def workspace_bytes(
 def _cross_entropy_fp8_kernel(
     logits_ptr,
     labels_ptr,
-    hidden_ptr,
-    head_ptr,
+    q_hidden_ptr,
+    hidden_scale_ptr,
+    q_rows_ptr,
+    rows_scale_ptr,
     loss_ptr,
     q_ptr,
     scale_ptr,
     weight_ptr,
     stride_logits_n,
-    stride_hidden_n,
-    stride_head_v,
     V,
     D,
     cap,
@@ -82,10 +84,10 @@ def _cross_entropy_fp8_kernel(
         dot_D = tl.zeros([BLOCK_D], dtype=tl.float32)
         for start in range(0, D, BLOCK_D):
             col_D = start + tl.arange(0, BLOCK_D)
-            hidden_D = tl.load(hidden_ptr + row * stride_hidden_n + col_D, mask=col_D < D, other=0.0)
-            head_D = tl.load(head_ptr + target * stride_head_v + col_D, mask=col_D < D, other=0.0)
-            dot_D += hidden_D.to(tl.float32) * head_D.to(tl.float32)
-        z = tl.sum(dot_D, axis=0)
+            hidden_D = tl.load(q_hidden_ptr + row * D + col_D, mask=col_D < D).to(tl.float32)
+            head_D = tl.load(q_rows_ptr + target * D + col_D, mask=col_D < D).to(tl.float32)
+            dot_D += tl.where(col_D < D, hidden_D * head_D, 0.0)
+        z = tl.sum(dot_D, axis=0) * tl.load(hidden_scale_ptr + row) * tl.load(rows_scale_ptr + target)
         target_slope = 1.0
         if CAPPED:
             z, target_slope = _softcap(z, cap)
@@ -135,6 +137,7 @@ def _add_target_kernel(
     labels_ptr,
     weight_ptr,
     head_ptr,
+    mean_ptr,
     stride_head_v,
     V,
     D,
@@ -149,6 +152,7 @@ def _add_target_kernel(
         col_D = start + tl.arange(0, BLOCK_D)
         rest_D = tl.load(d_hidden_ptr + row * D + col_D, mask=col_D < D, other=0.0).to(tl.float32)
         head_D = tl.load(head_ptr + target * stride_head_v + col_D, mask=col_D < D, other=0.0).to(tl.float32)
+        head_D -= tl.load(mean_ptr + col_D, mask=col_D < D, other=0.0)
         d_D = tl.where(label == IGNORED, 0.0, rest_D + weight * head_D)
         tl.store(d_hidden_ptr + row * D + col_D, d_D.to(d_hidden_ptr.dtype.element_ty), mask=col_D < D)
 
@@ -159,6 +163,7 @@ def linear_cross_entropy_fp8_forward(
     head_VD: torch.Tensor,
     rows: Pair,
     columns: Pair,
+    mean_D: torch.Tensor,
     labels_N: torch.Tensor,
     *,
     softcap: float | None = None,
@@ -171,6 +176,7 @@ def linear_cross_entropy_fp8_forward(
         hidden_ND, head_VD: bf16; rows contiguous, any row stride. D is a multiple of 16.
         rows, columns: `quantize_both_layouts` of the head: [V, D] and its scales, [D, V] and its scales, V rounded up
             to a multiple of 16.
+        mean_D: fp32, what they are without.
         labels_N: int64 or int32, in [0, V) or -100 for a token without a loss.
         softcap: logits become softcap * tanh(logits / softcap) first (Gemma 2).
         chunk_rows: at most so many rows of logits at a time; by default `LAUNCH.chunk_bytes` of them and gradients.
@@ -184,7 +190,10 @@ def linear_cross_entropy_fp8_forward(
     """
     _check_operands(hidden_ND, head_VD, labels_N, softcap)
     _check_layouts(hidden_ND, head_VD, rows, columns)
-    check_device(hidden_ND=hidden_ND, head_VD=head_VD, labels_N=labels_N, rows=rows[0], columns=columns[0])
+    check_vector("mean_D", mean_D, hidden_ND.shape[1])
+    check_device(
+        hidden_ND=hidden_ND, head_VD=head_VD, labels_N=labels_N, rows=rows[0], columns=columns[0], mean_D=mean_D
+    )
     (count, width), vocabulary = hidden_ND.shape, len(head_VD)
     device, owned = hidden_ND.device, LAUNCH.stride(vocabulary)
     chunk = LAUNCH.chunk(count, vocabulary, 3 if need_d_hidden else 2, chunk_rows)
@@ -202,26 +211,27 @@ def linear_cross_entropy_fp8_forward(
         now = slice(0, part.stop - start)
         left = quantize_rows(hidden_ND[part])
         scaled_product(left, rows, torch.bfloat16, out_MN=logits_RV[now])
-        step = logits_RV[now], labels_N[part], hidden_ND[part], head_VD, loss_N[part]
         gradient = tuple(tensor[now] for tensor in made)
-        _launch(step, gradient, softcap)
+        _launch((logits_RV[now], labels_N[part], *left, *rows, loss_N[part]), gradient, len(head_VD), softcap)
         if d_hidden_ND is not None:
             q_RV, scale_R1, weight_R = gradient
             scaled_product((q_RV, scale_R1), columns, torch.bfloat16, out_MN=d_hidden_ND[part])
-            _add_target(d_hidden_ND[part], labels_N[part], weight_R, head_VD)
+            _add_target(d_hidden_ND[part], labels_N[part], weight_R, head_VD, mean_D)
     return loss_N, d_hidden_ND
 
 
-def _launch(step: tuple[torch.Tensor, ...], gradient: tuple[torch.Tensor, ...], softcap: float | None) -> None:
-    """One program a row on (logits, labels, hidden, head, loss) and (q, scale, weight), () without a gradient."""
-    logits_RV, _, hidden_RD, head_VD, _ = step
-    vocabulary = len(head_VD)
+def _launch(
+    step: tuple[torch.Tensor, ...], gradient: tuple[torch.Tensor, ...], vocabulary: int, softcap: float | None
+) -> None:
+    """One program a row on (logits, labels, hidden and its scales, rows and their scales, loss) and on (q, scale,
+    weight), () without a gradient.
+    """
+    logits_RV, _, hidden_RD, *_ = step
     with torch.cuda.device_of(logits_RV):
         _cross_entropy_fp8_kernel[(len(logits_RV),)](
             *step,
             *(gradient or (None, None, None)),
-            *(matrix.stride(0) for matrix in (logits_RV, hidden_RD, head_VD)),
-            *(vocabulary, hidden_RD.shape[1], float(softcap or 1.0)),
+            *(logits_RV.stride(0), vocabulary, hidden_RD.shape[1], float(softcap or 1.0)),
             IGNORED=IGNORED_LABEL,
             CAPPED=softcap is not None,
             NEED_D_LOGITS=bool(gradient),
@@ -232,12 +242,13 @@ def _launch(step: tuple[torch.Tensor, ...], gradient: tuple[torch.Tensor, ...], 
 
 
 def _add_target(
-    d_hidden_RD: torch.Tensor, labels_R: torch.Tensor, weight_R: torch.Tensor, head_VD: torch.Tensor
-) -> None:
-    """d_hidden += weight * head[label], in fp32, rounded once; zeros in rows without a label."""
+    d_hidden_RD: torch.Tensor, labels_R: torch.Tensor, weight_R: torch.Tensor, head_VD: torch.Tensor,
+    mean_D: torch.Tensor,
+) -> None:  # fmt: skip
+    """d_hidden += weight * (head[label] - mean), in fp32, rounded once; zeros in rows without a label."""
     with torch.cuda.device_of(d_hidden_RD):
         _add_target_kernel[(len(d_hidden_RD),)](
-            d_hidden_RD, labels_R, weight_R, head_VD, head_VD.stride(0), *head_VD.shape,
+            d_hidden_RD, labels_R, weight_R, head_VD, mean_D, head_VD.stride(0), *head_VD.shape,
             IGNORED=IGNORED_LABEL, BLOCK_D=LAUNCH.block_d, num_warps=LAUNCH.num_warps,
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import check_device, check_rows
+from .arguments import check_device, check_rows, check_vector
 
 # The exponent of the largest number of each type; its mantissa is 1.75 in both.
 EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
@@ -187,12 +187,13 @@ def quantize_tensor(
 
 
 def quantize_both_layouts(
-    head_VD: torch.Tensor, *, columns: int = 256
+    head_VD: torch.Tensor, mean_D: torch.Tensor, *, piece_bytes: int = 1 << 27
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A head as e4m3 rows of the vocabulary and as e4m3 rows of the width, each row with its own scale.
+    """A head less `mean_D` (fp32) as e4m3 rows of the vocabulary and as e4m3 rows of the width, each row with its own
+    scale.
 
     Args:
-        columns: so many of the width at a time are copied the other way around on the way.
+        piece_bytes: of differences in fp32 that are there at a time.
 
     Returns:
         rows_VD and scale_V1, columns_DV and scale_D1; V rounded up to a multiple of 16 with zeros.
@@ -202,6 +203,7 @@ def quantize_both_layouts(
     """
     check_rows("head_VD", head_VD)
     vocabulary, width = head_VD.shape
+    check_vector("mean_D", mean_D, width)
     padded, device = _round_up(vocabulary), head_VD.device
     # zeroed as bytes: not every torch fills 8-bit floats
     rows_VD, columns_DV = (
@@ -209,12 +211,18 @@ def quantize_both_layouts(
         for shape in ((padded, width), (width, padded))
     )
     scale_V1 = torch.ones((padded, 1), dtype=torch.float32, device=device)
-    scale_V1[:vocabulary] = quantize_rows(head_VD, out_ND=rows_VD[:vocabulary])[1]
-    scales = []
-    for start in range(0, width, columns):
-        part = slice(start, start + columns)
-        scales.append(quantize_rows(head_VD[:, part].t().contiguous(), out_ND=columns_DV[part, :vocabulary])[1])
-    return rows_VD, scale_V1, columns_DV, torch.cat(scales)
+    for part in _parts(vocabulary, piece_bytes // (4 * width)):
+        scale_V1[part] = quantize_rows(head_VD[part].float() - mean_D, out_ND=rows_VD[part])[1]
+    scale_D1 = torch.ones((width, 1), dtype=torch.float32, device=device)
+    for part in _parts(width, piece_bytes // (4 * vocabulary)):
+        piece_DV = (head_VD[:, part].float() - mean_D[part]).t().contiguous()
+        scale_D1[part] = quantize_rows(piece_DV, out_ND=columns_DV[part, :vocabulary])[1]
+    return rows_VD, scale_V1, columns_DV, scale_D1
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    step = max(1, size)
+    return [slice(start, min(count, start + step)) for start in range(0, count, step)]
 
 
 def scaled_product(

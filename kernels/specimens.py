@@ -127,7 +127,9 @@ def _fp8(floats: str) -> list[Specimen]:
     """Ada and later: cards before it convert to no e4m3."""
     launch, loss = quantize_fp8.LAUNCH, linear_cross_entropy.LAUNCH
     pointers = {"q_ptr": "fp8e4nv", "transposed_ptr": "fp8e4nv", "scale_ptr": "fp32", "largest_ptr": "fp32"}
-    pointers |= {"labels_ptr": "i64", "loss_ptr": "fp32", "weight_ptr": "fp32"}
+    pointers |= {"labels_ptr": "i64", "loss_ptr": "fp32", "weight_ptr": "fp32", "mean_ptr": "fp32"}
+    pointers |= {"q_hidden_ptr": "fp8e4nv", "q_rows_ptr": "fp8e4nv", "hidden_scale_ptr": "fp32"}
+    pointers |= {"rows_scale_ptr": "fp32"}
 
     def fp8(name: str, kernel: Any, warps: int, *ragged: str, scalars: dict[str, str] | None = None,
             **constants: Any) -> Specimen:  # fmt: skip

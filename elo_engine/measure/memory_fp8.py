@@ -19,11 +19,11 @@ def padded(count: int) -> int:
 
 
 def head_bytes(setting: Setting) -> int:
-    """Of the rounded head, with the scales of its rows and columns."""
+    """Of the rounded head, with its mean and the scales of its rows and columns."""
     if setting.fp8 == "none":
         return 0
     V, D = padded(setting.spec.V), setting.spec.D
-    return 2 * V * D + 4 * (V + D) if setting.device == "cuda" else 4 * setting.spec.V * D
+    return 4 * D + (2 * V * D + 4 * (V + D) if setting.device == "cuda" else 4 * setting.spec.V * D)
 
 
 class Fp8Products:

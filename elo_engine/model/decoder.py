@@ -130,7 +130,7 @@ class Decoder:
         """Train with 8-bit operands in the products of the head, which is rounded now and must be frozen, or of all."""
         assert fp8 == "none" or not self.head_VD.requires_grad, "a head that learns is not what was rounded"
         if fp8 != "none" and self._fp8_head is None:
-            self._fp8_head = ops.Fp8Head.of(self.head_VD)
+            self._fp8_head = ops.Fp8Head.of(self.head_VD, self.spec.head_softcap)
         self.fp8 = fp8
 
     @property

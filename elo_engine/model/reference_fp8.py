@@ -83,22 +83,38 @@ def rounded_tensor(x_ND: Tensor, kind: Format = E4M3) -> Tensor:
     return decoded(q_ND).mul_(scale)
 
 
+def mean_row(head_VD: Tensor, softcap: float | None) -> Tensor:
+    """What is taken off every row of a head before it is rounded, fp32 [D]: the rows' mean. It adds the same to all
+    logits of a token, so it changes no loss and no gradient, and it can be most of a row: rounded with it, the errors
+    of what cancels would not cancel. Zeros under a soft-cap, which logits do not enter without it.
+    """
+    mean_D = head_VD.mean(0, dtype=torch.float32)
+    return mean_D if softcap is None else torch.zeros_like(mean_D)
+
+
+def rounded_head(head_VD: Tensor, mean_D: Tensor) -> tuple[Tensor, Tensor]:
+    """What a head in 8 bits keeps of `head - mean`, with a scale for each row and with one for each column, bf16."""
+    centred_VD = head_VD.float() - mean_D
+    return rounded_rows(centred_VD), rounded_rows(centred_VD.t()).t().contiguous()
+
+
 @torch.no_grad()
 def linear_cross_entropy_fp8(
-    hidden_ND: Tensor, head_VD: Tensor, by_row_VD: Tensor, by_column_VD: Tensor, labels_N: Tensor, *,
+    hidden_ND: Tensor, head_VD: Tensor, by_row_VD: Tensor, by_column_VD: Tensor, mean_D: Tensor, labels_N: Tensor, *,
     softcap: float | None = None, need_d_hidden: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Losses of a frozen head whose products are of 8-bit operands, and the gradient of their SUM by the hidden states.
 
-    The target is left out of both products. With z its logit, a dot product of the bf16 operands in fp32, and o the
-    log-sum-exp of the other logits, rounded, the loss is softplus(o - z); with w = sigmoid(o - z)
-        d_hidden = w (softmax of the others @ head - head[target]),
+    The target is left out of both products. With z its logit, a dot product in fp32, and o the log-sum-exp of the other
+    logits, the loss is softplus(o - z); with w = sigmoid(o - z)
+        d_hidden = w (softmax of the others @ (head - mean) - (head[target] - mean)),
     where the first term is a product of 8 bits, whose left side is exp(logit - largest), at most 1, for all rows alike,
-    and the second is bf16.
+    and the second is of bf16. z is made of the same rounded operands as the other logits: made of others, an error that
+    all logits share would not cancel, and training finds that out (docs/fp8.md).
 
     Args:
         hidden_ND, head_VD: bf16.
-        by_row_VD, by_column_VD: `rounded_rows` of the head, and of its transpose, transposed back.
+        by_row_VD, by_column_VD, mean_D: `rounded_head` of the head and of `mean_row`.
     Returns:
         losses fp32 [N], 0 where the label is -100; d_hidden bf16, zeros in those rows.
     """
@@ -107,9 +123,10 @@ def linear_cross_entropy_fp8(
     for start in range(0, len(hidden_ND), ROWS):
         part = slice(start, start + ROWS)
         target_R1, kept_R = labels_N[part].clamp_min(0)[:, None], labels_N[part] != IGNORED
-        logits_RV = F.linear(rounded_rows(hidden_ND[part]), by_row_VD)
-        target_RD = head_VD[target_R1[:, 0]].float()
-        z_R, slope_R = _capped(torch.linalg.vecdot(hidden_ND[part].float(), target_RD), softcap)
+        rounded_RD = rounded_rows(hidden_ND[part])
+        logits_RV = F.linear(rounded_RD, by_row_VD)
+        z_R = torch.linalg.vecdot(rounded_RD.float(), by_row_VD[target_R1[:, 0]].float())
+        z_R, slope_R = _capped(z_R, softcap)
         top_R, total_R = _others(logits_RV, target_R1, softcap)
         odds_R = top_R + total_R.log() - z_R
         odds_R = odds_R.where(z_R < torch.inf, torch.nan)
@@ -125,6 +142,7 @@ def linear_cross_entropy_fp8(
             tile_RC.copy_(decoded(_cast(share_RC.mul_(E4M3.largest), E4M3)))
         share_R = others_R / total_R.where(total_R > 0, 1.0) / E4M3.largest
         rest_RD = torch.mm(logits_RV, by_column_VD).mul_(share_R[:, None])
+        target_RD = head_VD[target_R1[:, 0]].float() - mean_D
         d_RD = rest_RD.float() - (others_R * slope_R)[:, None] * target_RD
         d_hidden_ND[part] = d_RD.where(kept_R[:, None], 0.0).to(d_hidden_ND.dtype)
     return losses_N, d_hidden_ND

@@ -100,15 +100,17 @@ def require_fp8(fp8: Fp8, device: torch.device, dtype: torch.dtype, sizes: dict[
 
 @dataclass(frozen=True)
 class Fp8Head:
-    """A frozen head in 8 bits, in both layouts, each row of either with a scale of its own. V is rounded up to a
-    multiple of 16 by rows of zeros.
+    """A frozen head in 8 bits without the mean of its rows, in both layouts, each row of either with its own scale. V
+    is rounded up to a multiple of 16 by rows of zeros.
 
     Attributes:
+        mean_D: what was taken off, fp32; zeros under a soft-cap.
         rows_VD: for the logits, contracted over D; its scales, fp32 [V, 1].
         columns_DV: for the gradient, contracted over V; its scales, fp32 [D, 1].
-        of_emulation: `rounded_rows` of both layouts as bf16 [V, D] in place of all these.
+        of_emulation: `rounded_head`, bf16 [V, D] twice, in place of all these.
     """
 
+    mean_D: Tensor
     rows_VD: Tensor | None
     rows_scale_V1: Tensor | None
     columns_DV: Tensor | None
@@ -117,17 +119,18 @@ class Fp8Head:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, head_VD: Tensor) -> Fp8Head:
+    def of(cls, head_VD: Tensor, softcap: float | None) -> Fp8Head:
         """Round a head; it may be let go of for the products, not for its targets' rows."""
+        mean_D = reference_fp8.mean_row(head_VD, softcap)
         if fp8_emulated():
-            by_row_VD = reference_fp8.rounded_rows(head_VD)
-            return cls(None, None, None, None, (by_row_VD, reference_fp8.rounded_rows(head_VD.t()).t().contiguous()))
+            return cls(mean_D, None, None, None, None, reference_fp8.rounded_head(head_VD, mean_D))
         from elo_engine.kernels import quantize_fp8 as kernel
 
-        return cls(*kernel.quantize_both_layouts(head_VD))
+        return cls(mean_D, *kernel.quantize_both_layouts(head_VD, mean_D))
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        held = (self.rows_VD, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1, *(self.of_emulation or ()))
+        held = (self.mean_D, self.rows_VD, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1)
+        held += self.of_emulation or ()
         return [tensor for tensor in held if tensor is not None]
