@@ -68,7 +68,7 @@ def run_arm(config: RunConfig, *, train: bool = True) -> dict[str, Any] | None:
         with RunDir.obtain(config, resume=True) as run:
             start(run, source)
             pretrain(run, source)
-    records = read_records(folder)
+    records = list(read_records(folder))
     heldout = [
         {"step": record["step"], "language": record["language"], "loss_nats": record["heldout_loss_nats"]}
         for record in records
@@ -190,7 +190,7 @@ def result_of(found: dict[str, Any], given: argparse.Namespace) -> dict[str, Any
         f"tokens in rows of {min(256, given.tokens)}, Japanese and English 9 : 1, learning rate 3e-4; {how}; with one "
         f"seed every arm reads the same rows; a point of a curve is the mean of {WINDOW} steps; held-out losses "
         "are the shallow model's, scored in bf16 for all arms"
-    )
+    ) + (f"; {given.note}" if given.note else "")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "schema": 1, "theme": "fp8", "conditions": conditions, "device": {"type": kind, "name": device_name(kind)},
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="a step")
     parser.add_argument("--records", type=Path, help="keep a record in this folder")
     parser.add_argument("--show", action="store_true", help="train nothing: what is complete in --work")
+    parser.add_argument("--note", default="", help="kept with the conditions")
     given = parser.parse_args()
     found = measure(given.work, given.seeds, given.arms, given.steps, given.tokens, train=not given.show)
     for line in found["compared"]:

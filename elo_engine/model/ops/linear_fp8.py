@@ -20,8 +20,8 @@ from elo_engine.model import reference_fp8
 from elo_engine.model.ops.quantize_fp8 import fp8_emulated
 from elo_engine.model.reference_fp8 import E4M3, Format
 
-# Of a gradient: e5m2 spans 2^30 from its largest number, e4m3 2^15 and has a bit more of each. docs/fp8.md has the two
-# measured against each other.
+# Of a gradient: e5m2 spans 2^30 from its largest number, e4m3 2^15 and has a bit more of each number. docs/fp8.md has
+# the two measured against each other.
 GRADIENT: Format = E4M3
 
 
