@@ -130,6 +130,5 @@ class Fp8Head:
     @property
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        held = (self.mean_D, self.rows_VD, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1)
-        held += self.of_emulation or ()
-        return [tensor for tensor in held if tensor is not None]
+        held = self.rows_VD, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1
+        return [self.mean_D, *(tensor for tensor in held if tensor is not None), *(self.of_emulation or ())]
