@@ -94,7 +94,7 @@ def watch_engine(model: Any, evidence: Evidence) -> None:
 
     def counted_layer(*args: Any, **options: Any) -> Tensor:
         evidence.layer_runs += 1
-        return layer(*args)
+        return layer(*args, **options)
 
     def counted_again(*args: Any, **options: Any) -> Tensor | None:
         evidence.layer_runs += 1
