@@ -92,9 +92,9 @@ def watch_engine(model: Any, evidence: Evidence) -> None:
         evidence.saw_labels(batch.labels_N)
         return hidden_states(batch)  # type: ignore[no-any-return]
 
-    def counted_layer(*args: Any) -> Tensor:
+    def counted_layer(*args: Any, **options: Any) -> Tensor:
         evidence.layer_runs += 1
-        return layer(*args)
+        return layer(*args, **options)
 
     def counted_again(*args: Any, **options: Any) -> Tensor | None:
         evidence.layer_runs += 1

@@ -157,6 +157,8 @@ class PretrainConfig(StageConfig):
     embedding: Literal["device", "host"] = "device"
     # whether a step is captured once as a CUDA graph and launched whole; auto: where it can be, else it says why not
     graph: Graph = "auto"
+    # products of operands rounded to 8-bit floats, on a card that has them: the frozen head's, or the layers' too
+    fp8: Literal["none", "head", "all"] = "none"
 
 
 class StreamConfig(_Section):

@@ -19,6 +19,7 @@ from elo_engine.config import RunConfig, load_config
 from elo_engine.detach import Source
 from elo_engine.engine_choice import EngineChoice, Predictions, choose
 from elo_engine.errors import RefusedError, UsageError
+from elo_engine.fp8_plan import fp8_refusals, fp8_warnings
 from elo_engine.graphs import graph_plan
 from elo_engine.levers import StageName, advise, bridge_file_bytes, bridge_plan, stage_setting
 from elo_engine.measure import expected
@@ -138,7 +139,7 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
             spec, pretrain.layers, pretrain.sequence_length, share, bridge_step(pretrain)
         ),
         "ideal_executed_speedup": asdict(ideal_speedups(pretrain, align, share)),
-        "warnings": _warnings(config, spec),
+        "warnings": _warnings(config, spec) + fp8_warnings(config, target.device),
     }
     plan["refusals"] = _refusals(config, plan, target)
     return plan
@@ -250,7 +251,7 @@ def _warnings(config: RunConfig, spec: ModelSpec) -> list[str]:
 
 
 def _refusals(config: RunConfig, plan: dict[str, Any], target: Target) -> list[str]:
-    found = [text for stage in STAGES if (text := stage_refusal(plan, stage))]
+    found = [text for stage in STAGES if (text := stage_refusal(plan, stage))] + fp8_refusals(config, target.rate)
     need = plan["disk"]["total_bytes"]
     if target.disk is not None and need > target.disk.bytes:
         spared = (config.snapshot.keep - 1) * sum(plan[stage]["snapshot_bytes"] for stage in STAGES)

@@ -12,6 +12,7 @@ from elo_engine.calibrate import obtain_bridge
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source, detach
 from elo_engine.evaluate import Scorer, batch_tokens
+from elo_engine.fp8_check import begin_fp8, refuse_without_fp8
 from elo_engine.graphs import pretrain_engine
 from elo_engine.measure.expected import StageMemory
 from elo_engine.out_of_memory import explained
@@ -28,6 +29,7 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     """Run the stage to its end (or from its newest snapshot) and return its summary; see `run_stage`."""
     refuse_interleaved(run, "pretrain")
     config = run.config
+    refuse_without_fp8(config, source.spec, source.device, source.dtype)
     memory = require_memory(config, source, "pretrain")
     mixture = make_mixture(config, source.folder, source.spec.V)
     heldout = open_heldout(config, source.folder, source.spec.V) if config.evaluate.every else None
@@ -40,6 +42,7 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     with explained(run, source, "pretrain", memory, setting):
         model = detach(source, run, recompute=section.recompute == "layer", bridges=bridges)
         del bridge, bridges
+        begin_fp8(run, model, mixture)
         optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)
         engine = pretrain_engine(config, model, optimizer, run.say)
         scorers: dict[str, Scorer] = {"shallow": engine.scorer}

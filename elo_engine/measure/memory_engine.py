@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_attention import copies_bytes, flash_backward_bytes, lse_bytes
+from elo_engine.measure.memory_fp8 import Fp8Products, head_bytes
 from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
 from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes, turn_bytes
 from elo_engine.measure.memory_shapes import coded_bytes, projections, split_spike, step_buffer_bytes
@@ -41,7 +42,7 @@ class EngineStep:
         self.NHE, self.NKE = N * spec.H * spec.E * self.w, N * spec.K * spec.E * self.w
         self.NC = self.NHE + 2 * self.NKE
         self.wide_ND = 4 * N * spec.D  # in fp32
-        self.parts = projections(spec)
+        self.parts, self.fp8 = projections(spec), Fp8Products(setting, ledger)
         self.gradients = Gradients(ledger, widens=self.w == 2, copies=not self.cuda)
         self.outer = None if self.shallow else OuterSums(setting, ledger)
         self._graph = ledger.add(ACT, 0)
@@ -64,6 +65,7 @@ class EngineStep:
         outer = spec.V * spec.D * (1 if spec.tied or self.setting.host_embedding else 2) + spec.D
         bridges = self.setting.bridges * (spec.D + 1) * spec.D
         ledger.add("weights", self.w * (outer + len(self.indices) * spec.layer_parameters + bridges))
+        ledger.add("weights", head_bytes(self.setting))
         if self.setting.state == "8bit":
             ledger.add("optimizer", sum(coded_bytes(size) for size in leaves))
         else:
@@ -120,7 +122,7 @@ class EngineStep:
         if not graph:  # the rest takes these two alone
             ledger.drop(*(kept.pop(name) for name in [*kept] if name not in ("sum", "gate_up")))
         product = ledger.add(ACT, self.NF)
-        down = ledger.add(ACT, self.ND)
+        down = self.fp8.out(self.ND, self.spec.F)
         ledger.drop(product)
         if self.spec.norms != "pre":  # the residual is added to what the norm makes
             kept["down"], (out, kept["rstd4"]) = down, self.norm()
@@ -137,7 +139,7 @@ class EngineStep:
         normed = ledger.add(ACT, 0)
         if before:
             normed, kept["rstd1"] = self.norm()
-        kept["qkv"] = ledger.add(ACT, self.NC)
+        kept["qkv"] = self.fp8.out(self.NC, self.spec.D)
         ledger.drop(normed)
         if self.spec.head_norms is not None:
             self.head_norms(kept)
@@ -145,7 +147,7 @@ class EngineStep:
         kept["lse"] = ledger.add(ACT, lse_bytes(self.setting))
         ledger.spike(ACT, copies_bytes(self.setting, index, backward=False))
         kept["mixed"] = ledger.add(ACT, self.NHE)
-        update = ledger.add(ACT, self.ND)
+        update = self.fp8.out(self.ND, self.spec.H * self.spec.E)
         if self.spec.norms != "pre":
             kept["update"], (update, kept["rstd3"]) = update, self.norm()
         if before:
@@ -155,7 +157,7 @@ class EngineStep:
         normed = ledger.add(ACT, 0)
         if before:
             normed, kept["rstd2"] = self.norm()
-        kept["gate_up"] = ledger.add(ACT, 2 * self.NF)
+        kept["gate_up"] = self.fp8.out(2 * self.NF, self.spec.D)
         ledger.drop(normed, update)
         return kept
 
@@ -215,6 +217,7 @@ class EngineStep:
         if not self.cuda:
             ledger.spike(ACT, self.NF)
         self.gradient(index, "down", p["down"].size + p["down"].biases)
+        self.fp8.backward(self.spec.D, self.spec.F)
         ledger.drop(d_product, active, d_down)
         pass_by(kept.pop("gate_up"))
         self.gradients.settle()
@@ -222,6 +225,7 @@ class EngineStep:
         size = 2 * (p["gate"].size + p["gate"].biases)
         if self.spec.norms == "post":
             self.gradient(index, "gate_up", size)
+            self.fp8.backward(2 * self.spec.F, self.spec.D)
             through, residual = ledger.add(ACT, self.ND), ledger.add(ACT, self.ND)
             ledger.drop(through, d_packed)
         else:
@@ -234,6 +238,7 @@ class EngineStep:
         d_update = self.norm_out_backward(index, kept, "update", "rstd3") if post else ledger.add(ACT, 0)
         d_mixed = ledger.add(ACT, self.NHE)
         self.gradient(index, "output", p["o"].size + p["o"].biases)
+        self.fp8.backward(self.spec.D, self.spec.H * self.spec.E)
         ledger.drop(d_update)
         self.gradients.settle()
         if not below:
@@ -246,6 +251,7 @@ class EngineStep:
         packed = sum(p[name].size + p[name].biases for name in "qkv")
         if self.spec.norms == "post":
             self.gradient(index, "qkv", packed)
+            self.fp8.backward(packed // self.spec.D, self.spec.D)
             d_hidden, rstd = ledger.add(ACT, self.ND if below else 0), ledger.add(ACT, 0)
         else:
             d_hidden = self.norm_linear_backward(index, "qkv", packed) if below else self.below_nothing(index, packed)
@@ -262,6 +268,7 @@ class EngineStep:
         self.gradient(index, name, size)
         ledger.drop(normed, rstd)
         d_normed = ledger.add(ACT, self.ND)
+        self.fp8.backward(size // self.spec.D, self.spec.D)
         d_hidden = self.norm_backward()
         self.gradient(index, f"norm of {name}", self.spec.D)
         ledger.drop(d_normed)
@@ -273,6 +280,7 @@ class EngineStep:
         unit, rstd = self.norm()
         wide = 4 if self.cuda else self.w
         scaled = ledger.add(GRAD, wide * size)
+        self.fp8.backward(size // self.spec.D, self.spec.D)
         ledger.drop(unit, rstd)
         # gamma's gradient: weight and M in fp32 where they are not, and their products
         copies = 4 * size * ((self.w == 2) + (wide == 2))

@@ -220,16 +220,17 @@ def final_norm(spec: ModelSpec, hidden_ND: Tensor, norm_D: Tensor) -> Tensor:
 
 
 def decoder_layer(
-    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing
-) -> Tensor:
+    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing,
+    *, fp8: bool = False,
+) -> Tensor:  # fmt: skip
     """One decoder layer: attention and gated MLP, each added to the residual stream. [N, D] -> [N, D]
 
     Where the hidden state that enters needs no gradient (the first layer above a frozen embedding), none is formed.
 
-    index: of the layer in the checkpoint, which says its kind.
+    index: of the layer in the checkpoint, which says its kind. fp8: its projections multiply 8-bit operands.
     """
-    sum_ND, gate_up_N2F = _until_down(spec, index, weights, hidden_ND, ropes, packing)
-    update_ND = ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation)
+    sum_ND, gate_up_N2F = _until_down(spec, index, weights, hidden_ND, ropes, packing, fp8)
+    update_ND = ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation, fp8=fp8)
     return _add_norm_out(spec, sum_ND, weights.get("norm_mlp_out"), update_ND)
 
 
@@ -244,6 +245,7 @@ def layer_gradient(
     *,
     need_d_hidden: bool,
     before: Callable[[], None] | None = None,
+    fp8: bool = False,
 ) -> Tensor | None:
     """Run a layer again from its input, and its output's gradient back through it (Chen et al. 2016, arXiv 1604.06174).
 
@@ -257,8 +259,8 @@ def layer_gradient(
     gamma_D = weights.get("norm_mlp_out")
     down = ops.gated_linear_unrun if gamma_D is None else ops.gated_linear
     with torch.enable_grad():
-        sum_ND, gate_up_N2F = _until_down(spec, index, weights, entered_ND, ropes, packing)
-        update_ND = down(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation)
+        sum_ND, gate_up_N2F = _until_down(spec, index, weights, entered_ND, ropes, packing, fp8)
+        update_ND = down(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation, fp8=fp8)
         update_ND = _norm_out(spec, gamma_D, update_ND)
     if before is not None:
         before()
@@ -267,25 +269,25 @@ def layer_gradient(
 
 
 def _until_down(
-    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing
+    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing, fp8: bool
 ) -> tuple[Tensor, Tensor]:
     """-> the residual stream after attention, and the packed gate and up projections."""
     kind = spec.kind(index)
     rope = None if kind.rope is None else ropes[kind.rope]
-    norm: dict[str, Any] = {"eps": spec.norm_eps, "unit_offset": spec.unit_offset}
+    norm: dict[str, Any] = {"eps": spec.norm_eps, "unit_offset": spec.unit_offset, "fp8": fp8}
     qkv, qkv_bias = weights["qkv"], weights.get("qkv_bias")
     if spec.norms == "post":
-        qkv_NC = ops.linear(hidden_ND, qkv, qkv_bias)
+        qkv_NC = ops.linear(hidden_ND, qkv, qkv_bias, fp8=fp8)
     else:
         qkv_NC = ops.norm_linear(hidden_ND, weights["norm_attention"], qkv, qkv_bias, **norm)
     q_NHE, k_NKE, v_NKE = _heads(spec, weights, qkv_NC, rope)
     mixed_NHE = ops.attention(q_NHE, k_NKE, v_NKE, packing, spec.scale, kind.window, spec.softcap)
-    update_ND = ops.linear(mixed_NHE.flatten(1), weights["output"], weights.get("output_bias"))
+    update_ND = ops.linear(mixed_NHE.flatten(1), weights["output"], weights.get("output_bias"), fp8=fp8)
     gamma_D = weights.get("norm_attention_out")
     gate_up, gate_up_bias = weights["gate_up"], weights.get("gate_up_bias")
     if spec.norms == "post":
         sum_ND = _add_norm_out(spec, hidden_ND, gamma_D, update_ND)
-        return sum_ND, ops.linear(sum_ND, gate_up, gate_up_bias)
+        return sum_ND, ops.linear(sum_ND, gate_up, gate_up_bias, fp8=fp8)
     # With norms at both ends the add is one pass with the norm after it, which saves more: it is so in the backward
     # pass as well.
     update_ND = _norm_out(spec, gamma_D, update_ND)

@@ -74,7 +74,7 @@ def use_reference() -> bool:
 
 
 def has_triton() -> bool:
-    """Whether there are kernels for a GPU."""
+    """Whether kernels can be compiled at all."""
     return _HAS_TRITON
 
 
