@@ -391,8 +391,7 @@ def refusals(plan: dict[str, Any], stage: str | None = None) -> list[str]:
     """Why a plan cannot fit, or with `stage` (pretrain, align) why that stage alone cannot, as it is refused when it
     begins; empty where all can.
     """
-    own = [text for name in STAGES if name == stage and (text := stage_refusal(plan, name))]
-    return list(plan["refusals"]) if stage is None else own
+    return [t for name in STAGES if name == stage and (t := stage_refusal(plan, name))] if stage else plan["refusals"][:]
 
 
 def require_fit(plan: dict[str, Any], stage: str | None = None) -> None:
