@@ -47,10 +47,8 @@ Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str)
 
 
 Master = Literal["none", "24", "32"]
-# YAML reads on and off as true and false
-Graph = Annotated[
-    Literal["auto", "on", "off"], BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v)
-]
+_OnOff = BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v)  # YAML reads on as true
+Graph = Annotated[Literal["auto", "on", "off"], _OnOff]
 
 
 class _Section(BaseModel):

@@ -85,13 +85,10 @@ class Target:
             properties = torch.cuda.get_device_properties(device)
             card = card_of_device(properties.name, properties.total_memory)
         return cls(
-            device.type,
-            "bf16" if dtype == torch.bfloat16 else "fp32",
-            device_room(device),
-            host_room(),
+            device.type, "bf16" if dtype == torch.bfloat16 else "fp32", device_room(device), host_room(),
             Room(free_bytes(Path(output)) + _stored(Path(output)), f"free at {output}, with what is stored there"),
             None if card is None else expected.card_rate(card),
-        )
+        )  # fmt: skip
 
     @classmethod
     def card(cls, card: Card) -> Target:
@@ -391,7 +388,9 @@ def refusals(plan: dict[str, Any], stage: str | None = None) -> list[str]:
     """Why a plan cannot fit, or with `stage` (pretrain, align) why that stage alone cannot, as it is refused when it
     begins; empty where all can.
     """
-    return [t for name in STAGES if name == stage and (t := stage_refusal(plan, name))] if stage else plan["refusals"][:]
+    if stage is None:
+        return list(plan["refusals"])
+    return [text for name in STAGES if name == stage and (text := stage_refusal(plan, name))]
 
 
 def require_fit(plan: dict[str, Any], stage: str | None = None) -> None:
