@@ -85,6 +85,11 @@ def smoothed(run: dict[str, Any]) -> list[float]:
     return [statistics.fmean(losses[at : at + WINDOW]) for at in range(0, len(losses), WINDOW)]
 
 
+def deviation(values: list[float]) -> float:
+    """Standard deviation over seeds; 0 of one seed, which has none."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def compared(runs: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
     """For each 8-bit arm: the largest and the mean distance from bf16 with the same seed and so the same text, and the
     spread of the seeds of bf16, point by point of the smoothed curves.
@@ -96,7 +101,7 @@ def compared(runs: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]
     seeds = sorted(runs["none"])
     base = {seed: smoothed(runs["none"][seed]) for seed in seeds}
     points = range(min(map(len, base.values())))
-    spread = [statistics.stdev(base[seed][at] for seed in seeds) for at in points]
+    spread = [deviation([base[seed][at] for seed in seeds]) for at in points]
     for arm in ARMS[1:]:
         if not runs.get(arm):
             continue
@@ -131,7 +136,7 @@ def _heldout(runs: dict[str, dict[int, dict[str, Any]]], arm: str, seeds: list[i
         base = [last("none", seed)[language] for seed in sorted(runs["none"])]
         found.append(
             {
-                "language": language, "bf16_nats": statistics.fmean(base), "spread_nats": statistics.stdev(base),
+                "language": language, "bf16_nats": statistics.fmean(base), "spread_nats": deviation(base),
                 "mean_difference_nats": statistics.fmean(apart), "largest_difference_nats": max(map(abs, apart)),
             }
         )  # fmt: skip
@@ -205,8 +210,10 @@ def keep(found: dict[str, Any], given: argparse.Namespace) -> Path:
     settings = {"seeds": given.seeds, "arms": given.arms, "steps": given.steps, "tokens": given.tokens}
     return write_record(
         given.records, card=card_name("auto", environment), result=result_of(found, given), raw=raw,
-        environment=environment, settings=settings, command=["python", "-m", "elo_engine.benchmarks.fp8",
-        "--steps", str(given.steps), "--tokens", str(given.tokens)], name="fp8-smollm2-135m-instruct",
+        environment=environment, settings=settings, command=[
+            "python", "-m", "elo_engine.benchmarks.fp8", "--work", "WORK", "--steps", str(given.steps), "--tokens",
+            str(given.tokens), "--seeds", *map(str, given.seeds), "--arms", *given.arms,
+        ], name="fp8-smollm2-135m-instruct",
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from elo_engine.report import markdown_table
 
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+BF16 = "bf16"  # the arm that the others are held against
 
 
 def fp8_tables(result: dict[str, Any]) -> list[str]:
@@ -46,15 +47,16 @@ def draw_fp8(figure: Any, result: dict[str, Any]) -> None:
     curves = result["curves"]
     arms = list(dict.fromkeys(curve["arm"] for curve in curves))
     colours = dict(zip(arms, (BLUE, VERMILION, GREEN), strict=False))
-    base = {curve["seed"]: curve for curve in curves if curve["arm"] == arms[0]}
+    base = {curve["seed"]: curve for curve in curves if curve["arm"] == BF16}
     at = curves[0]["step"]
-    spread = [statistics.stdev(curve["loss_nats"][i] for curve in base.values()) for i in range(len(at))]
-    right.fill_between(at, [-s for s in spread], spread, color="#dddddd", label="bf16, one deviation of its seeds")
+    if len(base) > 1:
+        spread = [statistics.stdev(curve["loss_nats"][i] for curve in base.values()) for i in range(len(at))]
+        right.fill_between(at, [-s for s in spread], spread, color="#dddddd", label="bf16, one deviation of its seeds")
     for curve in curves:
         first = curve["seed"] == min(one["seed"] for one in curves if one["arm"] == curve["arm"])
         colour, label = colours[curve["arm"]], curve["arm"] if first else None
         left.plot(curve["step"], curve["loss_nats"], color=colour, linewidth=1.2, label=label)
-        if curve["arm"] != arms[0]:
+        if curve["arm"] != BF16 and curve["seed"] in base:
             apart = [a - b for a, b in zip(curve["loss_nats"], base[curve["seed"]]["loss_nats"], strict=True)]
             right.plot(curve["step"], apart, color=colour, linewidth=1.2, label=label)
     left.set_title("training loss, nats/token; a line a seed", fontsize=10.5, loc="left")

@@ -172,6 +172,8 @@ class _Anchored(ResidentEngine):
     def step(self, rows: RowBatch, *arguments: Any, **options: Any) -> StepOutcome | None:
         """See `Engine`."""
         outcome = super().step(rows, *arguments, **options)
+        if outcome is None or not outcome.updated:
+            return outcome
         with torch.no_grad():
             for place, (weight, base) in enumerate(zip(self._adamw.weights, self._base, strict=True)):
                 weight.lerp_(base, self._share)

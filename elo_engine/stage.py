@@ -103,6 +103,7 @@ def _numerics(engine: StageEngine, config: RunConfig) -> dict[str, Any]:
         "vocabulary": "sliced" if isinstance(whole, StreamedEngine) and whole.store.sliced else "whole",
         "configuration": digest(config),
         "processes": world.size(),
+        "fp8": "none" if config.pretrain.fp8 == "none" else ops.describe_fp8(engine.device),
     }
 
 
@@ -134,6 +135,7 @@ def _resume(run: RunDir, name: StageName, engine: StageEngine, identity: dict[st
     now = _numerics(engine, run.config)
     # written before there was another way, or before it was recorded
     older = {"gradients": "stay", "vocabulary": "whole", "configuration": now["configuration"], "processes": 1}
+    older["fp8"] = now["fp8"]
     before = older | before
     changed |= {key: [before.get(key), now[key]] for key in now if before.get(key) != now[key]}
     versions = [f"{key} {before.get(key)} (now {now[key]})" for key in _VERSIONS if key in changed]

@@ -235,8 +235,9 @@ def scaled_product(
 ) -> torch.Tensor:
     """left @ right^T (+ bias) of 8-bit matrices, each with its scales: one, or one a row for both.
 
-    Sums are kept in fp32 (`use_fast_accum` off): Hopper's faster mode keeps some 14 bits, and the sums here have a
-    vocabulary or a batch of terms. K and N are multiples of 16.
+    Partial sums are moved to fp32 at intervals (`use_fast_accum` off): Hopper keeps some 14 bits within an instruction,
+    and in its faster mode throughout, and the sums here have a vocabulary or a batch of terms. K and N are multiples of
+    16.
     """
     (left, left_scale), (right, right_scale) = left_MK, right_NK
     operands = left, right.t(), left_scale, right_scale.t(), bias_N, None, out_dtype, False

@@ -306,9 +306,29 @@ def test_a_capture_that_fails_is_told_and_the_step_is_made(on_meta: list[int]) -
     warm(engine)
     for seed in range(2):
         assert step(engine, rows(30 + seed))
-    assert fake.done == ["eager"] * EAGER_STEPS + ["capture 0", "eager", "eager"], "it is not tried again"
+    made = ["capture 0", "let go", "eager", "eager"]
+    assert fake.done == ["eager"] * EAGER_STEPS + made, "its memory is given back, and it is not tried again"
     assert len(said) == 1 and "kernel by kernel" in said[0] and "not permitted" in said[0]
     assert engine.optimizer.attempts == EAGER_STEPS + 2
+
+
+def failed_while_ending() -> RuntimeError:
+    """What torch raises where an error has invalidated the capture: one of its own, with the first one behind it."""
+    error = RuntimeError("operation failed due to a previous error during capture")
+    error.__context__ = torch.OutOfMemoryError("out of memory")
+    return error
+
+
+@pytest.mark.parametrize("must", [True, False])
+def test_what_went_wrong_first_is_told(must: bool, on_meta: list[int]) -> None:
+    said = list[str]()
+    engine = make_graphed(Fake(fails=failed_while_ending()), said, must=must, config=LLAMA)
+    warm(engine)
+    if must:
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            step(engine, rows(30))
+    else:
+        assert step(engine, rows(30)) and "failed (out of memory)" in said[0]
 
 
 def test_a_capture_that_fails_where_it_must_not_is_an_error(on_meta: list[int]) -> None:

@@ -113,15 +113,33 @@ class CudaCaptures:
         """After a capture that failed: before 2.12 torch's allocator goes on believing in it (pytorch#180395), and then
         fails an assertion of its own when it gives memory back.
         """
-        self._failed.append(graph)  # the allocator for pinned memory still asks it whether a stream is captured
         device = self._stream.device_index
         try:
             torch._C._cuda_endAllocateToPool(device, self._pool)
         except RuntimeError as error:
             if "not currently recording" not in str(error):
                 raise
-            return  # torch has done it
+            if _ended(graph):  # as where memory ran out, which ends a capture as if it were whole
+                graph.reset()  # gives the pool's memory up, which nothing else could use
+                return
+        self._failed.append(graph)  # the allocator for pinned memory still asks it whether a stream is captured
         torch._C._cuda_releasePool(device, self._pool)
+
+
+def _ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether torch holds this graph's capture to have ended."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong first: ending a capture that was invalidated raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 class GraphedEngine(ResidentEngine):
@@ -171,7 +189,7 @@ class GraphedEngine(ResidentEngine):
 
     def let_go(self) -> None:
         """Give the graphs' memory back, in which nothing but they can compute, before something else needs room. The
-        next step is captured anew, which takes the host about as long as launching it.
+        next step is captured anew, at the price of a wait for the device and of asking for its memory again.
         """
         if self._graphs:
             self.optimizer.zero_grad()  # these lie in it
@@ -186,16 +204,19 @@ class GraphedEngine(ResidentEngine):
         try:
             replay = self._captures.capture(lambda: self._make(room), self.optimizer.state)
         except RuntimeError as error:  # whatever CUDA or a library finds wrong with it, memory too
-            if self._must and isinstance(error, torch.OutOfMemoryError):
-                raise  # explained where it arrives
+            cause = _cause(error)
+            if self._must and isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None  # explained where it arrives
             if self._must:
                 raise FailedError(
-                    f"pretrain.graph: on, but the step cannot be captured: {error}; set pretrain.graph: off, or auto, "
+                    f"pretrain.graph: on, but the step cannot be captured: {cause}; set pretrain.graph: off, or auto, "
                     "which goes on without"
                 ) from error
-            self._say(f"steps are launched kernel by kernel from here on: capturing them failed ({error})")
+            self._say(f"steps are launched kernel by kernel from here on: capturing them failed ({cause})")
             self._graphs = None
+        if self._graphs is None:
             self.optimizer.zero_grad()
+            self._captures.let_go()  # here, where the error holds no tensors any more
             return None
         if not self._told:
             self._told = True

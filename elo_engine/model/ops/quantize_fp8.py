@@ -50,6 +50,8 @@ def _tried(device: torch.device) -> str | None:
     one, row = torch.ones((), device=device), torch.ones(32, 1, device=device)
     try:
         torch._scaled_mm(a, b.t(), scale_a=row, scale_b=row.t(), out_dtype=torch.bfloat16)
+        bias = torch.zeros(32, device=device, dtype=torch.bfloat16)
+        torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, bias=bias, out_dtype=torch.bfloat16)
         for kind in (torch.bfloat16, torch.float32):
             torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=kind)
         torch.cuda.synchronize(device)
