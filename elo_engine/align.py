@@ -118,7 +118,7 @@ def _load(
             from elo_engine.train.sharded import ShardedAdamW, ShardedEngine
 
             shares, _ = load_sharded(
-                index, spec, device=source.device, dtype=source.dtype, recompute=section.recompute == "layer",
+                index, spec, device=source.device, dtype=source.dtype, recompute=section.recompute,
                 progress=progress,
             )  # fmt: skip
             log_model(run, set(expected_shapes(spec)), set(), index)
@@ -129,7 +129,7 @@ def _load(
                 spec,
                 device=source.device,
                 dtype=source.dtype,
-                recompute=section.recompute == "layer",
+                recompute=section.recompute,
                 progress=progress,
             )
             log_model(run, set(model.trainable()), set(model.frozen()), index)

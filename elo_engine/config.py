@@ -47,6 +47,7 @@ Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str)
 
 
 Master = Literal["none", "24", "32"]
+Recompute = Literal["none", "selective", "layer"]
 
 
 class _Section(BaseModel):
@@ -138,9 +139,9 @@ class StageConfig(_Section):
     tokens: Annotated[Count, Field(gt=0)] = 900_000_000
     tokens_per_step: Annotated[Count, Field(gt=0)] = 262_144
     micro_batch: Annotated[Count, Field(gt=0)] = 4  # sequences
-    recompute: Literal["none", "layer"] = (
-        "none"  # layer: keep each layer's input alone and run it again in the backward
-    )
+    # what the backward pass makes again instead of keeping it. selective: the output of the MLP's first product, the
+    # largest of a layer's activations, by that product alone; layer: all but a layer's input, by running the layer
+    recompute: Recompute = "none"
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
 
@@ -180,7 +181,7 @@ class AlignConfig(StageConfig):
 
     tokens: Annotated[Count, Field(gt=0)] = 100_000_000
     micro_batch: Annotated[Count, Field(gt=0)] = 1
-    recompute: Literal["none", "layer"] = "layer"
+    recompute: Recompute = "layer"
     engine: Literal["auto", "resident", "streamed"] = "auto"  # auto: the planner chooses and says why
     stream: StreamConfig = StreamConfig()
     # after: when ELO pretraining is done (the paper). interleaved: whole-model steps spread evenly through it, so the

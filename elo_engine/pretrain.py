@@ -38,7 +38,7 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     bridges = None if bridge is None else bridge.bridges
     setting = setting_of(config, source, "pretrain")
     with explained(run, source, "pretrain", memory, setting):
-        model = detach(source, run, recompute=section.recompute == "layer", bridges=bridges)
+        model = detach(source, run, recompute=section.recompute, bridges=bridges)
         del bridge, bridges
         engine = ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.micro_batch)
         scorers: dict[str, Scorer] = {"shallow": engine.scorer}

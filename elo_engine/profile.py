@@ -95,7 +95,7 @@ def open_subject(config: RunConfig, stage: StageName) -> Subject:
     require_memory(_resident(config), source, stage)
     section: StageConfig = getattr(config, stage)
     rows_per_step = section.tokens_per_step // config.data.sequence_length
-    recompute, first_row = section.recompute == "layer", 0
+    recompute, first_row = section.recompute, 0
     if stage == "pretrain":
         model, _ = load_shallow(
             source.index, source.spec, source.layers, device=source.device, dtype=source.dtype, recompute=recompute,
@@ -166,7 +166,7 @@ def random_subject(name: str, config: RunConfig, stage: StageName) -> Subject:
     }
     bridges = None if whole else _blank_bridges(config, spec, layers)
     model = Decoder(
-        spec, tensors, layers, train_outer=whole, recompute=section.recompute == "layer", bridges=bridges
+        spec, tensors, layers, train_outer=whole, recompute=section.recompute, bridges=bridges
     )
     count, T = section.tokens_per_step // config.data.sequence_length, config.data.sequence_length
 
@@ -291,7 +291,7 @@ def step_shapes(subject: Subject, step: int) -> StepShapes:
         trained=sum(leaf.tensor.numel() for leaf in model.leaves),
         width=width,
         gradient_width=4 if several else width,
-        recompute=model.recompute,
+        recompute=model.recompute == "layer",
         eight_bit=section.optimizer.state == "8bit",
     )
 

@@ -218,7 +218,7 @@ def _pretrain(
     tensors, own = shared.base.frozen(), {name for layer in layers for name in names.layer_names(spec, layer)}
     tensors = {name: t.clone() if name in own else t for name, t in tensors.items() if name in own | _outer(spec)}
     model = Decoder(
-        spec, tensors, layers, train_outer=False, recompute=section.recompute == "layer",
+        spec, tensors, layers, train_outer=False, recompute=section.recompute,
         bridges=None if fitted is None else fitted.bridges,
     )  # fmt: skip
     del tensors
@@ -242,7 +242,7 @@ def _whole(shared: Shared, trained: Mapping[str, Tensor], config: RunConfig) -> 
     spec, tensors = shared.source.spec, shared.base.frozen()
     copies = {name: trained.get(name, tensor).clone() for name, tensor in tensors.items()}
     every = tuple(range(spec.layers))
-    return Decoder(spec, copies, every, train_outer=True, recompute=config.align.recompute == "layer")
+    return Decoder(spec, copies, every, train_outer=True, recompute=config.align.recompute)
 
 
 def _align(

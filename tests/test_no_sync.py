@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elo_engine.config import OptimizerConfig
+from elo_engine.config import OptimizerConfig, Recompute
 from elo_engine.data.rows import RowBatch, flat_starts
 from elo_engine.model import names
 from elo_engine.model.bridge import Bridge
@@ -120,7 +120,7 @@ def rows(seed: int, documents: int = 1) -> RowBatch:
 
 
 def make(
-    config: dict[str, Any], *, whole: bool = False, micro_batch: int = 2, recompute: bool = False,
+    config: dict[str, Any], *, whole: bool = False, micro_batch: int = 2, recompute: Recompute = "none",
     bridge: bool = False, host: bool = False, dtype: torch.dtype = torch.bfloat16, **optimizer: Any,
 ) -> ResidentEngine:  # fmt: skip
     spec = read_spec(config)
@@ -149,7 +149,8 @@ CASES: dict[str, dict[str, Any]] = {
     "pretraining": {"config": LLAMA},
     "with a bridge": {"config": LLAMA, "bridge": True},
     "one micro-batch": {"config": LLAMA, "micro_batch": 4},
-    "recomputed": {"config": LLAMA, "recompute": True},
+    "recomputed": {"config": LLAMA, "recompute": "layer"},
+    "first product of the MLP made again": {"config": LLAMA, "recompute": "selective"},
     "8-bit state": {"config": LLAMA, "state": "8bit"},
     "8-bit state, masters": {"config": LLAMA, "state": "8bit", "master": "32"},
     "no clipping": {"config": LLAMA, "clip": None},
@@ -157,7 +158,7 @@ CASES: dict[str, dict[str, Any]] = {
     "norms behind": {"config": OLMO2},
     "embedding on the host": {"config": LLAMA | {"tie_word_embeddings": False}, "host": True},
     "untied head": {"config": LLAMA | {"tie_word_embeddings": False}},
-    "whole model": {"config": LLAMA, "whole": True, "recompute": True},
+    "whole model": {"config": LLAMA, "whole": True, "recompute": "layer"},
     "whole model, untied": {"config": LLAMA | {"tie_word_embeddings": False}, "whole": True},
 }
 

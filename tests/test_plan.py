@@ -59,7 +59,7 @@ def test_a_plan_of_published_shapes_for_a_card(config: Path, elo: Elo) -> None:
     found = planned(elo, config, *EIGHT_BIT, "--shapes", "llama-3.1-8b", "--gpu", "H200")
     assert found["model"]["parameters"] == 8_030_261_248 and found["dtype"] == "bfloat16"
     spec = preset_spec("llama-3.1-8b")
-    for stage, arm, size, recompute in (("pretrain", "elo_pretrain", 4, False), ("align", "elo_align", 1, True)):
+    for stage, arm, size, recompute in (("pretrain", "elo_pretrain", 4, "none"), ("align", "elo_align", 1, "layer")):
         part = found[stage]
         setting = Setting(arm, spec, (0, 31), 8192, size, 32 // size, recompute=recompute)  # type: ignore[arg-type]
         assert part["memory"] == predict_memory(setting).to_json()
@@ -383,7 +383,7 @@ def test_every_arm_has_its_counts() -> None:
     """Bench arms store these two beside each other: none is missing, and nothing executes less than it must."""
     spec = read_spec(preset_config("llama-3.1-8b"))
     for arm in ARMS:
-        found = arm_flops(Setting(arm, spec, (0, 31), 8192, 1, recompute=arm != "transformers_shallow"))
+        found = arm_flops(Setting(arm, spec, (0, 31), 8192, 1, recompute="none" if arm == "transformers_shallow" else "layer"))
         assert found.executed.total >= found.model.total > 0
 
 

@@ -162,7 +162,7 @@ class StreamedInterleaving:
             for name, view in leaf.split(leaf.tensor)
         }
         tensors: dict[str, Any] = {n: there[n].to(whole.device, copy=True) for n in shallow_names(spec, layers)}
-        again = section.recompute == "layer"
+        again = section.recompute
         self.model = Decoder(spec, tensors, layers, train_outer=False, recompute=again, bridges=bridges)
         optimizer = MasterAdamW(self.model, section.optimizer, seed=config.seed)
         self._bridge = bridge = MovingBridge.of(self.model, statistics, config) if bridges else None

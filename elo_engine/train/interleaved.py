@@ -245,7 +245,7 @@ class InterleavedEngine:
     ) -> None:  # fmt: skip
         self.model = whole
         sections: tuple[StageConfig, StageConfig] = (config.pretrain, config.align)
-        shallow = whole.shallow(layers, recompute=config.pretrain.recompute == "layer", bridges=bridges)
+        shallow = whole.shallow(layers, recompute=config.pretrain.recompute, bridges=bridges)
         moving = MovingBridge.of(shallow, statistics, config) if bridges else None
         configs = sections[0].optimizer, sections[1].optimizer
         self.optimizer = SharedAdamW(whole, shallow, configs, seed=config.seed, bridge=moving)

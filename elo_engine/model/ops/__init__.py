@@ -13,10 +13,11 @@ from torch import Tensor
 
 from elo_engine.model.ops.attention import attention
 from elo_engine.model.ops.choice import configure, describe, use_reference
+from elo_engine.model.ops.gated_mlp import gated_mlp_again
 from elo_engine.model.ops.linear_cross_entropy import linear_cross_entropy, token_losses
 from elo_engine.model.ops.rms_norm import add_norm_linear, add_rms_norm, norm_linear, rms_norm, rms_norm_add
 from elo_engine.model.ops.rotary import HeadNorm, Heads, rotary_packed
-from elo_engine.model.ops.swiglu import gated_linear, gated_linear_unrun
+from elo_engine.model.ops.swiglu import gated_linear
 
 __all__ = [
     "HeadNorm",
@@ -27,7 +28,7 @@ __all__ = [
     "configure",
     "describe",
     "gated_linear",
-    "gated_linear_unrun",
+    "gated_mlp_again",
     "linear",
     "linear_cross_entropy",
     "norm_linear",
