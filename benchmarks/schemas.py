@@ -70,7 +70,8 @@ _POINT = _part(
     {"cap_bytes": int, "why": str, "components": _COMPONENTS, "inputs": Literal["device", "host"]},
     arm=ArmName, sequence_length=int, micro_batch=int, predicted_bytes=int, predicted=dict[str, int],
     measured_bytes=int | None, measured_what=Literal["traced tensor bytes", "max_memory_allocated"] | None,
-    status=Literal["ran", "out of memory", "not run", "failed"], recompute=bool | Recompute, state=Literal["fp32", "8bit"],
+    status=Literal["ran", "out of memory", "not run", "failed"], recompute=bool | Recompute,
+    state=Literal["fp32", "8bit"],
 )  # fmt: skip
 _CAP = _part(cap_bytes=int, arm=ArmName, largest=dict[str, int])
 _CONTEST = _part(

@@ -48,6 +48,7 @@ Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str)
 
 Master = Literal["none", "24", "32"]
 Recompute = Literal["none", "selective", "layer"]
+MicroBatch = Annotated[Count, Field(gt=0)] | Literal["auto"]
 
 
 class _Section(BaseModel):
@@ -134,16 +135,28 @@ class ScheduleConfig(_Section):
 
 
 class StageConfig(_Section):
-    """One training stage."""
+    """One training stage. `auto`: what the planner says fits (`fitting.py`), chosen once, when the run starts."""
 
     tokens: Annotated[Count, Field(gt=0)] = 900_000_000
     tokens_per_step: Annotated[Count, Field(gt=0)] = 262_144
-    micro_batch: Annotated[Count, Field(gt=0)] = 4  # sequences
-    # what the backward pass makes again instead of keeping it. selective: the output of the MLP's first product, the
-    # largest of a layer's activations, by that product alone; layer: all but a layer's input, by running the layer
-    recompute: Recompute = "none"
+    micro_batch: MicroBatch = 4  # sequences at once
+    # what of a layer the backward pass makes again. selective: the MLP's first product, its largest activation; layer:
+    # all but its input, as a streamed model always does
+    recompute: Recompute | Literal["auto"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+
+    @property
+    def rows_at_once(self) -> int:
+        """`micro_batch`, chosen by now."""
+        assert self.micro_batch != "auto"
+        return self.micro_batch
+
+    @property
+    def runs_again(self) -> Recompute:
+        """`recompute`, chosen by now."""
+        assert self.recompute != "auto"
+        return self.recompute
 
 
 class PretrainConfig(StageConfig):
@@ -180,8 +193,7 @@ class AlignConfig(StageConfig):
     """Whole-model alignment after reattachment (paper section 3.3); the same loop over all layers."""
 
     tokens: Annotated[Count, Field(gt=0)] = 100_000_000
-    micro_batch: Annotated[Count, Field(gt=0)] = 1
-    recompute: Recompute = "layer"
+    micro_batch: MicroBatch = 1
     engine: Literal["auto", "resident", "streamed"] = "auto"  # auto: the planner chooses and says why
     stream: StreamConfig = StreamConfig()
     # after: when ELO pretraining is done (the paper). interleaved: whole-model steps spread evenly through it, so the
@@ -232,21 +244,14 @@ class RunConfig(_Section):
     def _steps_are_whole(self) -> RunConfig:
         for name in ("pretrain", "align"):
             stage: StageConfig = getattr(self, name)
-            row = self.data.sequence_length
-            if stage.tokens_per_step % row:
-                raise ValueError(
-                    f"{name}.tokens_per_step {stage.tokens_per_step} is not a multiple of data.sequence_length {row}"
-                )
-            if stage.tokens < stage.tokens_per_step:
-                raise ValueError(
-                    f"{name}.tokens {stage.tokens} is less than one step of {name}.tokens_per_step "
-                    f"{stage.tokens_per_step}"
-                )
-            if stage.micro_batch > stage.tokens_per_step // row:
-                raise ValueError(
-                    f"{name}.micro_batch {stage.micro_batch} is more than the {stage.tokens_per_step // row} "
-                    "rows of a step"
-                )
+            row, step = self.data.sequence_length, stage.tokens_per_step
+            if step % row:
+                raise ValueError(f"{name}.tokens_per_step {step} is not a multiple of data.sequence_length {row}")
+            if stage.tokens < step:
+                raise ValueError(f"{name}.tokens {stage.tokens} is less than one step of {name}.tokens_per_step {step}")
+            size, most = stage.micro_batch, step // row
+            if size != "auto" and size > most:
+                raise ValueError(f"{name}.micro_batch {size} is more than the {most} rows of a step")
         return self
 
     @model_validator(mode="after")

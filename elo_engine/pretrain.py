@@ -14,7 +14,7 @@ from elo_engine.detach import Source, detach
 from elo_engine.evaluate import Scorer, batch_tokens
 from elo_engine.measure.expected import StageMemory
 from elo_engine.out_of_memory import explained
-from elo_engine.plan import require_memory, setting_of
+from elo_engine.plan import require_memory, setting_of, settle
 from elo_engine.reattach import refuse_interleaved
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import run_stage
@@ -27,6 +27,7 @@ from elo_engine.train.resident import ResidentEngine
 def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     """Run the stage to its end (or from its newest snapshot) and return its summary; see `run_stage`."""
     refuse_interleaved(run, "pretrain")
+    settle(run, source)
     config = run.config
     memory = require_memory(config, source, "pretrain")
     mixture = make_mixture(config, source.folder, source.spec.V)
@@ -38,9 +39,9 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     bridges = None if bridge is None else bridge.bridges
     setting = setting_of(config, source, "pretrain")
     with explained(run, source, "pretrain", memory, setting):
-        model = detach(source, run, recompute=section.recompute, bridges=bridges)
+        model = detach(source, run, recompute=section.runs_again, bridges=bridges)
         del bridge, bridges
-        engine = ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.micro_batch)
+        engine = ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.rows_at_once)
         scorers: dict[str, Scorer] = {"shallow": engine.scorer}
         if heldout is not None and config.evaluate.whole:
             whole = whole_model_scorer(source.index, model)

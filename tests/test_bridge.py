@@ -314,7 +314,9 @@ def test_observers_see_what_enters_a_layer_in_training_alone() -> None:
 
 @pytest.mark.parametrize("recompute", get_args(Recompute))
 @pytest.mark.parametrize("layers", [(0, 3), (1, 3), (0, 1), (1, 2)])
-def test_flops_are_what_torch_counts(layers: tuple[int, ...], recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_are_what_torch_counts(
+    layers: tuple[int, ...], recompute: Recompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = read_spec(test_flops.SMALL)
     setting = Setting("elo_pretrain", spec, layers, 96, 2, dtype="fp32", recompute=recompute, device="cpu")
     setting = replace(setting, bridges=len(gaps(spec.layers, layers)))

@@ -42,9 +42,10 @@ EIGHT_BIT = ("pretrain.optimizer.state=8bit", "align.optimizer.state=8bit")
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """The defaults, for shapes by name: neither model nor shards are there."""
+    """The defaults with nothing left to choose, for shapes by name: neither model nor shards are there."""
     path = tmp_path / "plan.yaml"
-    path.write_text(f"model: none/such\noutput: {tmp_path / 'out'}\ndata: {{shards: {{ja: nowhere}}}}\n")
+    again = "pretrain: {recompute: none}\nalign: {recompute: layer}\n"
+    path.write_text(f"model: none/such\noutput: {tmp_path / 'out'}\ndata: {{shards: {{ja: nowhere}}}}\n{again}")
     return path
 
 
@@ -383,7 +384,8 @@ def test_every_arm_has_its_counts() -> None:
     """Bench arms store these two beside each other: none is missing, and nothing executes less than it must."""
     spec = read_spec(preset_config("llama-3.1-8b"))
     for arm in ARMS:
-        found = arm_flops(Setting(arm, spec, (0, 31), 8192, 1, recompute="none" if arm == "transformers_shallow" else "layer"))
+        again: Any = "none" if arm == "transformers_shallow" else "layer"
+        found = arm_flops(Setting(arm, spec, (0, 31), 8192, 1, recompute=again))
         assert found.executed.total >= found.model.total > 0
 
 

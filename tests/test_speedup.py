@@ -46,7 +46,8 @@ def setting(arm: ArmName, **changes: Any) -> Setting:
     shallow = arm in ("elo_pretrain", "transformers_shallow")
     made = Setting(
         arm=arm, spec=MODEL.spec, layers=(0, 3), sequence_length=32, micro_batch=2 if shallow else 1,
-        micro_batches=1 if shallow else 2, dtype="fp32", state="fp32", device="cpu", recompute="none" if shallow else "layer",
+        micro_batches=1 if shallow else 2, dtype="fp32", state="fp32", device="cpu",
+        recompute="none" if shallow else "layer",
     )  # fmt: skip
     return replace(made, **changes)
 

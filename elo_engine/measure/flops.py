@@ -12,7 +12,7 @@ more forward pass":
 * torch's non-reentrant checkpoint stops a recomputation once the last saved tensor is there again. A layer of
   transformers ends in `down_proj`, which saves its input before it multiplies, so that product is not run again. With
   adapters the layer ends in the B of `down_proj`'s adapter, and it is that small product which is not.
-* This engine does not run that product again either: `layers.layer_gradient` takes the MLP's gradient without its value.
+* This engine does not run that product again either: `layers.layer_gradient` takes its gradient without its value.
 * `recompute: selective` makes one product of a layer again, gate and up: 4 D F a token.
 * Below the first trained layer autograd forms dX of the query, key and value projections, because the norm before them
   has a weight that learns; the engine forms none. Adapters alone need none.
@@ -28,7 +28,6 @@ from dataclasses import dataclass, replace
 from elo_engine.config import Recompute
 from elo_engine.measure.setting import ENGINE, SHALLOW, Setting
 from elo_engine.model.spec import ModelSpec
-
 
 _NONE_AND_LAYER: tuple[Recompute, ...] = ("none", "layer")
 

@@ -82,8 +82,8 @@ class Setting:
             others train bf16 weights as they are.
         state: moments of 8 bits, or in fp32 (in transformers' arms: in the weights' own type).
         master: this engine's, beside bf16 weights with 8-bit moments; see `elo_engine.config.OptimizerConfig`.
-        recompute: layer: gradient checkpointing, layer by layer; selective, of this engine's resident arms alone: of each
-            layer the MLP's first product.
+        recompute: layer: gradient checkpointing, layer by layer; selective: of each layer the MLP's first product, in
+            this engine's resident arms alone.
         lora_rank: r of arm (d), on all seven projections of a layer.
         bridges: gaps between, before and behind the detached layers that have an affine map (elo_pretrain): all or 0.
         host_embedding: elo_pretrain's frozen embedding is in the host's memory and not in a GPU's.

@@ -279,8 +279,8 @@ def run_layer(
     recompute: Recompute, spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes,
     packing: Packing,
 ) -> Tensor:  # fmt: skip
-    """`decoder_layer`, which for the backward pass keeps all that it needs (none), all but the output of the MLP's first
-    product (selective), or its input alone (layer); the same bits each way.
+    """`decoder_layer`, which for the backward pass keeps all that it needs (none), all but the output of the MLP's
+    first product (selective), or its input alone (layer); the same bits each way.
     """
     if recompute == "none" or not torch.is_grad_enabled():
         return decoder_layer(spec, index, weights, hidden_ND, ropes, packing)

@@ -2,9 +2,9 @@
 
 Saved is the residual stream after the add, which the node returns anyway. The backward pass norms it again, which the
 gate and up projections' own gradient needs in any case, and makes [gate | up] again: one product of 4 D F operations a
-token in place of 2 F numbers a token kept for every layer (Korthikanti et al. 2022, arXiv 2205.05198, choose what to run
-again by bytes saved for operations spent; there it is attention's scores, which flash attention keeps no longer). The
-rest is the same operations in the same order as `norm_linear` and `gated_linear`, so the bits are the same.
+token in place of 2 F numbers a token kept for every layer. Korthikanti et al. 2022 (arXiv 2205.05198) choose what to
+run again by the bytes saved for the operations spent; there it is attention's scores, which flash attention keeps no
+longer. The rest is the same operations in the same order as `norm_linear` and `gated_linear`: so are the bits.
 """
 
 from __future__ import annotations

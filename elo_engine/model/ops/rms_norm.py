@@ -79,7 +79,8 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_ND, gamma_D, rstd_N = ctx.saved_tensors
-        return *norm_backward(grads[0], hidden_ND, gamma_D, rstd_N, ctx.unit_offset, ctx.needs_input_grad[:2]), None, None
+        needs = ctx.needs_input_grad[:2]
+        return *norm_backward(grads[0], hidden_ND, gamma_D, rstd_N, ctx.unit_offset, needs), None, None
 
 
 def rms_norm(hidden_ND: Tensor, gamma_D: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
