@@ -105,6 +105,9 @@ class _OneKind(Optimizer):
         """Drop the gradients."""
         self.shared._grads.clear()
 
+    def begin_adding_up(self) -> None:
+        """There is one process."""
+
     def add_up(self) -> None:
         """There is one process."""
 
