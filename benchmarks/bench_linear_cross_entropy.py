@@ -1,7 +1,8 @@
 """The head's loss, forward and backward. 4 D V FLOPs a token with a frozen head, 6 with one that learns.
 
 Predicted on an H200 (790 TFLOP/s, 4.3 TB/s, not measured): 4096 x 4096 x 128256 in bf16 takes 10.9 ms of matrix
-products and 0.7 ms for three passes over 1.05 GB of logits. In fp32 on two AVX2 cores: operations over 140 GFLOP/s.
+products and 0.7 ms for three passes over 1.05 GB of logits; with 8-bit operands 7.5 ms (docs/fp8.md). In fp32 on two
+AVX2 cores: operations over 140 GFLOP/s.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from elo_engine.benchmarks.contest import (
     pytest_benchmark,
 )
 from elo_engine.model import cpu_native, ops
+from elo_engine.model.ops.quantize_fp8 import reason_without
 
 
 def _inputs(N: int, D: int, V: int, learns: bool) -> Callable[[torch.device], Any]:
@@ -91,6 +93,18 @@ def _engine(inputs: Any) -> Run:
     )
 
 
+def _engine_fp8(inputs: Any) -> Run:
+    """Products of 8-bit operands; rounding the head, once a run, is not timed."""
+    hidden_ND, head_VD, labels_N = inputs
+    reason = reason_without(hidden_ND.device)
+    if reason is not None:
+        raise Missing(reason)
+    head = ops.Fp8Head.of(head_VD, None)
+    return forward_backward(
+        lambda *_: ops.linear_cross_entropy_fp8(hidden_ND, head_VD, head, labels_N), [hidden_ND], None
+    )
+
+
 def _twin(inputs: Any) -> Run:
     run = _engine(inputs)
 
@@ -108,6 +122,8 @@ def _contest(name: str, N: int, D: int, V: int, learns: bool, device: str) -> Co
     else:
         arms |= {"twin": _twin}
     arms["engine"] = _engine
+    if device == "cuda" and not learns:
+        arms["engine, fp8"] = _engine_fp8
     products, size = (6 if learns else 4), (2 if device == "cuda" else 4)
     # hidden in, its gradient out, the head once; the logits are not needed in memory
     least = size * (2 * N * D + V * D) + (4 * V * D if learns else 0)

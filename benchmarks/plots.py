@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from elo_engine.benchmarks.fp8_report import draw_fp8
 from elo_engine.benchmarks.loading_table import draw_loading, has_picture
 from elo_engine.benchmarks.quality_plots import draw_course, draw_ends, draw_level, quality_kinds
 from elo_engine.benchmarks.schemas import COMPONENTS, measured_peak
@@ -46,6 +47,8 @@ def kinds(result: dict[str, Any]) -> list[str]:
         return ["loading"] if has_picture(result) else []
     if result["theme"] == "quality":
         return quality_kinds(result)
+    if result["theme"] == "fp8":
+        return ["fp8"]
     return ["loss"] if result["theme"] == "loss" and any(s["points"] for s in result["series"]) else []
 
 
@@ -318,4 +321,5 @@ def _loss(figure: Any, result: dict[str, Any]) -> None:
 _DRAW: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "steps": _steps, "memory": _memory, "frontier": _frontier, "predicted": _predicted, "loss": _loss,
     "loading": draw_loading, "ends": draw_ends, "course": draw_course, "level": draw_level,
+    "fp8": draw_fp8,
 }  # fmt: skip

@@ -23,7 +23,7 @@ import torch
 
 from elo_engine import console, demo, demo_assets
 from elo_engine.benchmarks.claims import only_one, take_claim
-from elo_engine.benchmarks.quality_costs import COST_LENGTH, COST_MODEL, relative_costs
+from elo_engine.benchmarks.quality_costs import COST_LENGTH, COST_MODEL, equal_cost, relative_costs
 from elo_engine.benchmarks.quality_methods import (
     Evaluations,
     Method,
@@ -108,8 +108,10 @@ def prepare(options: Options, model: Path) -> tuple[dict[str, str], dict[str, st
     return shards, heldout
 
 
-def configuration(options: Options, method: Method, seed: int, model: str, data: tuple[Any, Any]) -> RunConfig:
-    """The run of one method with one seed.
+def configuration(
+    options: Options, method: Method, seed: int, model: str, data: tuple[Any, Any], share: float = 1.0
+) -> RunConfig:
+    """The run of one method with one seed, with this share of the shallow tokens.
 
     Raises:
         UsageError: an override that is no key, or a budget below one step.
@@ -140,7 +142,7 @@ def configuration(options: Options, method: Method, seed: int, model: str, data:
             "shards": shards, "mix": {target: 9 * max(1, len(others)), **dict.fromkeys(others, 1)},
             "sequence_length": options.sequence_length,
         },
-        "pretrain": section(pretrain, options.pretrain_step_tokens, options.pretrain_lr, 4, 0.05),
+        "pretrain": section(int(share * pretrain), options.pretrain_step_tokens, options.pretrain_lr, 4, 0.05),
         "align": section(align, options.align_step_tokens, lr, 1, 0.1),
         "evaluate": {"shards": heldout, "tokens": options.heldout_tokens},
         "snapshot": {"every": 1_000_000_000, "keep": 1},
@@ -214,12 +216,15 @@ def make_jobs(options: Options, source: Source, data: tuple[Any, Any]) -> list[J
     jobs = []
     for seed in range(1, options.seeds + 1):
         for method in methods:
-            config = configuration(options, method, seed, str(source.folder), data)
+            kept = method.trial.kept if method.trial else 0
+            share = equal_cost(source.spec, options.sequence_length, source.layers, kept)
+            config = configuration(options, method, seed, str(source.folder), data, share)
             tree = config.model_dump(mode="json")
             for part in (tree, tree["data"], tree["evaluate"]):  # folders may move; manifests say what is in them
                 for key in ("model", "output", "shards"):
                     part.pop(key, None)
             about = [common, tree, method.kind, options.lora_rank if method.kind == "lora" else 0]
+            about += [asdict(method.trial)] if method.trial else []
             digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
             jobs.append(Job(method, seed, config, options.work, digest))
     return jobs
@@ -234,7 +239,7 @@ def do_jobs(jobs: list[Job], base: Evaluations, options: Options) -> None:
             title = f"{number} of {len(jobs)}: {job.method.label}, seed {job.seed}"
             console.err.print(f"-- {title} ({job.config.output})", markup=False)
             try:
-                outcome = run_method(job.method.kind, job.config, base, options.lora_rank).to_json()
+                outcome = run_method(job.method, job.config, base, options.lora_rank).to_json()
                 job.keep(outcome | {"threads": torch.get_num_threads(), "failed": None})
             except FailedError as error:
                 console.err.print(f"{title}: failed: {error}", markup=False)
@@ -284,7 +289,10 @@ def make_result(options: Options, jobs: list[Job], base: Evaluations, source: So
             "full": method.kind == "whole" and method.budget == "whole",
             "tokens": ran[0][1]["tokens"] if ran else {"shallow": 0, "whole": 0, "fit": 0},
             "overrides": list(method.overrides), "lr": config.align.optimizer.lr,
-            "cost": relative_costs(method.kind, layers, source.spec.layers, bridged, options.lora_rank),
+            "cost": relative_costs(
+                method.kind, layers, source.spec.layers, bridged, options.lora_rank,
+                method.trial.kept if method.trial else 0,
+            ),
             "runs": [{"seed": seed, "seconds": one["seconds"], "fit_seconds": one["fit_seconds"], "steps": one["steps"],
                       "seconds_per_token": _per_token(one), "points": one["points"]} for seed, one in ran],
             "failed": [{"seed": job.seed, "why": result["failed"]} for job, result in mine if result["failed"]],

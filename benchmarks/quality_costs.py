@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from elo_engine.benchmarks.quality_methods import kept_layers
 from elo_engine.config import Recompute
-from elo_engine.measure.flops import arm_flops, calibration_flops
+from elo_engine.measure.flops import arm_flops, calibration_flops, shallow_step
 from elo_engine.measure.setting import ArmName, Setting
 from elo_engine.model.presets import preset_spec
+from elo_engine.model.spec import ModelSpec
 
 COST_MODEL, COST_LENGTH = "llama-3.1-8b", 8192
 MODES = ("plain", "checkpointed")
@@ -23,15 +25,17 @@ _WHOLE_ARM: dict[str, ArmName] = {"elo": "elo_align", "whole": "engine_full", "l
 
 
 def relative_costs(
-    kind: str, layers: tuple[int, ...], of: int, bridged: bool, lora_rank: int
+    kind: str, layers: tuple[int, ...], of: int, bridged: bool, lora_rank: int, kept: int = 0
 ) -> dict[str, dict[str, float]]:
     """By mode, the cost of a shallow token, of a token of the whole model, and of one that a bridge is fitted to.
 
     layers: those detached of a model of `of` layers; as many count from the front and from the back of COST_MODEL.
+    kept: frozen layers between them.
     """
     spec = preset_spec(COST_MODEL)
     there = tuple(sorted({min(n, spec.layers - 1) if n < of / 2 else max(0, n - of + spec.layers) for n in layers}))
-    bridges = len([a for a, b in pairwise((-1, *there, spec.layers)) if b > a + 1]) if bridged else 0
+    between = kept_layers(kept, there)
+    bridges = _gap_count(there + between, spec.layers) if bridged else 0
     full = Setting("engine_full", spec, there, COST_LENGTH, 1, lora_rank=lora_rank)
     shallow = replace(full, arm="elo_pretrain", bridges=bridges)
     found = {}
@@ -40,11 +44,34 @@ def relative_costs(
         one = arm_flops(replace(full, recompute=recompute)).executed.total
         whole = arm_flops(replace(full, arm=_WHOLE_ARM[kind], recompute=recompute)).executed.total
         found[mode] = {
-            "shallow": arm_flops(shallow).executed.total / one,
+            "shallow": (arm_flops(shallow).executed.total + kept_flops(spec, COST_LENGTH, between)) / one,
             "whole": whole / one,
             "fit": calibration_flops(shallow, 1) / one if bridges else 0.0,
         }
     return found
+
+
+def _gap_count(present: tuple[int, ...], of: int) -> int:
+    return len([a for a, b in pairwise((-1, *sorted(present), of)) if b > a + 1])
+
+
+def kept_flops(spec: ModelSpec, T: int, kept: tuple[int, ...]) -> float:
+    """Operations a token of frozen layers inside the shallow model: forward, and the gradient of what enters."""
+    if not kept:
+        return 0.0
+    with_dw, none = shallow_step(spec, kept, T), shallow_step(spec, (), T)
+    linear = (with_dw.linear - none.linear) * 2 / 3
+    return linear + with_dw.attention
+
+
+def equal_cost(spec: ModelSpec, T: int, layers: tuple[int, ...], kept: int) -> float:
+    """The share of the shallow tokens for which kept layers and their bridges cost what the detached layers alone do
+    with theirs, by operations on the model that is trained.
+    """
+    between = kept_layers(kept, layers)
+    alone = Setting("elo_pretrain", spec, layers, T, 1, bridges=_gap_count(layers, spec.layers))
+    more = replace(alone, bridges=_gap_count(layers + between, spec.layers))
+    return arm_flops(alone).executed.total / (arm_flops(more).executed.total + kept_flops(spec, T, between))
 
 
 def cost(method: dict[str, Any], point: dict[str, Any], mode: str) -> float:

@@ -32,6 +32,30 @@ Evaluations = dict[str, dict[str, Any]]  # by language, the fields of `Evaluatio
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A departure from a recipe that was tried (`quality_trials.py`).
+
+    Attributes:
+        kept: middle layers that stay in the shallow model, frozen; shared: with the weights of one of them.
+        states: two: whole-model steps have moments of their own; carried: alignment after ELO pretraining goes on
+            with its moments.
+        anchor: the share of its way back to the base model that a detached weight goes in every shallow step.
+    """
+
+    kept: int = 0
+    shared: bool = False
+    states: Literal["one", "two", "carried"] = "one"
+    anchor: float = 0.0
+
+
+def kept_layers(count: int, detached: tuple[int, ...]) -> tuple[int, ...]:
+    """So many middle layers, evenly spaced between the first and the last detached one."""
+    low, high = min(detached), max(detached)
+    found = {low + round((high - low) * place / (count + 1)) for place in range(1, count + 1)}
+    return tuple(sorted(found - set(detached)))
+
+
+@dataclass(frozen=True)
 class Method:
     """One way to spend tokens.
 
@@ -41,7 +65,8 @@ class Method:
         budget: elo: the tokens of both stages; align: those of alignment alone; whole: those of full continual
             pretraining; `scale` of them.
         share: of an elo method's tokens, those that the whole model is fed; None: as the two budgets say.
-        overrides: of the configuration, `a.b=c`.
+        overrides: of the configuration, `a.b=c`. trial: of what no configuration has; its shallow tokens are as many as
+            cost what those of a recipe with one bridge do.
     """
 
     letter: str
@@ -52,6 +77,7 @@ class Method:
     scale: float = 1.0
     share: float | None = None
     overrides: tuple[str, ...] = ()
+    trial: Trial | None = None
 
 
 METHODS = (
@@ -68,23 +94,41 @@ METHODS = (
     Method("j", "elo_75_25", "ELO, tokens split 75 : 25", "elo", "elo", share=0.25),
     Method("k", "elo_50_50", "ELO, tokens split 50 : 50", "elo", "elo", share=0.5),
 )  # fmt: skip
+_BRIDGE, _TURNS = "detach.bridge=linear", "align.when=interleaved"
+# Beside these, chosen by name or letter alone. What did better than (i) would become a recipe.
+TRIALS = (
+    Method("l", "kept_one", "(i) with one frozen middle layer", "elo", "elo", overrides=(_BRIDGE, _TURNS),
+           trial=Trial(kept=1)),
+    Method("m", "kept", "(i) with five frozen middle layers", "elo", "elo", overrides=(_BRIDGE, _TURNS),
+           trial=Trial(kept=5)),
+    Method("n", "shared", "(i) with one middle layer in five places", "elo", "elo", overrides=(_BRIDGE, _TURNS),
+           trial=Trial(kept=5, shared=True)),
+    Method("o", "two_states", "(i), whole-model steps with moments of their own", "elo", "elo",
+           overrides=(_BRIDGE, _TURNS), trial=Trial(states="two")),
+    Method("p", "anchored", "(i), pulled to the base layers", "elo", "elo", overrides=(_BRIDGE, _TURNS),
+           trial=Trial(anchor=0.02)),
+    Method("q", "carried", "(h), alignment with the moments of ELO pretraining", "elo", "elo", overrides=(_BRIDGE,),
+           trial=Trial(states="carried")),
+)  # fmt: skip
 
 
 def choose_methods(wanted: str | None, own: Sequence[str]) -> tuple[Method, ...]:
-    """Letters or names (None: all), and those of one's own: `NAME=key=value,key=value`, an ELO run with these
-    overrides; `kind=whole` among them: the whole model alone, with the budget of alignment unless align.tokens is set.
+    """Letters or names (None: all but the trials), and those of one's own: `NAME=key=value,key=value`, an ELO run with
+    these overrides; `kind=whole` among them: the whole model alone, with the budget of alignment unless align.tokens is
+    set.
 
     Raises:
         UsageError: one that does not exist, or cannot be read.
     """
     added = tuple(_own(text, letter) for text, letter in zip(own, _more_letters(), strict=False))
-    known = {key: one for one in (*METHODS, *added) for key in (one.letter, one.name)}
-    if len({one.name for one in (*METHODS, *added)}) < len(METHODS) + len(added):
+    known = {key: one for one in (*METHODS, *TRIALS, *added) for key in (one.letter, one.name)}
+    every = (*METHODS, *TRIALS, *added)
+    if len({one.name for one in every}) < len(every):
         raise UsageError("--method: every name may be given once, and not that of a method that is there already")
     words = [word.strip() for word in wanted.split(",")] if wanted else [one.name for one in METHODS]
     for word in words:
         if word not in known:
-            listed = ", ".join(f"{one.letter} {one.name}" for one in METHODS)
+            listed = ", ".join(f"{one.letter} {one.name}" for one in (*METHODS, *TRIALS))
             raise UsageError(f"--methods {word!r}: is none of {listed}; your own is added by --method NAME=key=value")
     return tuple(dict.fromkeys([*(known[word] for word in words), *added]))
 
@@ -145,13 +189,17 @@ def base_evaluations(source: Source, config: RunConfig) -> Evaluations:
     return {language: asdict(result) for language, result in found.items()}
 
 
-def run_method(kind: Kind, config: RunConfig, base: Evaluations, lora_rank: int) -> Outcome:
-    """Train to the end, from where an earlier start left a run of this engine; a peer begins again.
+def run_method(method: Method, config: RunConfig, base: Evaluations, lora_rank: int) -> Outcome:
+    """Train to the end, from where an earlier start left a run of this engine; a peer and a trial begin again.
 
     Raises:
         Interrupted: a signal came. FailedError and others: as `run_pipeline` raises them.
     """
-    source = open_source(config)
+    source, kind = open_source(config), method.kind
+    if method.trial is not None:
+        from elo_engine.benchmarks.quality_trials import TrialRun
+
+        return TrialRun(method.trial, config, source, base).run()
     if kind in ("lora", "outer"):
         from elo_engine.benchmarks.quality_peers import train_peer
 

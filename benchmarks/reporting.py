@@ -24,7 +24,7 @@ from elo_engine.report import markdown_table
 BEGIN, END = "<!-- speedup table: made by elo bench report -->", "<!-- end -->"
 HEADINGS = {
     "speedup": "Speedup", "memory": "Memory", "kernels": "Kernels", "loading": "Loading", "loss": "Loss against time",
-    "quality": "Quality: what is learned, and what is kept",
+    "quality": "Quality: what is learned, and what is kept", "fp8": "8-bit operands against bf16",
 }  # fmt: skip
 INTRODUCTION = """\
 # Benchmarks
@@ -233,6 +233,7 @@ _ALT = {
     "loss": "held-out loss against time", "loading": "seconds of loading, cold and warm",
     "ends": "held-out loss of each method at the end", "course": "target loss against cost and against time",
     "level": "cost ratio at which ELO draws level with full continual pretraining",
+    "fp8": "training loss with 8-bit operands and with bf16",
 }  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 Themes: `speedup` (the arms' steps), `memory` (predicted and measured peaks, the frontier under caps), `kernels` (the
 contests of contest.py), `loading` (as bench_loading.py writes it), `loss` (held-out loss of the whole model against
-seconds of training), `quality` (held-out loss of methods side by side, over seeds).
+seconds of training), `quality` (held-out loss of methods side by side, over seeds), `fp8` (8-bit operands against
+bf16).
 """
 
 from __future__ import annotations
@@ -94,6 +95,17 @@ _QUALITY_METHOD = _part(
     tokens=_part(shallow=int, whole=int, fit=int), runs=list[_QUALITY_RUN], failed=list[_part(seed=int, why=str)],
     cost=dict[Literal["plain", "checkpointed"], _part(shallow=float, whole=float, fit=float)],
 )  # fmt: skip
+_FP8_HELDOUT = _part(
+    language=str, bf16_nats=float, spread_nats=float, mean_difference_nats=float, largest_difference_nats=float
+)
+_FP8_ARM = _part(
+    arm=str, seeds=int, mean_difference_nats=float, largest_difference_nats=float, last_difference_nats=float,
+    mean_spread_nats=float, last_spread_nats=float, within=float, heldout=list[_FP8_HELDOUT],
+)  # fmt: skip
+_FP8_CHECK = _part(
+    arm=str, seed=int, loss_bf16_nats=float, loss_fp8_nats=float, relative=float, cosine=float, worst=str,
+    worst_relative=float,
+)  # fmt: skip
 
 SCHEMAS = {
     "speedup": _part(
@@ -114,6 +126,10 @@ SCHEMAS = {
         conditions=str, model=_MODEL, device=_DEVICE, dtype=str, sequence_length=int, target=str, others=list[str],
         seeds=list[int], base=dict[str, _part(loss_nats=float, bits_per_byte=float)], cost_model=str, cost_length=int,
         methods=list[_QUALITY_METHOD],
+    ),
+    "fp8": _part(
+        conditions=str, device=_DEVICE, emulated=bool, compared=list[_FP8_ARM], checks=list[_FP8_CHECK],
+        curves=list[_part(arm=str, seed=int, step=list[int], loss_nats=list[float])],
     ),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from elo_engine.benchmarks.contestants import BASELINES
+from elo_engine.benchmarks.fp8_report import fp8_tables
 from elo_engine.benchmarks.intervals import USUAL, percent
 from elo_engine.benchmarks.loading_table import loading_tables
 from elo_engine.benchmarks.quality_report import quality_tables
@@ -101,7 +102,7 @@ def _how(arms: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 
 def conditions(result: dict[str, Any], config: dict[str, Any], environment: dict[str, Any]) -> str:
     """One paragraph: what ran on what, how long, with which versions, at which commit."""
-    said = [result["conditions"]] if result["theme"] in ("loss", "quality") else []
+    said = [result["conditions"]] if result["theme"] in ("loss", "quality", "fp8") else []
     settings = config.get("settings") or {}
     if model := result.get("model"):
         count = model["parameters"]
@@ -273,7 +274,7 @@ def tables(result: dict[str, Any]) -> list[str]:
     """Markdown blocks of a result, whatever its theme."""
     made = {
         "speedup": speedup_tables, "memory": memory_tables, "kernels": kernel_tables, "loading": loading_tables,
-        "loss": loss_tables, "quality": quality_tables,
+        "loss": loss_tables, "quality": quality_tables, "fp8": fp8_tables,
     }  # fmt: skip
     return made[result["theme"]](result)
 

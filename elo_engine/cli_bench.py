@@ -127,7 +127,9 @@ def quality(
     text: Annotated[
         list[str] | None, typer.Option(help="LANG=FILE, documents separated by blank lines; the first is the target")
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="letters or names, as a,f,elo; default: all")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="letters or names, as a,f,elo; default: all but the trials")
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="one more: NAME=key=value,key=value, of the configuration")
     ] = None,

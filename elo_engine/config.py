@@ -45,10 +45,12 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(le=1 << 62)]
 # YAML reads 1e-4 as text; and neither inf nor nan can be written to config.resolved.yaml and read back
 Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v), Field(allow_inf_nan=False)]
 
-
 Master = Literal["none", "24", "32"]
 Recompute = Literal["none", "selective", "layer"]
 MicroBatch = Annotated[Count, Field(gt=0)] | Literal["auto"]
+# YAML reads on and off as true and false
+_on_off = BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v)
+Graph = Annotated[Literal["auto", "on", "off"], _on_off]
 
 
 class _Section(BaseModel):
@@ -82,8 +84,7 @@ class DetachConfig(_Section):
     bridge: Literal["none", "linear"] = "none"
     # rows of the training mixture, from its first on, that the map is fitted to; the last tenth is held out to test it
     bridge_tokens: Annotated[Count, Field(gt=0)] = 32_768
-    # pulls the map towards the identity, relative to the mean variance of a feature; docs/bridge.md has the default's
-    # reason
+    # towards the identity, relative to the mean variance of a feature; docs/bridge.md has the default's reason
     ridge: Annotated[Real, Field(ge=0)] = 1e-2
 
 
@@ -140,8 +141,7 @@ class StageConfig(_Section):
     tokens: Annotated[Count, Field(gt=0)] = 900_000_000
     tokens_per_step: Annotated[Count, Field(gt=0)] = 262_144
     micro_batch: MicroBatch = 4  # sequences at once
-    # what of a layer the backward pass makes again. selective: the MLP's first product, its largest activation; layer:
-    # all but its input, as a streamed model always does
+    # made again in the backward pass. selective: the MLP's first product; layer: all but its input, as streamed always
     recompute: Recompute | Literal["auto"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -162,9 +162,12 @@ class StageConfig(_Section):
 class PretrainConfig(StageConfig):
     """ELO pretraining of the detached layers (paper section 3.2)."""
 
-    # where the frozen embedding of a model with an untied head is; host: a GPU is sent the rows of each micro-batch's
-    # tokens, which saves 2 V D bytes of its memory
+    # the frozen one of a model with an untied head; host: a GPU is sent each micro-batch's rows of it alone
     embedding: Literal["device", "host"] = "device"
+    # a step is one CUDA graph; auto: where it can be, and it says why not elsewhere; docs/step.md on the default
+    graph: Graph = "off"
+    # products of operands rounded to 8-bit floats, on a card that has them: the frozen head's, or the layers' too
+    fp8: Literal["none", "head", "all"] = "none"
 
 
 class StreamConfig(_Section):
@@ -230,8 +233,7 @@ class RunConfig(_Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     kernels: Literal["auto", "reference", "fused"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 42
-    # unchanged shards of the output are hard links to the source's files; another program that writes into one of
-    # them writes into the other
+    # unchanged shards of the output are hard links to the source's: who writes into one writes into the other
     hard_links: bool = False
     data: DataConfig
     detach: DetachConfig = DetachConfig()
@@ -358,7 +360,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 # A run folder can be moved, and what is kept where changes no number in fp32; a change of engine in bf16,
 # or to slices of the vocabulary, is recorded.
 _MAY_CHANGE = (
-    "output", "hard_links", "align.engine", "align.stream.store", "align.stream.inputs", "align.stream.vocabulary",
+    "output", "hard_links", "pretrain.graph", "align.engine", "align.stream.store", "align.stream.inputs",
+    "align.stream.vocabulary",
 )  # fmt: skip
 # What no snapshot can be continued with, whoever asks: it holds other tensors.
 NEVER_CHANGE = ("detach.layers", "align.when", "pretrain.optimizer.state", "align.optimizer.state")

@@ -33,6 +33,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         lines.append(f"! gpu: torch sees none (torch {torch.__version__} is {built}); everything runs on the CPU")
     lines.append(f"default: {device}, {why}")
     lines.append(ops.describe(device))
+    lines.append(_fp8(device))
     if cpu.HAS_CSRC:
         lines.append("C++ extension: loaded")
     else:
@@ -51,6 +52,12 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         lines.append(f"{'' if there else '! '}{name}: {'installed' if there else 'not installed'} ({use})")
     environment["dtype"] = str(dtype).removeprefix("torch.")
     return environment, lines
+
+
+def _fp8(device: torch.device) -> str:
+    """Whether products of 8-bit floats can be had here, and why not."""
+    said = ops.describe_fp8(device)
+    return f"! {said}" if "none here" in said else said
 
 
 def _loading() -> str:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any, Literal, get_args
 
+from elo_engine import graphs
 from elo_engine.calibrate import calibration_rows
 from elo_engine.config import Recompute, RunConfig, StageConfig, make_config
 from elo_engine.errors import UsageError
+from elo_engine.fp8_plan import fp8
 from elo_engine.measure.flops import bridge_step, calibration_flops
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.planner import STREAMED
@@ -46,6 +48,8 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         bridges=len(gaps(spec.layers, layers)) if stage == "pretrain" and config.detach.bridge == "linear" else 0,
         turns=turns,
         host_embedding=stage == "pretrain" and host_embedding(config, spec) and device == "cuda",
+        graph=stage == "pretrain" and graphs.planned(config, spec, device, auto_dtype),
+        fp8=fp8(config) if stage == "pretrain" else "none",
     )
 
 
@@ -130,7 +134,7 @@ class Advice:
 # Cost time or precision, but neither text, nor context, nor layers: a combination of these alone is named first.
 _SAME_LESSON = (
     ".micro_batch", ".recompute", ".optimizer.state", ".optimizer.master", "dtype", ".engine", ".stream.store",
-    ".stream.inputs", ".stream.vocabulary", ".embedding",
+    ".stream.inputs", ".stream.vocabulary", ".embedding", ".fp8",
 )  # fmt: skip
 
 _ONE_MICRO_BATCH = "one micro-batch"  # stands for a number of tokens, known once the other overrides are
@@ -174,6 +178,8 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
             found.append(("detach.layers", fewer))
     if setting.bridges:
         found.append(("detach.bridge", "none"))
+    if setting.fp8 != "none":  # faster, at the price of a head in 8 bits, twice
+        found.append(("pretrain.fp8", "none"))
     if stage == "pretrain" and setting.device == "cuda" and not (setting.spec.tied or setting.host_embedding):
         found.append(("pretrain.embedding", "host"))
     return found
@@ -224,7 +230,10 @@ def advise(
 
     def plan_with(*overrides: tuple[str, Any]) -> tuple[int, tuple[str, ...]] | None:
         changed = _with(config, overrides)
-        return None if changed is None else (need(changed.config), changed.texts)
+        try:
+            return None if changed is None else (need(changed.config), changed.texts)
+        except UsageError:  # such as a lever that pretrain.graph: on cannot have
+            return None
 
     now = need(config)
     alone = [(override, plan_with(override)) for override in _overrides(config, stage, setting)]

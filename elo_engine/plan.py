@@ -20,6 +20,8 @@ from elo_engine.detach import Source
 from elo_engine.engine_choice import EngineChoice, Predictions, Rooms, choose
 from elo_engine.errors import RefusedError, UsageError
 from elo_engine.fitting import Fitted, fitted, is_open, set_key
+from elo_engine.fp8_plan import fp8_warnings
+from elo_engine.graphs import graph_plan
 from elo_engine.levers import StageName, advise, bridge_file_bytes, bridge_plan, stage_setting
 from elo_engine.measure import expected
 from elo_engine.measure.cards import CONTEXT_BYTES, Card, card_of_device, find_card, parse_memory
@@ -121,6 +123,7 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
     stages = {stage: _stage(config, stage, planning, target) for stage in STAGES}
     stages["align"]["engine"] = _engine(choice)
     stages["pretrain"]["bridge"] = bridge_plan(config, pretrain)
+    stages["pretrain"]["graph"] = graph_plan(config, pretrain)
     share = config.pretrain.tokens / (config.pretrain.tokens + config.align.tokens)
     plan: dict[str, Any] = {
         "model": {"family": spec.family, "layers": spec.layers, "parameters": spec.parameters, "tied": spec.tied},
@@ -141,9 +144,9 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
             spec, pretrain.layers, pretrain.sequence_length, share, bridge_step(pretrain)
         ),
         "ideal_executed_speedup": asdict(ideal_speedups(pretrain, align, share)),
-        "warnings": _warnings(config, spec),
+        "warnings": _warnings(config, spec) + fp8_warnings(config, target.device),
     }
-    plan["refusals"] = all_refusals(plan, config.snapshot.keep)
+    plan["refusals"] = all_refusals(config, plan, target.rate)
     return plan
 
 

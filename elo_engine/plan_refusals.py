@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from elo_engine.config import RunConfig
 from elo_engine.errors import RefusedError
+from elo_engine.fp8_plan import fp8_refusals
 from elo_engine.levers import StageName
+from elo_engine.measure.expected import Rate
 from elo_engine.measure.meter import human_bytes
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
 _ELSEWHERE = "run it on a larger machine: the run folder can be moved"
 
 
-def all_refusals(plan: dict[str, Any], keep: int) -> list[str]:
-    """Of both stages and of the disk; `keep`: the configuration's `snapshot.keep`."""
-    found = [text for stage in STAGES if (text := stage_refusal(plan, stage))]
+def all_refusals(config: RunConfig, plan: dict[str, Any], rate: Rate | None) -> list[str]:
+    """Of both stages, of a card of this rate, and of the disk."""
+    found = [text for stage in STAGES if (text := stage_refusal(plan, stage))] + fp8_refusals(config, rate)
     need, disk = plan["disk"]["total_bytes"], plan["room"]["disk"]
     if disk is not None and need > disk["bytes"]:
-        spared = (keep - 1) * sum(plan[stage]["snapshot_bytes"] for stage in STAGES)
+        spared = (config.snapshot.keep - 1) * sum(plan[stage]["snapshot_bytes"] for stage in STAGES)
         levers = f"snapshot.keep=1 saves up to {human_bytes(spared)}; " if spared else ""
         found.append(
             f"the run takes up to {human_bytes(need)} of disk and there are {human_bytes(disk['bytes'])} "

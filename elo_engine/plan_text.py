@@ -28,6 +28,7 @@ def describe_plan(plan: dict[str, Any]) -> list[str]:
         )
     lines += _chosen_lines(plan)
     lines += _bridge_lines(plan)
+    lines += _graph_lines(plan)
     lines += _engine_lines(plan)
     lines.append(f"disk: up to {human_bytes(plan['disk']['total_bytes'])}")
     return [*lines, *_closing(plan), *(f"warning: {text}" for text in plan["refusals"])]
@@ -74,6 +75,16 @@ def _bridge_lines(plan: dict[str, Any]) -> list[str]:
     ]
 
 
+def _graph_lines(plan: dict[str, Any]) -> list[str]:
+    """On a GPU, whether pretraining's steps are CUDA graphs."""
+    graph = plan["pretrain"]["graph"]
+    if plan["device"] != "cuda":
+        return []
+    if not graph["used"]:
+        return [f"pretrain's steps are launched kernel by kernel: {graph['why_not']}"]
+    return [f"pretrain's steps are CUDA graphs, fed from {human_bytes(graph['buffer_bytes'])} that stay on the device"]
+
+
 def _closing(plan: dict[str, Any]) -> list[str]:
     executed = plan["ideal_executed_speedup"]
     speedup = (
@@ -105,7 +116,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         memory.add_row(f"room: {human_bytes(room['bytes'])}", *fits)
         memory.caption = room["what"]
     console.out.print(memory)
-    for line in (*_chosen_lines(plan), *_bridge_lines(plan), *_engine_lines(plan)[:1]):
+    for line in (*_chosen_lines(plan), *_bridge_lines(plan), *_graph_lines(plan), *_engine_lines(plan)[:1]):
         console.out.print(line, markup=False)
     if plan["align"]["engine"]["name"] == "streamed":
         console.out.print(_host(plan))

@@ -12,6 +12,8 @@ from elo_engine.calibrate import obtain_bridge
 from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source, detach
 from elo_engine.evaluate import Scorer, batch_tokens
+from elo_engine.fp8_check import begin_fp8, refuse_without_fp8
+from elo_engine.graphs import pretrain_engine
 from elo_engine.measure.expected import StageMemory
 from elo_engine.out_of_memory import explained
 from elo_engine.plan import require_memory, setting_of, settle
@@ -21,7 +23,6 @@ from elo_engine.stage import run_stage
 from elo_engine.stream.scoring import whole_model_scorer, why_not
 from elo_engine.train import world
 from elo_engine.train.optim import MasterAdamW
-from elo_engine.train.resident import ResidentEngine
 
 
 def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     refuse_interleaved(run, "pretrain")
     settle(run, source)
     config = run.config
+    refuse_without_fp8(config, source.spec, source.device, source.dtype)
     memory = require_memory(config, source, "pretrain")
     mixture = make_mixture(config, source.folder, source.spec.V)
     heldout = open_heldout(config, source.folder, source.spec.V) if config.evaluate.every else None
@@ -41,7 +43,9 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     with explained(run, source, "pretrain", memory, setting):
         model = detach(source, run, recompute=section.runs_again, bridges=bridges)
         del bridge, bridges
-        engine = ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.rows_at_once)
+        begin_fp8(run, model, mixture)
+        optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)
+        engine = pretrain_engine(config, model, optimizer, run.say)
         scorers: dict[str, Scorer] = {"shallow": engine.scorer}
         if heldout is not None and config.evaluate.whole:
             whole = whole_model_scorer(source.index, model)

@@ -26,6 +26,7 @@ from elo_engine.corpora import make_mixture, require_shards
 from elo_engine.data import NO_LABEL, RowBatch
 from elo_engine.detach import open_source
 from elo_engine.errors import RefusedError, UsageError
+from elo_engine.fp8_check import refuse_without_fp8
 from elo_engine.measure.breakdown import HIDDEN_GRADIENT, NATIVE
 from elo_engine.measure.environment import choose_device, choose_dtype
 from elo_engine.measure.machine import device_room, give_back_freed_memory
@@ -99,11 +100,13 @@ def open_subject(config: RunConfig, stage: StageName) -> Subject:
     rows_per_step = section.tokens_per_step // config.data.sequence_length
     recompute, first_row = section.runs_again, 0
     if stage == "pretrain":
+        refuse_without_fp8(config, source.spec, source.device, source.dtype)
         model, _ = load_shallow(
             source.index, source.spec, source.layers, device=source.device, dtype=source.dtype, recompute=recompute,
                 bridges=_blank_bridges(config, source.spec, source.layers),
                 host_embedding=config.pretrain.embedding == "host",
         )
+        model.use_fp8(config.pretrain.fp8)
     else:
         reattached = Path(config.output) / "reattached"
         index = open_checkpoint(reattached) if reattached.exists() else source.index
@@ -176,6 +179,9 @@ def random_subject(name: str, config: RunConfig, stage: StageName) -> Subject:
     model = Decoder(
         spec, tensors, layers, train_outer=whole, recompute=section.runs_again, bridges=bridges
     )
+    if not whole:
+        refuse_without_fp8(config, spec, device, dtype)
+        model.use_fp8(config.pretrain.fp8)
     count, T = section.tokens_per_step // config.data.sequence_length, config.data.sequence_length
 
     def rows(step: int) -> RowBatch:

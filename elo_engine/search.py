@@ -58,6 +58,11 @@ def search_command(
     output = path if path.is_dir() else Path(config.output)
     out = out or output.with_name(f"{output.name}-search")
     config = config.model_copy(update={"output": str(out)})
+    if config.pretrain.fp8 != "none":
+        raise UsageError(
+            f"elo search: pretrain.fp8 is {config.pretrain.fp8}, and trials compute in the model's own type; set it to "
+            "none for the search"
+        )
     if config.align.when == "interleaved":
         raise UsageError(
             "elo search: align.when is interleaved, and candidates are scored when they are reattached and again after "

@@ -28,6 +28,7 @@ from elo_engine.stream.engine import StreamedEngine
 from elo_engine.stream.interleaved import StreamedInterleaving
 from elo_engine.summary import stage_summary
 from elo_engine.train import state, world
+from elo_engine.train.graphed import GraphedEngine
 from elo_engine.train.interleaved import InterleavedEngine
 from elo_engine.train.loop import Hooks, Progress, StepOutcome, StopSignal, Straight, Turns, train_turns
 from elo_engine.train.resident import ResidentEngine
@@ -219,6 +220,8 @@ def run_stage(
     def evaluate(at: Progress) -> None:
         if heldout is None or (world.rank() and not together):
             return
+        if isinstance(engine, GraphedEngine):
+            engine.let_go()
         for what, scorer in scorers.items():
             run.beat("evaluating")
             try:

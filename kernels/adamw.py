@@ -25,6 +25,7 @@ from .adamw_plan import (
     CONTROL,
     LAUNCH,
     AdamwPlan,
+    check_given,
     check_lists,
     fitting,
     gradients,
@@ -82,13 +83,17 @@ def _control_kernel(
     sums_ptr,
     powers_ptr,
     control_ptr,
+    given_ptr,
     P,
     clip,
     lr,
     NORMS: tl.constexpr,
     CLIP: tl.constexpr,
+    GIVEN: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    if GIVEN:
+        lr = tl.load(given_ptr).to(tl.float32, bitcast=True)
     total_P = tl.zeros([BLOCK_P], dtype=tl.float64)
     for first in range(0, P, BLOCK_P):
         part = first + tl.arange(0, BLOCK_P)
@@ -126,14 +131,18 @@ def _update_fp32_kernel(
     table_ptr,
     map_ptr,
     control_ptr,
+    given_ptr,
     eps,
     decay,
     GRAD: tl.constexpr,
     HAS_LEAF: tl.constexpr,
+    GIVEN: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     block = tl.program_id(0)
+    if GIVEN:
+        decay = tl.load(given_ptr + 1).to(tl.float32, bitcast=True)
     if tl.load(control_ptr + 1) != 0.0:
         tensor = tl.load(map_ptr + 2 * block)
         # 64 bits: an embedding of 128256 x 16384 fills 31.
@@ -178,18 +187,28 @@ def sum_squares(
     )
 
 
-def control(parts_P: torch.Tensor, powers: torch.Tensor, lr: float, clip: float | None, *, norms: bool) -> torch.Tensor:
+def control(
+    parts_P: torch.Tensor,
+    powers: torch.Tensor,
+    lr: float,
+    clip: float | None,
+    *,
+    norms: bool,
+    given: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The second launch: the control numbers from sums of squares, or from norms; powers are advanced."""
     control_C = torch.empty(CONTROL, dtype=torch.float32, device=powers.device)
     _control_kernel[(1,)](
         parts_P,
         powers,
         control_C,
+        given,
         len(parts_P),
         clip if clip is not None else 0.0,
-        lr,
+        0.0 if given is not None else lr,
         NORMS=norms,
         CLIP=clip is not None,
+        GIVEN=given is not None,
         BLOCK_P=LAUNCH.sums_per_round,
         num_warps=LAUNCH.fold_warps,
     )
@@ -197,12 +216,18 @@ def control(parts_P: torch.Tensor, powers: torch.Tensor, lr: float, clip: float 
 
 
 def begin(
-    plan: AdamwPlan, grad_type: tl.dtype, aligned: bool, powers: torch.Tensor, lr: float, clip: float | None
+    plan: AdamwPlan,
+    grad_type: tl.dtype,
+    aligned: bool,
+    powers: torch.Tensor,
+    lr: float,
+    clip: float | None,
+    given: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The first two launches; returns the control numbers."""
     assert plan.table_SC is not None, "send(plan, ...) comes first"
     sum_squares(plan.table_SC, plan.map_B2, plan.sums_P, grad_type, aligned)
-    return control(plan.sums_P, powers, lr, clip, norms=False)
+    return control(plan.sums_P, powers, lr, clip, norms=False, given=given)
 
 
 def _checked(
@@ -231,15 +256,18 @@ def _update(
     grad_type: tl.dtype,
     has_leaf: bool,
     aligned: bool,
+    given: torch.Tensor | None = None,
 ) -> None:
     _update_fp32_kernel[(len(map_B2),)](
         table_SC,
         map_B2,
         control_C,
+        given,
         eps,
-        decay,
+        0.0 if given is not None else decay,
         GRAD=grad_type,
         HAS_LEAF=has_leaf,
+        GIVEN=given is not None,
         ALIGNED=aligned,
         TILE=LAUNCH.tile,
         num_warps=LAUNCH.fp32_warps,
@@ -259,6 +287,7 @@ def adamw_fp32(
     weight_decay: float,
     clip: float | None,
     plan: AdamwPlan | None = None,
+    given: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One step with fp32 moments, in place; waits for nothing.
 
@@ -268,6 +297,8 @@ def adamw_fp32(
             All contiguous; every list has the weights' sizes.
         powers: of `adamw_powers`. clip: largest global norm, None for no clipping. plan: of `adamw_plan`, made
             anew if not given. lr, eps, weight_decay: as in torch.optim.AdamW.
+        given: of `given_bits` on the device: its numbers take the place of lr and of lr * weight_decay, which are not
+            looked at, so that launches that are repeated as they are see those of their own step.
 
     Returns:
         fp32 vector; its first number is the norm before clipping, its second 1 if the step was taken and 0 if
@@ -277,12 +308,13 @@ def adamw_fp32(
         ValueError: wrong number, size, type, strides or device, or no elements.
     """
     grad_type = _checked(grads, weights, exp_avgs, exp_avg_sqs, leaves, powers=powers)
+    check_given(given, powers)
     plan = fitting(plan, weights)
     with torch.cuda.device_of(powers):
         aligned = send(plan, grads, [weights, exp_avgs, exp_avg_sqs, *([] if leaves is None else [leaves])])
-        control_C = begin(plan, grad_type, aligned, powers, lr, clip)
+        control_C = begin(plan, grad_type, aligned, powers, lr, clip, given)
         has_leaf = leaves is not None
-        _update(plan.table_SC, plan.map_B2, control_C, eps, lr * weight_decay, grad_type, has_leaf, aligned)
+        _update(plan.table_SC, plan.map_B2, control_C, eps, lr * weight_decay, grad_type, has_leaf, aligned, given)
     return control_C
 
 

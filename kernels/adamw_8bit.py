@@ -30,6 +30,7 @@ from .adamw_plan import (
     GROUP,
     LAUNCH,
     AdamwPlan,
+    check_given,
     check_lists,
     fitting,
     gradients,
@@ -37,6 +38,7 @@ from .adamw_plan import (
     part_plan,
     send,
     sent_table,
+    signed,
 )
 from .arguments import check_float
 
@@ -60,6 +62,7 @@ def _update_8bit_kernel(
     table_ptr,
     map_ptr,
     control_ptr,
+    given_ptr,
     eps,
     decay,
     key,
@@ -67,10 +70,14 @@ def _update_8bit_kernel(
     GRAD: tl.constexpr,
     WEIGHT: tl.constexpr,
     ROUNDED: tl.constexpr,
+    GIVEN: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     block = tl.program_id(0)
+    if GIVEN:
+        decay = tl.load(given_ptr + 1).to(tl.float32, bitcast=True)
+        key = tl.load(given_ptr + 2)
     if tl.load(control_ptr + 1) != 0.0:
         tensor = tl.load(map_ptr + 2 * block)
         tile = tl.load(map_ptr + 2 * block + 1)
@@ -176,19 +183,24 @@ def _update(
     grad_type: tl.dtype,
     weight: torch.dtype,
     aligned: bool,
+    given: torch.Tensor | None = None,
 ) -> None:
+    if given is not None:
+        decay, key = 0.0, 0
     _update_8bit_kernel[(len(map_B2),)](
         table_SC,
         map_B2,
         control_C,
+        given,
         eps,
         decay,
         # As a signed number: it would be 64 bits wide otherwise, and the kernel compiled for either.
-        key - 2**32 if key >= 2**31 else key,
+        signed(key),
         first,
         GRAD=grad_type,
         WEIGHT=kind(weight),
         ROUNDED=weight == torch.bfloat16,
+        GIVEN=given is not None,
         ALIGNED=aligned,
         ROWS=LAUNCH.tile // GROUP,
         num_warps=LAUNCH.num_warps,
@@ -210,6 +222,7 @@ def adamw_8bit(
     clip: float | None,
     key: int,
     plan: AdamwPlan | None = None,
+    given: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One step with 8-bit moments, in place; waits for nothing. What is not named here is as in `adamw_fp32`.
 
@@ -218,6 +231,7 @@ def adamw_8bit(
         exp_avgs: int8 codes. exp_avg_sqs: uint8 codes. exp_avg_scales, exp_avg_sq_scales: fp32, one for 256
             elements; all zeros at the start.
         key: of seed and step, from 0 to 2^32 - 1; equal keys draw equal random bits.
+        given: as in `adamw_fp32`; key is not looked at either.
 
     Returns:
         As `adamw_fp32`.
@@ -227,12 +241,13 @@ def adamw_8bit(
     """
     state = (weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales)
     grad_type = _checked(grads, *state, key, powers=powers)
+    check_given(given, powers)
     plan = fitting(plan, weights)
     with torch.cuda.device_of(powers):
         aligned = send(plan, grads, state)
-        control_C = begin(plan, grad_type, aligned, powers, lr, clip)
-        dtype = weights[0].dtype
-        _update(plan.table_SC, plan.map_B2, control_C, eps, lr * weight_decay, key, 0, grad_type, dtype, aligned)
+        control_C = begin(plan, grad_type, aligned, powers, lr, clip, given)
+        dtype, decay = weights[0].dtype, lr * weight_decay
+        _update(plan.table_SC, plan.map_B2, control_C, eps, decay, key, 0, grad_type, dtype, aligned, given)
     return control_C
 
 

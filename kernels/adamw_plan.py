@@ -23,6 +23,7 @@ from .arguments import check_device, check_float
 GROUP = 256  # elements that share a scale
 COLUMNS = 8  # int64 numbers a tensor has in the table: elements, then addresses in the order of the launcher
 CONTROL = 8  # fp32 numbers that one step's kernels share; the first two are the launchers' result
+GIVEN = 3  # int32 numbers that a step whose launches are repeated finds on the device: `given_bits`
 MOST_ELEMENTS = 2**32 - 1  # the hash counts elements in 32 bits
 
 
@@ -56,6 +57,7 @@ class AdamwPlan:
     """What depends on the tensors' sizes alone, and the addresses that were sent last; make it once and keep it.
 
     sizes: elements of each tensor. map_B2: tensor and tile of each block, int32. sums_P: the partial sums.
+    noted: addresses are kept in `sent` and not sent; see `noting`.
     """
 
     sizes: tuple[int, ...]
@@ -63,6 +65,7 @@ class AdamwPlan:
     sums_P: torch.Tensor
     sent: list[list[int]] = field(default_factory=list)
     table_SC: torch.Tensor | None = None
+    noted: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,45 @@ def _part_plan(sizes: tuple[int, ...], device: torch.device) -> PartPlan:
     sums_S = (_tiles(sizes) + each - 1) // each
     bounds_S1 = torch.cat((torch.zeros(1, dtype=torch.int64), sums_S.cumsum(0)))
     return PartPlan(sizes, _map(sums_S * each).to(device), bounds_S1.int().to(device), int(bounds_S1[-1]))
+
+
+def noting(plan: AdamwPlan) -> AdamwPlan:
+    """A plan of the same tensors for launches that are captured, with a table of its own that has no addresses yet.
+
+    Captured, the copy of a table would read the host's memory whenever it is repeated, and that is the host's again by
+    then. So addresses are only noted, and `deliver` sends them once, after the capture.
+    """
+    table_SC = torch.empty((len(plan.sizes), COLUMNS), dtype=torch.int64, device=plan.map_B2.device)
+    return AdamwPlan(plan.sizes, plan.map_B2, plan.sums_P, table_SC=table_SC, noted=True)
+
+
+def deliver(plan: AdamwPlan) -> None:
+    """Send the addresses that were noted; waits for nothing."""
+    assert plan.noted and plan.sent and plan.table_SC is not None, "nothing was launched with this plan"
+    plan.table_SC.copy_(_host_table(plan.sent, plan.table_SC.device), non_blocking=True)
+
+
+def signed(number: int) -> int:
+    """The 32 bits of a number below 2^32 as an int32 has them."""
+    return number - 2**32 if number >= 2**31 else number
+
+
+def given_bits(lr: float, weight_decay: float, key: int) -> torch.Tensor:
+    """int32 [GIVEN] on the host: the bits of lr and of lr * weight_decay in fp32, rounded as a launch rounds them, and
+    of the key.
+    """
+    rates = torch.tensor([lr, lr * weight_decay], dtype=torch.float32).view(torch.int32)
+    return torch.cat((rates, torch.tensor([signed(key)], dtype=torch.int32)))
+
+
+def check_given(given: torch.Tensor | None, beside: torch.Tensor) -> None:
+    """ValueError unless it is None, or made of `given_bits` and on the device of the other tensor."""
+    if given is None:
+        return
+    if given.shape != (GIVEN,) or given.dtype != torch.int32 or not given.is_contiguous():
+        raise ValueError(f"given: {tuple(given.shape)} of {given.dtype}; pass the numbers that given_bits made")
+    if given.device != beside.device:
+        check_device(given=given, powers=beside)
 
 
 def adamw_powers(betas: tuple[float, float], device: torch.device | str) -> torch.Tensor:
@@ -192,7 +234,9 @@ def send(plan: AdamwPlan, grads: Sequence[torch.Tensor | None], lists: Sequence[
     A tensor without a gradient is sent as one of no elements.
     """
     rows = _rows(plan.sizes, grads, lists)
-    if rows != plan.sent or plan.table_SC is None:
+    if plan.noted:
+        plan.sent = rows
+    elif rows != plan.sent or plan.table_SC is None:
         plan.table_SC = _table(rows, plan.map_B2.device)
         plan.sent = rows
     return _aligned(rows)
@@ -219,10 +263,13 @@ def _rows(
     return rows
 
 
-def _table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+def _host_table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
     # torch gives pinned memory out again only when the copy that reads it is done.
-    table_SC = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table_SC.to(device, non_blocking=True)
+    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+def _table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    return _host_table(rows, device).to(device, non_blocking=True)
 
 
 def _aligned(rows: list[list[int]]) -> bool:

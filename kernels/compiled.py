@@ -47,6 +47,7 @@ class Specimen:
     pointers: Mapping[str, str] = field(default_factory=dict)
     scalars: Mapping[str, str] = field(default_factory=lambda: {"eps": "fp32"})
     ragged: tuple[str, ...] = ("N",)  # a ragged number of rows is the ordinary case
+    least: int = 80  # compiled for cards of this compute capability and later
 
     def source(self) -> ASTSource:
         """What triton.compile takes: signature, constants, and what is known to be divisible by 16."""
@@ -121,8 +122,10 @@ def table(progress: Callable[[str], None] | None = None) -> str:
     from .specimens import specimens
 
     for specimen in specimens():
-        costs = [compile_for(specimen, target) for target in TARGETS]
-        cells = " | ".join(f"{cost.registers} / {cost.spill_bytes} / {cost.shared_bytes}" for cost in costs)
+        costs = [compile_for(specimen, target) if target >= specimen.least else None for target in TARGETS]
+        cells = " | ".join(
+            "none" if cost is None else f"{cost.registers} / {cost.spill_bytes} / {cost.shared_bytes}" for cost in costs
+        )
         lines.append(f"| {specimen.name} | {specimen.num_warps} | {cells} |")
         if progress is not None:
             progress(specimen.name)

@@ -6,7 +6,19 @@ from typing import Any
 
 import triton.language as tl
 
-from . import adamw, adamw_8bit, adamw_norms, adamw_plan, linear_cross_entropy, rms_norm, rotary, rotary_norm, swiglu
+from . import (
+    adamw,
+    adamw_8bit,
+    adamw_norms,
+    adamw_plan,
+    linear_cross_entropy,
+    linear_cross_entropy_fp8,
+    quantize_fp8,
+    rms_norm,
+    rotary,
+    rotary_norm,
+    swiglu,
+)
 from .compiled import Specimen
 
 H, K, E, R = 32, 8, 128, 64
@@ -111,10 +123,48 @@ def _loss(floats: str) -> list[Specimen]:
     ]
 
 
+def _fp8(floats: str) -> list[Specimen]:
+    """Ada and later: cards before it convert to no e4m3."""
+    launch, loss = quantize_fp8.LAUNCH, linear_cross_entropy.LAUNCH
+    pointers = {"q_ptr": "fp8e4nv", "transposed_ptr": "fp8e4nv", "scale_ptr": "fp32", "largest_ptr": "fp32"}
+    pointers |= {"labels_ptr": "i64", "loss_ptr": "fp32", "weight_ptr": "fp32", "mean_ptr": "fp32"}
+    pointers |= {"q_hidden_ptr": "fp8e4nv", "q_rows_ptr": "fp8e4nv", "hidden_scale_ptr": "fp32"}
+    pointers |= {"rows_scale_ptr": "fp32"}
+
+    def fp8(name: str, kernel: Any, warps: int, *ragged: str, scalars: dict[str, str] | None = None,
+            **constants: Any) -> Specimen:  # fmt: skip
+        return Specimen(name, kernel, constants, warps, floats, pointers, scalars or {}, ragged, least=89)
+
+    def both(name: str, **switches: Any) -> Specimen:
+        return fp8(
+            name, quantize_fp8._quantize_tensor_kernel, launch.num_warps, "N", EXPONENT=8, TILE_N=launch.tile_n,
+            TILE_D=launch.tile_d, **switches,
+        )  # fmt: skip
+
+    rows: dict[str, Any] = {"IGNORED": linear_cross_entropy.IGNORED_LABEL, "BLOCK_D": loss.block_d}
+    return [
+        fp8("fp8 rows", quantize_fp8._quantize_rows_kernel, launch.num_warps, EXPONENT=8, BLOCK_D=launch.block_d),
+        both("fp8 matrix", PLAIN=True, TRANSPOSED=False, transposed_ptr=None),
+        both("fp8 matrix, transposed", PLAIN=False, TRANSPOSED=True, q_ptr=None),
+        both("fp8 matrix, both ways", PLAIN=True, TRANSPOSED=True),
+        fp8(
+            "fp8 cross_entropy, loss and gradient", linear_cross_entropy_fp8._cross_entropy_fp8_kernel, loss.num_warps,
+            scalars={"cap": "fp32"}, CAPPED=False, NEED_D_LOGITS=True, BLOCK_V=loss.block_v, **rows,
+        ),
+        fp8(
+            "fp8 cross_entropy, soft-cap", linear_cross_entropy_fp8._cross_entropy_fp8_kernel, loss.num_warps,
+            scalars={"cap": "fp32"}, CAPPED=True, NEED_D_LOGITS=True, BLOCK_V=loss.block_v, **rows,
+        ),
+        fp8("fp8 cross_entropy, target's term", linear_cross_entropy_fp8._add_target_kernel, loss.num_warps, **rows),
+    ]  # fmt: skip
+
+
 def _adamw() -> list[Specimen]:
     launch = adamw_plan.LAUNCH
     pointers = {"table_ptr": "i64", "map_ptr": "i32", "sums_ptr": "fp32", "control_ptr": "fp32", "powers_ptr": "fp64"}
-    pointers |= {"bounds_ptr": "i32", "norms_ptr": "fp64"}
+    pointers |= {"bounds_ptr": "i32", "norms_ptr": "fp64", "given_ptr": "i32"}
+    host: dict[str, Any] = {"GIVEN": False, "given_ptr": None}
+    given: dict[str, Any] = {"GIVEN": True}
     scalars = {"eps": "fp32", "decay": "fp32", "clip": "fp32", "lr": "fp32"}
 
     def step(name: str, kernel: Any, warps: int, *ragged: str, sums: str = "fp32", **constants: Any) -> Specimen:
@@ -128,7 +178,11 @@ def _adamw() -> list[Specimen]:
         ),
         step(
             "adamw norm, clip, powers", adamw._control_kernel, launch.fold_warps, "P", NORMS=False, CLIP=True,
-            BLOCK_P=launch.sums_per_round,
+            BLOCK_P=launch.sums_per_round, **host,
+        ),
+        step(
+            "adamw norm, clip, powers, rate on the device", adamw._control_kernel, launch.fold_warps, "P",
+            NORMS=False, CLIP=True, BLOCK_P=launch.sums_per_round, **given,
         ),
         step(
             "adamw norm of each tensor", adamw_norms._norms_kernel, launch.fold_warps,
@@ -136,15 +190,25 @@ def _adamw() -> list[Specimen]:
         ),
         step(
             "adamw norm, clip, powers, of norms", adamw._control_kernel, launch.fold_warps, "P", sums="fp64",
-            NORMS=True, CLIP=True, BLOCK_P=launch.sums_per_round,
+            NORMS=True, CLIP=True, BLOCK_P=launch.sums_per_round, **host,
         ),
         step(
             "adamw, fp32 state, bf16 copy", adamw._update_fp32_kernel, launch.fp32_warps, GRAD=tl.bfloat16,
-            HAS_LEAF=True, ALIGNED=True, TILE=launch.tile,
+            HAS_LEAF=True, ALIGNED=True, TILE=launch.tile, **host,
+        ),
+        step(
+            "adamw, fp32 state, bf16 copy, decay on the device", adamw._update_fp32_kernel, launch.fp32_warps,
+            GRAD=tl.bfloat16, HAS_LEAF=True, ALIGNED=True, TILE=launch.tile, **given,
         ),
         step(
             "adamw, 8-bit state, bf16 weight", adamw_8bit._update_8bit_kernel, launch.num_warps, "key", "first",
             GRAD=tl.bfloat16, WEIGHT=tl.bfloat16, ROUNDED=True, ALIGNED=True, ROWS=launch.tile // adamw_plan.GROUP,
+            **host,
+        ),
+        step(
+            "adamw, 8-bit state, bf16 weight, decay and key on the device", adamw_8bit._update_8bit_kernel,
+            launch.num_warps, "key", "first", GRAD=tl.bfloat16, WEIGHT=tl.bfloat16, ROUNDED=True, ALIGNED=True,
+            ROWS=launch.tile // adamw_plan.GROUP, **given,
         ),
     ]  # fmt: skip
 
@@ -156,4 +220,4 @@ def specimens(floats: str = "bf16", width: int = 4096) -> list[Specimen]:
         floats: "bf16" or "fp32", the type of activations.
         width: D of the RMSNorm.
     """
-    return [*_norms(floats, width), *_rotary(floats), *_gated(floats), *_loss(floats), *_adamw()]
+    return [*_norms(floats, width), *_rotary(floats), *_gated(floats), *_loss(floats), *_fp8(floats), *_adamw()]

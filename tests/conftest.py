@@ -39,7 +39,8 @@ SYLLABLES = list("かきくけこさしすせそたちつてとなにぬねの�
 # Those that take longest, first: at the end a worker with one of them left would keep the others waiting.
 SLOWEST = (
     "test_kernels_and_references_train_alike", "test_planted_errors_make_the_losses_part",
-    "test_the_same_under_tritons_interpreter", "test_gradients_are_closer_to_the_truth_than_those_of_transformers",
+    "test_taped_steps_train_as_launched_ones", "test_the_same_under_tritons_interpreter",
+    "test_gradients_are_closer_to_the_truth_than_those_of_transformers",
     "test_speedup_of_a_checkpoint_keeps_a_record", "test_killed_without_warning_resumes_bit_for_bit",
     "test_demo_with_own_model_and_text", "test_the_loader_runs_under_pytest_benchmark",
     "test_memory_does_not_depend_on_sizes", "test_memory_does_not_grow_with_the_input",

@@ -108,6 +108,8 @@ def _encode(value: Any, storages: Storages) -> Any:
         dtype = str(value.dtype).removeprefix("torch.")
         view = [key, dtype, list(value.shape), list(value.stride()), value.storage_offset()]
         return {"view": view}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, tuple):
         return {"tuple": [_encode(item, storages) for item in value]}
     return {"value": value}
@@ -117,6 +119,8 @@ def _decode(value: dict[str, Any], storages: Storages) -> Any:
     if "view" in value:
         key, dtype, shape, stride, offset = value["view"]
         return storages[key].view(getattr(torch, dtype)).as_strided(shape, stride, offset)
+    if "dtype" in value:
+        return getattr(torch, value["dtype"])
     if "tuple" in value:
         return tuple(_decode(item, storages) for item in value["tuple"])
     return value["value"]
@@ -178,17 +182,22 @@ def _round_as_hardware_does() -> None:
     """Make the interpreter's fp32 -> bf16 round to nearest even, as the compiled kernels do (cvt.rn.bf16).
 
     It cuts the low bits off, twice the error (triton#8322, triton#9808), which would hide that much of the
-    kernels' own.
+    kernels' own. Of 8-bit floats it rounds the mantissa without a carry into the exponent; compiled it is
+    cvt.rn.satfinite, which keeps a number that is too large at the largest one and NaN NaN.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
     original = interpreter._convert_float
+    eight = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
     def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
         if source == tl.float32 and target == tl.bfloat16:
             bits = torch.tensor(data.view("float32")).to(torch.bfloat16).view(torch.int16)
             return bits.numpy().view("uint16")
+        if source == tl.float32 and target in eight:
+            wide, largest = torch.tensor(data.view("float32")), torch.finfo(eight[target]).max
+            return wide.clamp(-largest, largest).to(eight[target]).view(torch.uint8).numpy()
         return original(data, source, target, mode)
 
     interpreter._convert_float = convert

@@ -71,6 +71,8 @@ CASES = {
     "detach.bridge_tokens": Case("detach.bridge_tokens=640", "pretrain", "weights pretrain", ("detach.bridge=linear",)),
     "detach.ridge": Case("detach.ridge=5", "pretrain", "weights pretrain", ("detach.bridge=linear",)),
     "pretrain.embedding": Case("pretrain.embedding=host", "plan", "status"),  # the model here is tied
+    "pretrain.graph": Case("pretrain.graph=on", "plan", "status"),  # there is no GPU in this plan
+    "pretrain.fp8": Case("pretrain.fp8=head", "plan", "plan pretrain memory"),
     "align.engine": Case("align.engine=streamed", "plan", "plan align engine"),
     "align.stream.store": Case("align.stream.store=disk", "plan", "plan align engine", STREAMED),
     "align.stream.inputs": Case("align.stream.inputs=host", "plan", "plan align engine", STREAMED),

@@ -44,7 +44,9 @@ def test_the_readme_holds_the_compiled_numbers(table: str) -> None:
 
 def test_nothing_spills_at_the_width_of_the_table(table: str) -> None:
     cells = re.findall(r"(\d+) / (\d+) / (\d+)", table)
-    assert len(cells) == len(specimens.specimens()) * len(compiled.TARGETS) == 125
+    wanted = [(made, target) for made in specimens.specimens() for target in compiled.TARGETS if target >= made.least]
+    assert len(cells) == len(wanted) == 28 * 5 + 7 * 3  # 8-bit floats begin with sm_89
+    assert table.count("| none |") + table.count("| none | none |") == 7 * 2
     assert {spilled for _, spilled, _ in cells} == {"0"}
     # 48 KiB is what a program may use on every card without asking.
     assert max(int(shared) for _, _, shared in cells) <= 48 * 1024
@@ -53,6 +55,8 @@ def test_nothing_spills_at_the_width_of_the_table(table: str) -> None:
 @pytest.mark.parametrize("capability", [80, 120])
 def test_fp32_compiles_without_spills(capability: int) -> None:
     for specimen in specimens.specimens("fp32"):
+        if capability < specimen.least:
+            continue
         assert compiled.compile_for(specimen, capability).spill_bytes == 0, specimen.name
 
 
@@ -88,7 +92,7 @@ def test_all_kernels_compile_within_a_minute_on_a_fresh_machine(tmp_path: Path) 
     done = subprocess.run([sys.executable, "-c", FRESH], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     count, seconds = done.stdout.split()
-    assert int(count) >= 25 and len(list(tmp_path.glob("*/*.cubin"))) >= int(count) and float(seconds) < 60
+    assert int(count) >= 28 and len(list(tmp_path.glob("*/*.cubin"))) >= int(count) and float(seconds) < 60
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py")]
     assert not any("autotune" in source for source in sources)
 

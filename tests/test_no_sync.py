@@ -66,7 +66,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return value == 1, value % 16 == 0
         return str(value)
 
+    product = torch._scaled_mm
+
+    def scaled_mm(*operands: Any, out: Tensor | None = None) -> Tensor:
+        """torch's has no form for meta tensors with an `out`."""
+        made: Tensor = product(*operands)
+        return made if out is None else out.copy_(made)
+
     compiled.clear()
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.device.type == "meta"))
     monkeypatch.setattr(choice, "use_triton", lambda tensor: True)
@@ -121,7 +129,7 @@ def rows(seed: int, documents: int = 1) -> RowBatch:
 
 def make(
     config: dict[str, Any], *, whole: bool = False, micro_batch: int = 2, recompute: Recompute = "none",
-    bridge: bool = False, host: bool = False, dtype: torch.dtype = torch.bfloat16, **optimizer: Any,
+    bridge: bool = False, host: bool = False, fp8: Any = "none", dtype: torch.dtype = torch.bfloat16, **optimizer: Any,
 ) -> ResidentEngine:  # fmt: skip
     spec = read_spec(config)
     tensors = _empty(spec, dtype)
@@ -133,6 +141,7 @@ def make(
         D = spec.D
         bridges = {(0, spec.layers - 1): Bridge(torch.empty(D, D, device="meta"), torch.empty(D, device="meta"))}
     model = Decoder(spec, tensors, layers, train_outer=whole, recompute=recompute, bridges=bridges)
+    model.use_fp8(fp8)
     return ResidentEngine(model, MasterAdamW(model, OptimizerConfig(**optimizer)), micro_batch)
 
 
@@ -158,6 +167,10 @@ CASES: dict[str, dict[str, Any]] = {
     "norms behind": {"config": OLMO2},
     "embedding on the host": {"config": LLAMA | {"tie_word_embeddings": False}, "host": True},
     "untied head": {"config": LLAMA | {"tie_word_embeddings": False}},
+    "8-bit head": {"config": LLAMA, "fp8": "head"},
+    "8-bit products": {"config": LLAMA, "fp8": "all"},
+    "8-bit products, recomputed": {"config": QWEN3, "fp8": "all", "recompute": "layer"},
+    "8-bit products, first of the MLP's made again": {"config": QWEN3, "fp8": "all", "recompute": "selective"},
     "whole model": {"config": LLAMA, "whole": True, "recompute": "layer"},
     "whole model, untied": {"config": LLAMA | {"tie_word_embeddings": False}, "whole": True},
 }
@@ -219,6 +232,22 @@ def test_a_planted_wait_is_seen(plant: Any, launched: list[str], sent: list[int]
     engine.model.observers = {3: plant}
     with pytest.raises((RuntimeError, NotImplementedError)):
         step(engine, rows(0))
+
+
+def test_launches_of_a_step_with_8_bit_operands(launched: list[str], sent: list[int]) -> None:
+    """Beside those of the step in bf16, whose loss has another kernel: a layer has four projections, each of which
+    rounds both operands forward, and backward d_out once, both ways, and weight and input the other way around, but for
+    the first projection's weight, since nothing before it learns. The head rounds its rows, the targets' term is added.
+    """
+    engine = make(LLAMA, fp8="all")
+    step(engine, rows(0))
+    launched.clear()
+    step(engine, rows(1))
+    layers, micro_batches = 2, 2
+    found = Counter(launched)
+    assert found["_quantize_tensor_kernel"] == micro_batches * (layers * 4 * (2 + 3) - 1)
+    assert found["_quantize_rows_kernel"] == found["_cross_entropy_fp8_kernel"] == micro_batches
+    assert found["_add_target_kernel"] == micro_batches and "_cross_entropy_forward_kernel" not in found
 
 
 def test_launches_of_a_step(launched: list[str], sent: list[int]) -> None:

@@ -44,6 +44,11 @@ class Card:
     aliases: tuple[str, ...] = ()
 
     @property
+    def fp8(self) -> bool:
+        """Whether it multiplies 8-bit floats: Ada, Hopper and later do, Ampere does not."""
+        return not re.match(r"rtx-30|rtx-a|a10", self.name)
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes to plan with: the number it is sold with times 10^9.
 

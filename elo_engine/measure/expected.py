@@ -25,6 +25,9 @@ from elo_engine.measure.setting import SHALLOW, Setting
 # about half of it on an RTX 4090 (torchtune, 1650 tokens/s): 0.4 lies between. Matmuls alone reach 0.8 of the peak
 # (H200, 790 of 989 TFLOP/s), so half of a measured matmul rate is the same assumption.
 PEAK_SHARE, MATMUL_SHARE = 0.4, 0.5
+# Products of 8-bit operands against those of bf16, with the passes that round: published peaks are twice as high, and
+# 1.6 is an assumption, not a measurement (docs/fp8.md).
+FP8_GAIN = 1.6
 
 READING_BYTES = 64 << 20  # the ring that checkpoints are read through, and a slot for each of its threads
 # What a training process on a CPU holds besides its tensors: code that torch loads with the first optimizer step, and
@@ -44,6 +47,7 @@ class Rate:
     share: float
     what: str
     only_bf16: bool = False
+    fp8: bool | None = None  # whether the device multiplies 8-bit floats, where that is known
 
     def seconds(self, flops: float) -> float:
         """Of so many operations."""
@@ -61,6 +65,7 @@ def card_rate(card: Card) -> Rate:
         PEAK_SHARE,
         f"{card.name}'s published bf16 peak of {card.flop_per_s / 1e12:.4g} TFLOP/s",
         only_bf16=True,
+        fp8=card.fp8,
     )
 
 
@@ -97,8 +102,11 @@ def snapshot_bytes(setting: Setting) -> int:
 
 
 def stage_seconds(setting: Setting, steps: int, rate: Rate) -> float:
-    """Of all steps of a stage, forward and backward alone."""
-    return rate.seconds(arm_flops(setting).executed.total * setting.tokens_per_step * steps)
+    """Of all steps of a stage, forward and backward alone; products of 8-bit operands are `FP8_GAIN` times as fast."""
+    flops = arm_flops(setting).executed
+    fast = {"none": 0.0, "head": flops.head, "all": flops.head + flops.linear}[setting.fp8]
+    work = flops.total - fast * (1.0 - 1.0 / FP8_GAIN)
+    return rate.seconds(work * setting.tokens_per_step * steps)
 
 
 def snapshot_host_bytes(setting: Setting) -> int:

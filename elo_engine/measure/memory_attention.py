@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from elo_engine.measure.memory_shapes import padded_documents
 from elo_engine.measure.setting import Setting
 
 
@@ -10,7 +11,7 @@ def flash_backward_bytes(setting: Setting) -> int:
     fp32 sum of the queries' gradient, padded by 128 tokens a document, and with grouped queries the gradients of keys
     and values once for every query head. Read from its source, not measured.
     """
-    spec, B = setting.spec, setting.micro_batch
+    spec, B = setting.spec, padded_documents(setting)
     width = -(-spec.E // 32) * 32
     total = 4 * (setting.N + 128 * B) * spec.H * width + 4 * setting.N * spec.H
     if spec.K != spec.H:

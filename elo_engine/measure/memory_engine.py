@@ -12,9 +12,10 @@ from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure import memory_engine_mlp as mlp
 from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_attention import copies_bytes, flash_backward_bytes, lse_bytes
+from elo_engine.measure.memory_fp8 import Fp8Products, head_bytes
 from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
 from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes, turn_bytes
-from elo_engine.measure.memory_shapes import coded_bytes, projections, split_spike
+from elo_engine.measure.memory_shapes import coded_bytes, projections, split_spike, step_buffer_bytes
 from elo_engine.measure.setting import SHALLOW, Setting
 
 ACT = "activations"
@@ -42,7 +43,7 @@ class EngineStep:
         self.NHE, self.NKE = N * spec.H * spec.E * self.w, N * spec.K * spec.E * self.w
         self.NC = self.NHE + 2 * self.NKE
         self.wide_ND = 4 * N * spec.D  # in fp32
-        self.parts = projections(spec)
+        self.parts, self.fp8 = projections(spec), Fp8Products(setting, ledger)
         self.gradients = Gradients(ledger, widens=self.w == 2, copies=not self.cuda)
         self.outer = None if self.shallow else OuterSums(setting, ledger)
         self._graph = ledger.add(ACT, 0)
@@ -65,6 +66,7 @@ class EngineStep:
         outer = spec.V * spec.D * (1 if spec.tied or self.setting.host_embedding else 2) + spec.D
         bridges = self.setting.bridges * (spec.D + 1) * spec.D
         ledger.add("weights", self.w * (outer + len(self.indices) * spec.layer_parameters + bridges))
+        ledger.add("weights", head_bytes(self.setting))
         if self.setting.state == "8bit":
             ledger.add("optimizer", sum(coded_bytes(size) for size in leaves))
         else:
@@ -73,7 +75,7 @@ class EngineStep:
         if self.cuda:
             tiles = sum(-(-size // _ADAMW_TILE) for size in leaves)
             ledger.add("optimizer", 8 * tiles + 4 * -(-tiles // _TILES_PER_SUM))
-        ledger.add(ACT, table_bytes(self.setting))
+        ledger.add(ACT, table_bytes(self.setting) + step_buffer_bytes(self.setting))
 
     def gradient(self, layer: int, name: str, size: int) -> None:
         """The gradient of a leaf of `size` elements, in the weights' type."""
@@ -125,7 +127,7 @@ class EngineStep:
             if not graph:  # the rest takes these two alone
                 ledger.drop(*(kept.pop(name) for name in [*kept] if name not in ("sum", "gate_up")))
             product = ledger.add(ACT, self.NF)
-            down = ledger.add(ACT, self.ND)
+            down = self.fp8.out(self.ND, self.spec.F)
             ledger.drop(product)
         if self.spec.norms != "pre":  # the residual is added to what the norm makes
             kept["down"], (out, kept["rstd4"]) = down, self.norm()
@@ -147,7 +149,7 @@ class EngineStep:
         normed = ledger.add(ACT, 0)
         if before:
             normed, kept["rstd2"] = self.norm()
-        kept["gate_up"] = ledger.add(ACT, 2 * self.NF)
+        kept["gate_up"] = self.fp8.out(2 * self.NF, self.spec.D)
         ledger.drop(normed, update)
         return kept
 
@@ -168,7 +170,7 @@ class EngineStep:
         normed = ledger.add(ACT, 0)
         if before:
             normed, kept["rstd1"] = self.norm()
-        kept["qkv"] = ledger.add(ACT, self.NC)
+        kept["qkv"] = self.fp8.out(self.NC, self.spec.D)
         ledger.drop(normed)
         if self.spec.head_norms is not None:
             self.head_norms(kept)
@@ -176,7 +178,7 @@ class EngineStep:
         kept["lse"] = ledger.add(ACT, lse_bytes(self.setting))
         ledger.spike(ACT, copies_bytes(self.setting, index, backward=False))
         kept["mixed"] = ledger.add(ACT, self.NHE)
-        update = ledger.add(ACT, self.ND)
+        update = self.fp8.out(self.ND, self.spec.H * self.spec.E)
         if self.spec.norms != "pre":
             kept["update"], (update, kept["rstd3"]) = update, self.norm()
         return kept, update
@@ -242,6 +244,7 @@ class EngineStep:
         d_update = self.norm_out_backward(index, kept, "update", "rstd3") if post else ledger.add(ACT, 0)
         d_mixed = ledger.add(ACT, self.NHE)
         self.gradient(index, "output", p["o"].size + p["o"].biases)
+        self.fp8.backward(self.spec.D, self.spec.H * self.spec.E)
         ledger.drop(d_update)
         self.gradients.settle()
         if not below:
@@ -254,6 +257,7 @@ class EngineStep:
         packed = sum(p[name].size + p[name].biases for name in "qkv")
         if self.spec.norms == "post":
             self.gradient(index, "qkv", packed)
+            self.fp8.backward(packed // self.spec.D, self.spec.D)
             d_hidden, rstd = ledger.add(ACT, self.ND if below else 0), ledger.add(ACT, 0)
         else:
             d_hidden = self.norm_linear_backward(index, "qkv", packed) if below else self.below_nothing(index, packed)
@@ -270,6 +274,7 @@ class EngineStep:
         self.gradient(index, name, size)
         ledger.drop(normed, rstd)
         d_normed = ledger.add(ACT, self.ND)
+        self.fp8.backward(size // self.spec.D, self.spec.D)
         d_hidden = self.norm_backward()
         self.gradient(index, f"norm of {name}", self.spec.D)
         ledger.drop(d_normed)
@@ -281,6 +286,7 @@ class EngineStep:
         unit, rstd = self.norm()
         wide = 4 if self.cuda else self.w
         scaled = ledger.add(GRAD, wide * size)
+        self.fp8.backward(size // self.spec.D, self.spec.D)
         ledger.drop(unit, rstd)
         # gamma's gradient: weight and M in fp32 where they are not, and their products
         copies = 4 * size * ((self.w == 2) + (wide == 2))
@@ -329,10 +335,9 @@ class EngineStep:
         ledger = self.ledger
         # ids, positions and rotary tables by token live with the graph, and that until the next loss replaces this one
         tables = gathered_bytes(self.setting, self.indices) + rows_bytes(self.setting)
-        graph = ledger.add(ACT, 2 * 8 * self.N + tables)
-        labels = ledger.add(ACT, 8 * self.N)
-        hidden = ledger.add(ACT, self.ND)
-        saved: list[SavedLayer] = []
+        tokens = 0 if self.setting.graph else 8 * self.N  # of a graph they are the step's, and stay
+        graph, labels = ledger.add(ACT, 2 * tokens + tables), ledger.add(ACT, tokens)
+        hidden, saved = ledger.add(ACT, self.ND), list[SavedLayer]()
         again = self.setting.recompute == "layer"
         for index in self.indices:
             hidden = self.across(index, hidden)

@@ -35,7 +35,10 @@ def forward(setting: Setting, ledger: Ledger, *, learns: bool) -> Held:
     """-> gradient of the hidden states, which lives until the backward. That of the head is added to the step's sum."""
     spec, N, w = setting.spec, setting.N, setting.width
     losses, d_hidden = ledger.add(LOSS, 4 * N), ledger.add(LOSS, N * spec.D * w)
-    if setting.device == "cuda":
+    if setting.device == "cuda" and setting.fp8 != "none":
+        chunk = gpu_chunk(N, spec.V, 3)  # logits in bf16 and gradients in 8 bits; rounded hidden rows, and row scales
+        ledger.spike(LOSS, chunk * (3 * _round_up(spec.V, _ALIGN) + spec.D + 12))
+    elif setting.device == "cuda":
         ledger.spike(LOSS, gpu_chunk(N, spec.V, w) * _round_up(spec.V, _ALIGN) * w)
     elif spec.head_softcap is not None:
         _capped_rows(setting, ledger, learns=learns)

@@ -24,10 +24,10 @@ def forward_selective(step: EngineStep, update: Held) -> tuple[Held, Held]:
     else:
         total, update = update, ledger.add(ACT, 0)
         normed, rstd = ledger.add(ACT, 0), ledger.add(ACT, 0)
-    gate_up = ledger.add(ACT, 2 * step.NF)
+    gate_up = step.fp8.out(2 * step.NF, step.spec.D)
     ledger.drop(normed)
     product = ledger.add(ACT, step.NF)
-    down = ledger.add(ACT, step.ND)
+    down = step.fp8.out(step.ND, step.spec.F)
     ledger.drop(product, gate_up, rstd, update)
     return total, down
 
@@ -43,6 +43,7 @@ def backward(
     if not step.cuda:
         ledger.spike(ACT, step.NF)
     step.gradient(index, "down", p["down"].size + p["down"].biases)
+    step.fp8.backward(step.spec.D, step.spec.F)
     ledger.drop(d_product, active, d_down)
     pass_by(kept.pop("gate_up"))
     step.gradients.settle()
@@ -50,6 +51,7 @@ def backward(
     size = 2 * (p["gate"].size + p["gate"].biases)
     if step.spec.norms == "post":
         step.gradient(index, "gate_up", size)
+        step.fp8.backward(2 * step.spec.F, step.spec.D)
         through, residual = ledger.add(ACT, step.ND), ledger.add(ACT, step.ND)
         ledger.drop(through, d_packed)
     else:
@@ -63,7 +65,7 @@ def backward_again(step: EngineStep, index: int, d_down: Held) -> Held:
     ledger, p = step.ledger, step.parts
     post = step.spec.norms == "post"
     normed, rstd = (ledger.add(ACT, 0), ledger.add(ACT, 0)) if post else step.norm()
-    gate_up, d_product = ledger.add(ACT, 2 * step.NF), ledger.add(ACT, step.NF)
+    gate_up, d_product = step.fp8.out(2 * step.NF, step.spec.D), ledger.add(ACT, step.NF)
     # on a GPU the gradient of [gate | up] takes its place, and act(gate) * up that of its own
     d_packed = ledger.add(ACT, 0 if step.cuda else 2 * step.NF)
     active = ledger.add(ACT, 0 if step.cuda else step.NF)
@@ -71,10 +73,12 @@ def backward_again(step: EngineStep, index: int, d_down: Held) -> Held:
         ledger.spike(ACT, step.NF)
         ledger.drop(gate_up)
     step.gradient(index, "down", p["down"].size + p["down"].biases)
+    step.fp8.backward(step.spec.D, step.spec.F)
     ledger.drop(d_product, active)
     step.gradient(index, "gate_up", 2 * (p["gate"].size + p["gate"].biases))
     ledger.drop(normed)
     d_hidden = ledger.add(ACT, step.ND)
+    step.fp8.backward(2 * step.spec.F, step.spec.D)
     if not post:
         d_normed, d_hidden = d_hidden, step.norm_backward()
         step.gradient(index, "norm of gate_up", step.spec.D)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from elo_engine.measure.setting import Setting
 from elo_engine.model.spec import ModelSpec
 
 SCALE_GROUP = 256  # parameters that share an 8-bit state's scale, in this engine and in bitsandbytes
@@ -11,6 +12,25 @@ SCALE_GROUP = 256  # parameters that share an 8-bit state's scale, in this engin
 # Weights of 24 bits are updated so many elements at a time (model/split_weights.py): the number in fp32, and 64-bit
 # integers for the random bits with a temporary of theirs.
 SPLIT_CHUNK, _SPLIT_BYTES = 256 * 16384, 20
+
+
+# Of a step that is a CUDA graph (train/step_buffers.py): documents that a micro-batch has room for at least, and the
+# step's own numbers.
+FEWEST_DOCUMENTS, _NUMBERS = 16, 4
+
+
+def padded_documents(setting: Setting) -> int:
+    """Documents of a micro-batch that attention is told of, where each row is one; a graph's has empty ones too."""
+    rows = setting.micro_batch
+    return rows if not setting.graph else max(FEWEST_DOCUMENTS, 1 << (rows - 1).bit_length())
+
+
+def step_buffer_bytes(setting: Setting) -> int:
+    """What a step that is a CUDA graph is fed from: ids, labels, positions of all its tokens, bounds of documents."""
+    if not setting.graph:
+        return 0
+    offsets = 4 * setting.micro_batches * (padded_documents(setting) + 1)
+    return 3 * 8 * setting.tokens_per_step + offsets + 4 * _NUMBERS
 
 
 def split_spike(largest: int) -> int:

@@ -87,6 +87,8 @@ class Setting:
         lora_rank: r of arm (d), on all seven projections of a layer.
         bridges: gaps between, before and behind the detached layers that have an affine map (elo_pretrain): all or 0.
         host_embedding: elo_pretrain's frozen embedding is in the host's memory and not in a GPU's.
+        graph: a step of elo_pretrain is a CUDA graph, fed from buffers that hold a whole step's tokens.
+        fp8: elo_pretrain's products of 8-bit operands: the head's, or the layers' too.
         streaming: of arm (s), whose layers are always run again, whatever `recompute` says.
     """
 
@@ -106,6 +108,8 @@ class Setting:
     bridges: int = 0
     turns: ShallowTurns | None = None
     host_embedding: bool = False
+    graph: bool = False
+    fp8: Literal["none", "head", "all"] = "none"
 
     def __post_init__(self) -> None:
         assert self.recompute in get_args(Recompute), f"recompute {self.recompute!r} is not of {get_args(Recompute)}"

@@ -84,6 +84,7 @@ class Decoder:
         observers: by layer, called with the hidden state [N, D] that enters it (of `spec.layers`: the final norm), in
             the forward pass of `loss_sum` and `hidden_states`, once a micro-batch and without gradients. Evaluation
             (`token_losses`, `logits`) is not observed: what is learned must not depend on held-out text.
+        fp8: which products of training multiply 8-bit operands, of `use_fp8`; evaluation's never do.
     """
 
     def __init__(
@@ -125,6 +126,20 @@ class Decoder:
         self._outer: OuterGradients | None = None
         self._set_bridges(bridges or {})
         self.observers: dict[int, Observer] = {}
+        self.fp8: ops.Fp8 = "none"
+        self._fp8_head: ops.Fp8Head | None = None
+
+    def use_fp8(self, fp8: ops.Fp8) -> None:
+        """Train with 8-bit operands in the products of the head, which is rounded now and must be frozen, or of all."""
+        assert fp8 == "none" or not self.head_VD.requires_grad, "a head that learns is not what was rounded"
+        if fp8 != "none" and self._fp8_head is None:
+            self._fp8_head = ops.Fp8Head.of(self.head_VD, self.spec.head_softcap)
+        self.fp8 = fp8
+
+    @property
+    def fp8_tensors(self) -> list[Tensor]:
+        """The head in 8 bits, both layouts and their scales."""
+        return [] if self._fp8_head is None else self._fp8_head.tensors
 
     def _set_bridges(self, bridges: Mapping[Gap, Bridge]) -> None:
         at = self.layer_indices
@@ -222,9 +237,10 @@ class Decoder:
         else:
             hidden_ND = embed(batch.ids_N, self.embedding_VD, outer)
         hidden_ND = scale_embedded(self.spec, hidden_ND)
+        fp8 = self.fp8 == "all" and torch.is_grad_enabled()
         for index, weights in zip(self.layer_indices, self.layers, strict=True):
             hidden_ND = self._enter(index, hidden_ND)
-            hidden_ND = run_layer(self.recompute, self.spec, index, weights, hidden_ND, ropes, batch.packing)
+            hidden_ND = run_layer(self.recompute, self.spec, index, weights, hidden_ND, ropes, batch.packing, fp8=fp8)
         hidden_ND = self._enter(self.spec.layers, hidden_ND)
         return final_norm(self.spec, hidden_ND, self.norm_D)
 
@@ -254,6 +270,11 @@ class Decoder:
 
     def head_loss(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
         """`loss_sum` of the final norm's output."""
+        if self.fp8 != "none" and torch.is_grad_enabled():
+            assert self._fp8_head is not None
+            return ops.linear_cross_entropy_fp8(
+                hidden_ND, self.head_VD, self._fp8_head, labels_N, softcap=self.spec.head_softcap
+            )
         head_sum_VD = None if self._outer is None or not torch.is_grad_enabled() else self._outer.head_sum_VD
         return ops.linear_cross_entropy(
             hidden_ND, self.head_VD, labels_N, softcap=self.spec.head_softcap, d_head_sum_VD=head_sum_VD
@@ -277,16 +298,16 @@ class Decoder:
 
 def run_layer(
     recompute: Recompute, spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes,
-    packing: Packing,
+    packing: Packing, *, fp8: bool = False,
 ) -> Tensor:  # fmt: skip
     """`decoder_layer`, which for the backward pass keeps all that it needs (none), all but the output of the MLP's
     first product (selective), or its input alone (layer); the same bits each way.
     """
     if recompute == "none" or not torch.is_grad_enabled():
-        return decoder_layer(spec, index, weights, hidden_ND, ropes, packing)
+        return decoder_layer(spec, index, weights, hidden_ND, ropes, packing, fp8=fp8)
     if recompute == "selective":
-        return decoder_layer(spec, index, weights, hidden_ND, ropes, packing, selective=True)
-    return _RunAgain.apply(hidden_ND, weights["output"], spec, index, weights, ropes, packing)  # type: ignore[no-any-return]
+        return decoder_layer(spec, index, weights, hidden_ND, ropes, packing, selective=True, fp8=fp8)
+    return _RunAgain.apply(hidden_ND, weights["output"], spec, index, weights, ropes, packing, fp8)  # type: ignore[no-any-return]
 
 
 class _RunAgain(torch.autograd.Function):
@@ -298,11 +319,12 @@ class _RunAgain(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, anchor: Tensor, spec: ModelSpec, index: int, weights: LayerWeights,
-        ropes: Ropes, packing: Packing,
+        ropes: Ropes, packing: Packing, fp8: bool,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden_ND)
         ctx.layer = spec, index, weights, ropes, packing
-        return decoder_layer(spec, index, weights, hidden_ND, ropes, packing)
+        ctx.fp8 = fp8
+        return decoder_layer(spec, index, weights, hidden_ND, ropes, packing, fp8=fp8)
 
     @staticmethod
     @once_differentiable
@@ -310,6 +332,7 @@ class _RunAgain(torch.autograd.Function):
         (hidden_ND,) = ctx.saved_tensors
         spec, index, weights, ropes, packing = ctx.layer
         d_hidden_ND = layer_gradient(
-            spec, index, weights, hidden_ND, ropes, packing, grads[0], need_d_hidden=ctx.needs_input_grad[0]
-        )
-        return d_hidden_ND, *[None] * 6
+            spec, index, weights, hidden_ND, ropes, packing, grads[0], need_d_hidden=ctx.needs_input_grad[0],
+            fp8=ctx.fp8,
+        )  # fmt: skip
+        return d_hidden_ND, *[None] * 7

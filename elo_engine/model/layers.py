@@ -50,6 +50,32 @@ class Packing:
         return max(stop - start for start, stop in pairwise(self.segment_starts))
 
 
+class PaddedPacking(Packing):
+    """Bounds of documents of which the device alone knows: as many for every text, empty documents at the end.
+
+    What variable-length attention is given has so the same shapes whatever the text. flash-attn 2, and the copy of it
+    that is torch's varlen_attn, takes empty documents: each block of a grid of longest x documents x heads finds its
+    document in the offsets and returns where it begins behind its end, before it has read or written anything
+    (BlockInfo, in both passes), and the forward pass is not split by length but for single queries.
+
+    Args:
+        offsets_S1: int32, in [0, N], N as often as there are empty documents, and once more.
+        longest: no document is longer. Blocks beyond a document's end cost their launch alone.
+    """
+
+    def __init__(self, offsets_S1: Tensor, positions_N: Tensor, longest: int) -> None:
+        # as if they had been made when first asked for
+        vars(self).update(positions_N=positions_N, offsets=offsets_S1, longest=longest)
+
+    @property
+    def segment_starts(self) -> list[int]:
+        """The bounds that are there now, without the empty documents, for paths that need them on the host; a device is
+        waited for.
+        """
+        starts: list[int] = self.offsets.unique_consecutive().tolist()
+        return starts
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary tables in fp32, a row a position, R = half the rotary width, and the positions of one micro-batch."""
@@ -195,8 +221,8 @@ def final_norm(spec: ModelSpec, hidden_ND: Tensor, norm_D: Tensor) -> Tensor:
 
 def decoder_layer(
     spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing,
-    *, selective: bool = False,
-) -> Tensor:
+    *, selective: bool = False, fp8: bool = False,
+) -> Tensor:  # fmt: skip
     """One decoder layer: attention and gated MLP, each added to the residual stream. [N, D] -> [N, D]
 
     Where the hidden state that enters needs no gradient (the first layer above a frozen embedding), none is formed.
@@ -205,12 +231,13 @@ def decoder_layer(
         index: of the layer in the checkpoint, which says its kind.
         selective: the backward pass makes the gate and up projections again, 2F numbers a token that are not kept; the
             bits are the same.
+        fp8: its projections multiply 8-bit operands.
     """
     if selective:
-        sum_ND, update_ND = _mlp_again(spec, index, weights, hidden_ND, ropes, packing)
+        sum_ND, update_ND = _mlp_again(spec, index, weights, hidden_ND, ropes, packing, fp8)
     else:
-        sum_ND, gate_up_N2F = _until_down(spec, index, weights, hidden_ND, ropes, packing)
-        update_ND = ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation)
+        sum_ND, gate_up_N2F = _until_down(spec, index, weights, hidden_ND, ropes, packing, fp8)
+        update_ND = ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation, fp8=fp8)
     return _add_norm_out(spec, sum_ND, weights.get("norm_mlp_out"), update_ND)
 
 
@@ -225,6 +252,7 @@ def layer_gradient(
     *,
     need_d_hidden: bool,
     before: Callable[[], None] | None = None,
+    fp8: bool = False,
 ) -> Tensor | None:
     """Run a layer again from its input, and its output's gradient back through it (Chen et al. 2016, arXiv 1604.06174).
 
@@ -238,10 +266,11 @@ def layer_gradient(
     gamma_D = weights.get("norm_mlp_out")
     with torch.enable_grad():
         if gamma_D is None:
-            sum_ND, update_ND = _mlp_again(spec, index, weights, entered_ND, ropes, packing, run=False)
+            sum_ND, update_ND = _mlp_again(spec, index, weights, entered_ND, ropes, packing, fp8, run=False)
         else:
-            sum_ND, gate_up_N2F = _until_down(spec, index, weights, entered_ND, ropes, packing)
-            update_ND = ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation)
+            sum_ND, gate_up_N2F = _until_down(spec, index, weights, entered_ND, ropes, packing, fp8)
+            down, bias_D = weights["down"], weights.get("down_bias")
+            update_ND = ops.gated_linear(gate_up_N2F, down, bias_D, spec.activation, fp8=fp8)
             update_ND = _norm_out(spec, gamma_D, update_ND)
     if before is not None:
         before()
@@ -250,45 +279,45 @@ def layer_gradient(
 
 
 def _until_down(
-    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing
+    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing, fp8: bool
 ) -> tuple[Tensor, Tensor]:
     """-> the residual stream after attention, and the packed gate and up projections."""
-    residual_ND, update_ND = _until_mlp(spec, index, weights, hidden_ND, ropes, packing)
+    residual_ND, update_ND = _until_mlp(spec, index, weights, hidden_ND, ropes, packing, fp8)
     gate_up, gate_up_bias = weights["gate_up"], weights.get("gate_up_bias")
     if update_ND is None:
-        return residual_ND, ops.linear(residual_ND, gate_up, gate_up_bias)
-    norm: dict[str, Any] = {"eps": spec.norm_eps, "unit_offset": spec.unit_offset}
+        return residual_ND, ops.linear(residual_ND, gate_up, gate_up_bias, fp8=fp8)
+    norm: dict[str, Any] = {"eps": spec.norm_eps, "unit_offset": spec.unit_offset, "fp8": fp8}
     return ops.add_norm_linear(residual_ND, update_ND, weights["norm_mlp"], gate_up, gate_up_bias, **norm)
 
 
 def _mlp_again(
     spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing,
-    *, run: bool = True,
+    fp8: bool, *, run: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> the residual stream after attention, and the MLP's output, of which nothing else is kept."""
-    residual_ND, update_ND = _until_mlp(spec, index, weights, hidden_ND, ropes, packing)
+    residual_ND, update_ND = _until_mlp(spec, index, weights, hidden_ND, ropes, packing, fp8)
     return ops.gated_mlp_again(
         residual_ND, update_ND, weights.get("norm_mlp"), weights["gate_up"], weights.get("gate_up_bias"),
         weights["down"], weights.get("down_bias"), spec.norm_eps,
-        unit_offset=spec.unit_offset, activation=spec.activation, run=run,
+        unit_offset=spec.unit_offset, activation=spec.activation, run=run, fp8=fp8,
     )  # fmt: skip
 
 
 def _until_mlp(
-    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing
+    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing, fp8: bool
 ) -> tuple[Tensor, Tensor | None]:
     """-> the residual stream, and what attention adds to it; None where it is added already and no norm follows."""
     kind = spec.kind(index)
     rope = None if kind.rope is None else ropes[kind.rope]
-    norm: dict[str, Any] = {"eps": spec.norm_eps, "unit_offset": spec.unit_offset}
+    norm: dict[str, Any] = {"eps": spec.norm_eps, "unit_offset": spec.unit_offset, "fp8": fp8}
     qkv, qkv_bias = weights["qkv"], weights.get("qkv_bias")
     if spec.norms == "post":
-        qkv_NC = ops.linear(hidden_ND, qkv, qkv_bias)
+        qkv_NC = ops.linear(hidden_ND, qkv, qkv_bias, fp8=fp8)
     else:
         qkv_NC = ops.norm_linear(hidden_ND, weights["norm_attention"], qkv, qkv_bias, **norm)
     q_NHE, k_NKE, v_NKE = _heads(spec, weights, qkv_NC, rope)
     mixed_NHE = ops.attention(q_NHE, k_NKE, v_NKE, packing, spec.scale, kind.window, spec.softcap)
-    update_ND = ops.linear(mixed_NHE.flatten(1), weights["output"], weights.get("output_bias"))
+    update_ND = ops.linear(mixed_NHE.flatten(1), weights["output"], weights.get("output_bias"), fp8=fp8)
     gamma_D = weights.get("norm_attention_out")
     if spec.norms == "post":
         return _add_norm_out(spec, hidden_ND, gamma_D, update_ND), None

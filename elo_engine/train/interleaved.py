@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class SharedAdamW(SharedState):
         number = detached.attempt()
         key = step_key(self._seed, number) if config.state == "8bit" else 0
         own = [[grads[i] for i in places] for places in self._places]
-        rates = {"lr": lr, "eps": config.eps, "weight_decay": config.weight_decay}
+        rates: dict[str, Any] = {"lr": lr, "eps": config.eps, "weight_decay": config.weight_decay}
         if not whole:
             return adamw_step(detached.state, own[0], clip=config.clip, key=key, **rates)
         rest.attempt()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elo_engine.config import OptimizerConfig
 from elo_engine.model.decoder import Decoder, Leaf
-from elo_engine.model.ops.adamw import AdamwState, StepResult, adamw_step
+from elo_engine.model.ops.adamw import AdamwState, StepResult, adamw_step, given_bits
 from elo_engine.model.reference_adamw import step_key
 from elo_engine.train.gradients import Gradients
 from elo_engine.train.leaf_state import LeafState
@@ -74,9 +74,23 @@ class MasterAdamW(LeafState):
         """Clip by the global norm and update; on a GPU the host does not wait. Returns the norm before clipping and
         whether it was finite, as scalars on the device; if it was not, nothing was changed.
         """
-        config = self._config
+        return self._update(lr, self._next_key())
+
+    def next_given(self, lr: float) -> Tensor:
+        """Count a step, and the numbers that are its own, on the host: what `step_given` finds on the device."""
+        return given_bits(lr, self._config.weight_decay, self._next_key())
+
+    def step_given(self, given: Tensor) -> StepResult:
+        """`step` with its numbers on the device: nothing of the host's goes into it, so it can be repeated as it is."""
+        return self._update(0.0, 0, given)
+
+    def _next_key(self) -> int:
         key = step_key(self._seed, self._attempts) if self._eight else 0
         self._attempts += 1
+        return key
+
+    def _update(self, lr: float, key: int, given: Tensor | None = None) -> StepResult:
+        config = self._config
         return adamw_step(
             self._state,
             self._grads.of_one_type(),
@@ -85,5 +99,6 @@ class MasterAdamW(LeafState):
             weight_decay=config.weight_decay,
             clip=config.clip,
             key=key,
+            given=given,
         )
 

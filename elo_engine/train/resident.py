@@ -70,7 +70,7 @@ class ResidentEngine:
     def held(self) -> dict[str, int]:
         """Bytes on the device by component, after a step whose gradients are still there."""
         weights, gradients = self.model.trainable() | self.model.frozen(), dict(self.optimizer.gradients())
-        present = [*weights.values(), *self.model.bridge_tensors]
+        present = [*weights.values(), *self.model.bridge_tensors, *self.model.fp8_tensors]
         return held_bytes(present, gradients.values(), self.optimizer, self.device)
 
     def step(

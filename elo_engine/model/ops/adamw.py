@@ -10,7 +10,8 @@ each layer whenever it is there, if need be in the middle of the next step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -109,12 +110,15 @@ def adamw_step(
     weight_decay: float,
     clip: float | None,
     key: int = 0,
+    given: Tensor | None = None,
 ) -> StepResult:
     """Clip by the global norm and update everything in place; under Triton nothing waits for the device.
 
     Args:
         grads: one a weight, contiguous, all fp32 or all bf16; None leaves a weight as it is. May be scaled in place.
         clip: the largest norm, None for no clipping. key: `reference_adamw.step_key`, of the random rounding.
+        given: of `given_bits` on the device, under Triton alone: what is there takes the place of lr, weight_decay and
+            key, so that a step that is captured and repeated sees its own.
 
     Returns:
         The norm, and whether it was finite. If not, nothing was changed.
@@ -122,6 +126,7 @@ def adamw_step(
     lists = (state.weights, state.exp_avgs, state.exp_avg_sqs)
     options: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "clip": clip}
     if state.lows is not None:
+        assert given is None, "weights of 24 bits take their keys from the host"
         numbers = step_numbers(state.powers, _norms_there(grads), bits=8, key=key, **options)
         _update_split(state, grads, numbers, first=0)
         return numbers.result
@@ -129,20 +134,52 @@ def adamw_step(
         from elo_engine.kernels import adamw, adamw_8bit, adamw_plan
 
         state._plan = state._plan or adamw_plan.adamw_plan(state.weights)
+        options |= {"plan": state._plan, "given": given}
         if state.scales is None:
-            control_C = adamw.adamw_fp32(grads, *lists, state.leaves, state.powers, plan=state._plan, **options)
+            control_C = adamw.adamw_fp32(grads, *lists, state.leaves, state.powers, **options)
         else:
-            control_C = adamw_8bit.adamw_8bit(
-                grads, *lists, *state.scales, state.powers, key=key, plan=state._plan, **options
-            )
+            control_C = adamw_8bit.adamw_8bit(grads, *lists, *state.scales, state.powers, key=key, **options)
             _copy_to_leaves(state)
         return StepResult(control_C[0], control_C[1])
+    assert given is None, "only Triton's kernels read numbers from the device"
     if state.scales is not None:
         step = cpu_adamw.adamw_8bit if choice.use_cpu(state.powers) else reference_adamw.adamw_8bit
         result = StepResult(*step(grads, *lists, *state.scales, state.powers, key=key, **options))
         _copy_to_leaves(state)
         return result
     return _torch_step(state, grads, **options)
+
+
+GIVEN = 3  # int32 numbers of `given_bits`
+
+
+def given_bits(lr: float, weight_decay: float, key: int) -> Tensor:
+    """int32 [GIVEN] on the host: what `adamw_step` takes as `given` once it is on the device."""
+    from elo_engine.kernels import adamw_plan
+
+    bits: Tensor = adamw_plan.given_bits(lr, weight_decay, key)
+    return bits
+
+
+@contextmanager
+def addresses_noted(state: AdamwState) -> Iterator[Callable[[], Any]]:
+    """Inside, `adamw_step` sends nothing from the host: the addresses of the gradients, which a capture finds out, are
+    noted. What is given, called once the capture is done, sends them; its result is to be kept as long as what was
+    captured. Steps outside of the block are as before.
+    """
+    from elo_engine.kernels import adamw_plan
+
+    before = state._plan = state._plan or adamw_plan.adamw_plan(state.weights)
+    own = state._plan = adamw_plan.noting(before)
+
+    def deliver() -> Any:
+        adamw_plan.deliver(own)
+        return own
+
+    try:
+        yield deliver
+    finally:
+        state._plan = before
 
 
 @torch.no_grad()

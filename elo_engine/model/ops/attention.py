@@ -64,6 +64,18 @@ def describe_backend() -> str:
     return _backend(torch.bfloat16, 128, None)
 
 
+def why_not_padded(dtype: torch.dtype, E: int, softcap: float | None) -> str | None:
+    """What keeps a CUDA step from depending on nothing of the host's; None: nothing."""
+    if choice.use_reference():
+        return "kernels: reference looks at numbers of the device"
+    if not choice.has_triton():
+        return "triton is not installed, and AdamW without it waits for the norm"
+    if _backend(dtype, E, softcap) == "sdpa":
+        capped = "" if softcap is None else f" with scores capped at {softcap:g}"
+        return f"no fused attention here takes heads of {E} in {str(dtype).removeprefix('torch.')}{capped}"
+    return None
+
+
 def attention(
     q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, packing: Packing, scale: float, window: int | None = None,
     softcap: float | None = None,
@@ -73,11 +85,10 @@ def attention(
     Raises:
         RefusedError: `kernels: fused` on CUDA, and no fused backend here has a soft-cap, or takes this width in bf16.
     """
-    starts = packing.segment_starts
     if choice.use_reference():
-        return reference.attention(q_NHE, k_NKE, v_NKE, starts, scale, window, softcap)
+        return reference.attention(q_NHE, k_NKE, v_NKE, packing.segment_starts, scale, window, softcap)
     if not q_NHE.is_cuda:
-        return cpu.attention(q_NHE, k_NKE, v_NKE, starts, scale, window, softcap)
+        return cpu.attention(q_NHE, k_NKE, v_NKE, packing.segment_starts, scale, window, softcap)
     backend = _backend(q_NHE.dtype, q_NHE.shape[2], softcap)
     if backend == "flash-attn":
         return _flash_attn(q_NHE, k_NKE, v_NKE, packing, scale, window, softcap)
@@ -89,7 +100,7 @@ def attention(
             f"kernels: fused, but no fused attention here does {what} in {q_NHE.dtype}: torch's variable-length flash "
             "attention has no soft-cap and needs torch 2.11; install flash-attn, or use kernels: auto, which is slower"
         )
-    return cpu.attention_by_segment(q_NHE, k_NKE, v_NKE, starts, scale, window, softcap)
+    return cpu.attention_by_segment(q_NHE, k_NKE, v_NKE, packing.segment_starts, scale, window, softcap)
 
 
 def _flash_attn(

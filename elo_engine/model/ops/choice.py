@@ -73,6 +73,11 @@ def use_reference() -> bool:
     return _mode == "reference"
 
 
+def has_triton() -> bool:
+    """Whether kernels can be compiled at all."""
+    return _HAS_TRITON
+
+
 def use_triton(tensor: Tensor) -> bool:
     """Whether a Triton kernel computes on this tensor."""
     if not _HAS_TRITON or _mode == "reference":

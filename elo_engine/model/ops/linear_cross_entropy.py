@@ -62,7 +62,7 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d_hidden_ND,) = ctx.saved_tensors
-        return _scaled(d_hidden_ND, grads[0][:, None]), None, None, None, None, None
+        return scaled(d_hidden_ND, grads[0][:, None]), None, None, None, None, None
 
 
 class _LearningHead(torch.autograd.Function):
@@ -81,10 +81,10 @@ class _LearningHead(torch.autograd.Function):
         d_hidden_ND, d_head_VD = ctx.saved_tensors
         # in place: this buffer, V x D in fp32, belongs to this node alone and it runs once
         d_head_VD = d_head_VD.mul_(grads[0]).to(ctx.head_dtype)
-        return _scaled(d_hidden_ND, grads[0].view(1, 1)), d_head_VD, None, None
+        return scaled(d_hidden_ND, grads[0].view(1, 1)), d_head_VD, None, None
 
 
-def _scaled(d_hidden_ND: Tensor, by: Tensor) -> Tensor:
+def scaled(d_hidden_ND: Tensor, by: Tensor) -> Tensor:
     """The product in fp32, rounded once: a bf16 factor, one over the step's tokens, would itself be off by 2^-9."""
     return torch.mul(d_hidden_ND, by, out=torch.empty_like(d_hidden_ND))
 

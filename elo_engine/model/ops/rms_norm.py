@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elo_engine.model import cpu_pointwise, reference
 from elo_engine.model.ops import choice
+from elo_engine.model.ops.linear_fp8 import OutGradient, linear, out_product
 
 
 def norm_forward(
@@ -166,15 +166,15 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, update_ND: Tensor | None, gamma_D: Tensor, weight_OD: Tensor,
-        bias_O: Tensor | None, eps: float, unit_offset: bool,
+        bias_O: Tensor | None, eps: float, unit_offset: bool, fp8: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         normed_ND, rstd_N, sum_ND = norm_forward(hidden_ND, gamma_D, eps, unit_offset, update_ND)
         ctx.save_for_backward(sum_ND, gamma_D, weight_OD, rstd_N)
-        ctx.options = eps, unit_offset
+        ctx.options = eps, unit_offset, fp8
         ctx.set_materialize_grads(False)
         if update_ND is not None and not any(ctx.needs_input_grad[:2]):
             ctx.mark_non_differentiable(sum_ND)
-        return F.linear(normed_ND, weight_OD, bias_O), None if update_ND is None else sum_ND
+        return out_product(normed_ND, weight_OD, bias_O, fp8), None if update_ND is None else sum_ND
 
     @staticmethod
     @once_differentiable
@@ -183,34 +183,35 @@ class _NormLinear(torch.autograd.Function):
         sum_ND, gamma_D, weight_OD, rstd_N = ctx.saved_tensors
         needs_hidden, needs_update, needs_gamma, needs_weight, needs_bias = ctx.needs_input_grad[:5]
         if d_out_NO is None:
-            return d_sum_ND if needs_hidden else None, d_sum_ND if needs_update else None, *[None] * 5
-        eps, unit_offset = ctx.options
+            return d_sum_ND if needs_hidden else None, d_sum_ND if needs_update else None, *[None] * 6
+        eps, unit_offset, fp8 = ctx.options
+        d_out = OutGradient(d_out_NO, fp8, (needs_hidden or needs_update, needs_gamma or needs_weight))
         d_hidden_ND, d_gamma_D, d_weight_OD = None, None, None
         if needs_hidden or needs_update:
             if needs_weight:
                 normed_ND = norm_forward(sum_ND, gamma_D, eps, unit_offset)[0]
-                d_weight_OD = torch.mm(d_out_NO.t(), normed_ND)
+                d_weight_OD = d_out.by_input(normed_ND)
                 del normed_ND
-            d_normed_ND = torch.mm(d_out_NO, weight_OD)
+            d_normed_ND = d_out.by_weight(weight_OD)
             d_hidden_ND, d_gamma_D = norm_backward(
                 d_normed_ND, sum_ND, gamma_D, rstd_N, unit_offset, (True, needs_gamma), d_sum_ND
             )
         elif needs_gamma or needs_weight:
-            scaled_OD = _product(d_out_NO, norm_forward(sum_ND, None, eps, False)[0])
+            scaled_OD = _product(d_out, norm_forward(sum_ND, None, eps, False)[0])
             if needs_gamma:
                 d_gamma_D = torch.linalg.vecdot(weight_OD.float(), scaled_OD.float(), dim=0).to(gamma_D.dtype)
             if needs_weight:
                 d_weight_OD = scaled_OD.mul_(gamma_D.float() + 1.0 if unit_offset else gamma_D).to(weight_OD.dtype)
         d_bias_O = d_out_NO.sum(0) if needs_bias else None
         d_update_ND = d_hidden_ND if needs_update else None
-        return d_hidden_ND if needs_hidden else None, d_update_ND, d_gamma_D, d_weight_OD, d_bias_O, None, None
+        d_hidden_ND = d_hidden_ND if needs_hidden else None
+        return d_hidden_ND, d_update_ND, d_gamma_D, d_weight_OD, d_bias_O, None, None, None
 
 
-def _product(d_out_NO: Tensor, unit_ND: Tensor) -> Tensor:
+def _product(d_out: OutGradient, unit_ND: Tensor) -> Tensor:
     """d_out^T x_hat; in fp32 on a GPU, where the rounding to bf16 can wait until gamma is multiplied in."""
-    if d_out_NO.is_cuda and d_out_NO.dtype == torch.bfloat16:
-        return torch.mm(d_out_NO.t(), unit_ND, out_dtype=torch.float32)
-    return torch.mm(d_out_NO.t(), unit_ND)
+    wide = unit_ND.is_cuda and unit_ND.dtype == torch.bfloat16
+    return d_out.by_input(unit_ND, torch.float32 if wide else None)
 
 
 def norm_linear(
@@ -221,21 +222,23 @@ def norm_linear(
     eps: float,
     *,
     unit_offset: bool = False,
+    fp8: bool = False,
 ) -> Tensor:
     """linear(rms_norm(hidden)) -> [N, O]; where the hidden state needs no gradient, none of it is formed."""
     if choice.use_reference():
-        return F.linear(reference.rms_norm(hidden_ND, gamma_D, eps, unit_offset=unit_offset), weight_OD, bias_O)
-    out_NO, _ = _NormLinear.apply(hidden_ND, None, gamma_D, weight_OD, bias_O, eps, unit_offset)
+        normed_ND = reference.rms_norm(hidden_ND, gamma_D, eps, unit_offset=unit_offset)
+        return linear(normed_ND, weight_OD, bias_O, fp8=fp8)
+    out_NO, _ = _NormLinear.apply(hidden_ND, None, gamma_D, weight_OD, bias_O, eps, unit_offset, fp8)
     return out_NO  # type: ignore[no-any-return]
 
 
 def add_norm_linear(
     hidden_ND: Tensor, update_ND: Tensor, gamma_D: Tensor, weight_OD: Tensor, bias_O: Tensor | None, eps: float,
-    *, unit_offset: bool = False,
+    *, unit_offset: bool = False, fp8: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The residual add, the norm of its result, and the projection: -> hidden + update, linear(rms_norm(that))."""
     if choice.use_reference():
         sum_ND, normed_ND = reference.add_rms_norm(hidden_ND, update_ND, gamma_D, eps, unit_offset=unit_offset)
-        return sum_ND, F.linear(normed_ND, weight_OD, bias_O)
-    out_NO, sum_ND = _NormLinear.apply(hidden_ND, update_ND, gamma_D, weight_OD, bias_O, eps, unit_offset)
+        return sum_ND, linear(normed_ND, weight_OD, bias_O, fp8=fp8)
+    out_NO, sum_ND = _NormLinear.apply(hidden_ND, update_ND, gamma_D, weight_OD, bias_O, eps, unit_offset, fp8)
     return sum_ND, out_NO

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elo_engine.model import cpu_pointwise, reference
 from elo_engine.model.ops import choice
+from elo_engine.model.ops.linear_fp8 import OutGradient, linear, out_product
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -49,11 +49,11 @@ def gated_backward(
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate_up_N2F: Tensor, down_DF: Tensor, bias_D: Tensor | None, activation: Activation
+        ctx: Any, gate_up_N2F: Tensor, down_DF: Tensor, bias_D: Tensor | None, activation: Activation, fp8: bool
     ) -> Tensor:
         ctx.save_for_backward(gate_up_N2F, down_DF)
-        ctx.activation = activation
-        return F.linear(gated(gate_up_N2F, activation), down_DF, bias_D)
+        ctx.activation, ctx.fp8 = activation, fp8
+        return out_product(gated(gate_up_N2F, activation), down_DF, bias_D, fp8)
 
     @staticmethod
     @once_differentiable
@@ -62,19 +62,21 @@ class _GatedLinear(torch.autograd.Function):
         gate_up_N2F, down_DF = ctx.saved_tensors
         needs_gate_up, needs_down, needs_bias = ctx.needs_input_grad[:3]
         d_packed_N2F, d_down_DF, y_NF = None, None, None
+        d_out = OutGradient(d_out_ND, ctx.fp8, (needs_gate_up, needs_down))
         if needs_gate_up:
-            d_y_NF = torch.mm(d_out_ND, down_DF)
+            d_y_NF = d_out.by_weight(down_DF)
             d_packed_N2F, y_NF = gated_backward(d_y_NF, gate_up_N2F, ctx.activation, needs_down)
         if needs_down:
-            d_down_DF = torch.mm(d_out_ND.t(), gated(gate_up_N2F, ctx.activation) if y_NF is None else y_NF)
-        return d_packed_N2F, d_down_DF, d_out_ND.sum(0) if needs_bias else None, None
+            d_down_DF = d_out.by_input(gated(gate_up_N2F, ctx.activation) if y_NF is None else y_NF)
+        return d_packed_N2F, d_down_DF, d_out_ND.sum(0) if needs_bias else None, None, None
 
 
 def gated_linear(
-    gate_up_N2F: Tensor, down_DF: Tensor, bias_D: Tensor | None = None, activation: Activation = "silu"
-) -> Tensor:
+    gate_up_N2F: Tensor, down_DF: Tensor, bias_D: Tensor | None = None, activation: Activation = "silu",
+    *, fp8: bool = False,
+) -> Tensor:  # fmt: skip
     """linear(act(gate) * up) of the packed projection [gate | up] -> [N, D]; "gelu_tanh" is GeGLU as Gemma has it."""
     if choice.use_reference():
         product = reference.swiglu if activation == "silu" else reference.geglu
-        return F.linear(product(gate_up_N2F), down_DF, bias_D)
-    return _GatedLinear.apply(gate_up_N2F, down_DF, bias_D, activation)  # type: ignore[no-any-return]
+        return linear(product(gate_up_N2F), down_DF, bias_D, fp8=fp8)
+    return _GatedLinear.apply(gate_up_N2F, down_DF, bias_D, activation, fp8)  # type: ignore[no-any-return]

@@ -1,0 +1,134 @@
+"""Where products of 8-bit operands run, and a frozen head that is rounded to 8 bits once.
+
+On a card they are `torch._scaled_mm`'s, of operands that `kernels/quantize_fp8.py` makes. Elsewhere there are none, and
+nothing stands in for them unless it is asked for by name: `kernels: reference`, or ELO_FP8=emulated in the environment,
+rounds to 8 bits and multiplies in bf16 (`reference_fp8.py`), which shows what training does and is slower than bf16.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from elo_engine.errors import RefusedError
+from elo_engine.model import reference_fp8
+from elo_engine.model.ops import choice
+
+Fp8 = Literal["none", "head", "all"]
+EMULATE = "ELO_FP8"
+LEAST = (8, 9)  # compute capability: Ada; Hopper is 9.0
+MULTIPLE = 16  # of the inner dimension and of a result's columns, in elements: cuBLASLt's and CUTLASS's alignment
+
+
+def fp8_emulated() -> bool:
+    """Whether the definition was asked for in place of a card's products."""
+    return choice.use_reference() or os.environ.get(EMULATE) == "emulated"
+
+
+def reason_without(device: torch.device) -> str | None:
+    """Why this device multiplies no 8-bit floats; None where it does."""
+    if device.type != "cuda":
+        return f"a {device.type} has no such products"
+    found = torch.cuda.get_device_capability(device)
+    if found < LEAST:
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, and 8-bit floats "
+            f"begin with {LEAST[0]}.{LEAST[1]} (Ada, Hopper)"
+        )
+    return _tried(device)
+
+
+def _tried(device: torch.device) -> str | None:
+    """The kinds of products that training asks for, tried on small matrices: what the installed torch offers for a card
+    is found out here and not in the first step.
+    """
+    a, b = (torch.ones(32, 64, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    one, row = torch.ones((), device=device), torch.ones(32, 1, device=device)
+    try:
+        torch._scaled_mm(a, b.t(), scale_a=row, scale_b=row.t(), out_dtype=torch.bfloat16)
+        for kind in (torch.bfloat16, torch.float32):
+            torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=kind)
+        torch.cuda.synchronize(device)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"torch {torch.__version__} cannot multiply them on {torch.cuda.get_device_name(device)}: {error}"
+    return None
+
+
+def describe_fp8(device: torch.device) -> str:
+    """Whether `pretrain.fp8` can be used on a device, in one line."""
+    if fp8_emulated():
+        return "fp8: emulated (rounded to 8 bits, multiplied in bf16)"
+    reason = reason_without(device)
+    return "fp8: products of 8-bit floats (pretrain.fp8)" if reason is None else f"fp8: none here, {reason}"
+
+
+def require_fp8(fp8: Fp8, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> None:
+    """Refuse what cannot run with `pretrain.fp8`, before anything is loaded. sizes: of dimensions that are multiplied
+    over, by name.
+
+    Raises:
+        RefusedError: naming what is missing, and bf16 as what to use.
+    """
+    use = "use pretrain.fp8: none, which is bf16 (this engine offers no int8 training)"
+    if dtype != torch.bfloat16:
+        raise RefusedError(
+            f"pretrain.fp8: {fp8} rounds from bf16 and adds the target's term in bf16, and this run computes in "
+            f"{str(dtype).removeprefix('torch.')}; set dtype: bf16, or {use}"
+        )
+    ragged = [f"{name} {size}" for name, size in sizes.items() if size % MULTIPLE]
+    if ragged:
+        raise RefusedError(
+            f"pretrain.fp8: {fp8} multiplies over dimensions that are multiples of {MULTIPLE}, and this model has "
+            f"{', '.join(ragged)}; {use}"
+        )
+    if fp8_emulated():
+        return
+    reason = reason_without(device)
+    if reason is not None:
+        raise RefusedError(
+            f"pretrain.fp8: {fp8}: {reason}; {use}. To see what training in 8 bits does, slowly and on any machine, "
+            f"set {EMULATE}=emulated or kernels: reference"
+        )
+    if not choice.has_triton():
+        raise RefusedError(f"pretrain.fp8: {fp8} needs triton to round on a GPU; pip install triton, or {use}")
+
+
+@dataclass(frozen=True)
+class Fp8Head:
+    """A frozen head in 8 bits without the mean of its rows, in both layouts, each row of either with its own scale. V
+    is rounded up to a multiple of 16 by rows of zeros.
+
+    Attributes:
+        mean_D: what was taken off, fp32; zeros under a soft-cap.
+        rows_VD: for the logits, contracted over D; its scales, fp32 [V, 1].
+        columns_DV: for the gradient, contracted over V; its scales, fp32 [D, 1].
+        of_emulation: `rounded_head`, bf16 [V, D] twice, in place of all these.
+    """
+
+    mean_D: Tensor
+    rows_VD: Tensor | None
+    rows_scale_V1: Tensor | None
+    columns_DV: Tensor | None
+    columns_scale_D1: Tensor | None
+    of_emulation: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, head_VD: Tensor, softcap: float | None) -> Fp8Head:
+        """Round a head; it may be let go of for the products, not for its targets' rows."""
+        mean_D = reference_fp8.mean_row(head_VD, softcap)
+        if fp8_emulated():
+            return cls(mean_D, None, None, None, None, reference_fp8.rounded_head(head_VD, mean_D))
+        from elo_engine.kernels import quantize_fp8 as kernel
+
+        return cls(mean_D, *kernel.quantize_both_layouts(head_VD, mean_D))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        held = self.rows_VD, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1
+        return [self.mean_D, *(tensor for tensor in held if tensor is not None), *(self.of_emulation or ())]

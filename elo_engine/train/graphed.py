@@ -1,0 +1,223 @@
+"""A step of ELO pretraining as one CUDA graph: what the host launched kernel by kernel is captured once and launched
+whole, so a GPU waits for no launch within a step.
+
+Captured is the whole optimizer step: all micro-batches forward and backward, the clip and AdamW. It reads nothing but
+`StepBuffers`, which each step fills before it; weights, moments and the powers of the betas are updated where they lie.
+The first steps of a process run as they are, on the stream that captures: they are steps of the training like any
+other, compile what is to be compiled, and have the same bits as a graph's.
+
+Gradients need no places that are prepared: autograd's own lie in the graphs' memory, at the addresses that the capture
+found. The table of them that AdamW's kernels read is sent after it (`addresses_noted`).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+from elo_engine.data import RowBatch
+from elo_engine.errors import FailedError
+from elo_engine.model.decoder import Decoder
+from elo_engine.model.ops.adamw import AdamwState, addresses_noted
+from elo_engine.train.guards import scale_of
+from elo_engine.train.loop import StepOutcome
+from elo_engine.train.optim import MasterAdamW
+from elo_engine.train.resident import ResidentEngine, check_first_gradients
+from elo_engine.train.step_buffers import Room, StepBuffers
+
+T = TypeVar("T")
+
+# Steps of a process that are launched kernel by kernel before one is captured, so that kernels are compiled, libraries
+# have what they make at first use, and the optimizer has its plan: nothing of that can be captured.
+EAGER_STEPS = 3
+
+
+class Captures(Protocol):
+    """How work is captured and repeated."""
+
+    def eager(self, body: Callable[[], T]) -> T:
+        """Run it now, in the order of the current stream, where `capture` would."""
+
+    def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
+        """Note what it launches, without doing it -> does it, in the order of the current stream.
+
+        Args:
+            body: makes a step with this state, after `eager` has made some.
+
+        Raises:
+            RuntimeError: it cannot be captured, or there is no memory for it; nothing was changed.
+        """
+
+    def let_go(self) -> None:
+        """Give back the memory of what was captured, which nobody holds any more."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, and what its launches read besides the buffers."""
+
+    graph: torch.cuda.CUDAGraph
+    table: object
+
+    def replay(self) -> None:
+        """Launch it."""
+        self.graph.replay()
+
+
+class CudaCaptures:
+    """CUDA graphs that share their memory: they run one after another, and nothing in it lasts from one to the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Its own, because the legacy default stream cannot be captured, and the same for both, because autograd adds a
+        # leaf's gradient up on the stream where it first met the leaf.
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []
+
+    def eager(self, body: Callable[[], T]) -> T:
+        """See `Captures`."""
+        outside = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(outside)
+        with torch.cuda.stream(self._stream):
+            made = body()
+        outside.wait_stream(self._stream)
+        return made
+
+    def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
+        """See `Captures`; waits for the device, and gives the memory of the eager steps back to it first."""
+        graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()  # a graph or an event that is collected meanwhile would be destroyed in the middle of a capture
+        try:
+            with addresses_noted(state) as deliver, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                body()
+        except BaseException:
+            self._tidy(graph)
+            raise
+        finally:
+            torch.cuda.set_stream(outside)  # torch leaves its own in place where a capture fails
+            if collects:
+                gc.enable()
+        return _Captured(graph, deliver()).replay
+
+    def let_go(self) -> None:
+        """See `Captures`."""
+        self._pool = torch.cuda.graph_pool_handle()  # one that nothing uses any more cannot be taken up again
+        torch.cuda.empty_cache()
+
+    def _tidy(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a capture that failed: before 2.12 torch's allocator goes on believing in it (pytorch#180395), and then
+        fails an assertion of its own when it gives memory back.
+        """
+        self._failed.append(graph)  # the allocator for pinned memory still asks it whether a stream is captured
+        device = self._stream.device_index
+        try:
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+        except RuntimeError as error:
+            if "not currently recording" not in str(error):
+                raise
+            return  # torch has done it
+        torch._C._cuda_releasePool(device, self._pool)
+
+
+class GraphedEngine(ResidentEngine):
+    """`ResidentEngine` for frozen embedding and head, with the steps as graphs.
+
+    A graph has room for a number of documents a micro-batch and of tokens a document, `StepBuffers.room`: one graph for
+    each pair of powers of two that the text asks for, all of them in the memory of one.
+
+    Args:
+        model: without observers. say: told once what is captured, and once why nothing is.
+        must: a capture that fails is an error; else the steps go on as they were.
+    """
+
+    optimizer: MasterAdamW
+
+    def __init__(
+        self, model: Decoder, optimizer: MasterAdamW, micro_batch: int, captures: Captures,
+        say: Callable[[str], None], *, must: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(model, optimizer, micro_batch)
+        assert not model.embedding_VD.requires_grad, "the embedding's gradient has a row for each token that occurs"
+        assert not model.observers and model.host_embedding_VD is None
+        self._captures, self._say, self._must = captures, say, must
+        self._eager_left, self._told = EAGER_STEPS, False
+        self._graphs: dict[Room, Callable[[], None]] | None = {}  # None: capturing has failed
+        self._buffers: StepBuffers | None = None
+        self._numbers_3 = torch.zeros(3, dtype=torch.float32, device=model.device)
+
+    def step(
+        self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
+    ) -> StepOutcome | None:
+        """See `Engine`; `should_stop` is asked once, since a graph ends when it is through."""
+        if should_stop():
+            return None
+        if self._buffers is None:
+            count, length = rows.ids_BT.shape
+            self._buffers = StepBuffers(count, length, self._micro_batch, self.device)
+        room = self._buffers.room(rows)
+        self._buffers.fill(rows, room, self.optimizer.next_given(lr), tokens_loss)
+        replay = None if first or self._eager_left > 0 else self._graph(room)
+        if replay is not None:
+            replay()
+        else:
+            self._captures.eager(lambda: self._make(room, first=first))
+            self._eager_left -= 1
+        return StepOutcome(self._numbers_3)
+
+    def let_go(self) -> None:
+        """Give the graphs' memory back, in which nothing but they can compute, before something else needs room. The
+        next step is captured anew, which takes the host about as long as launching it.
+        """
+        if self._graphs:
+            self.optimizer.zero_grad()  # these lie in it
+            self._graphs.clear()
+            self._captures.let_go()
+
+    def _graph(self, room: Room) -> Callable[[], None] | None:
+        """The graph with this room, captured if there is none yet; None where capturing has failed."""
+        if self._graphs is None or room in self._graphs:
+            return None if self._graphs is None else self._graphs[room]
+        self.optimizer.zero_grad()  # the last gradients' memory can be the graph's
+        try:
+            replay = self._captures.capture(lambda: self._make(room), self.optimizer.state)
+        except RuntimeError as error:  # whatever CUDA or a library finds wrong with it, memory too
+            if self._must and isinstance(error, torch.OutOfMemoryError):
+                raise  # explained where it arrives
+            if self._must:
+                raise FailedError(
+                    f"pretrain.graph: on, but the step cannot be captured: {error}; set pretrain.graph: off, or auto, "
+                    "which goes on without"
+                ) from error
+            self._say(f"steps are launched kernel by kernel from here on: capturing them failed ({error})")
+            self._graphs = None
+            self.optimizer.zero_grad()
+            return None
+        if not self._told:
+            self._told = True
+            self._say(
+                f"steps are CUDA graphs from here on; this one is for up to {room.documents} documents a micro-batch, "
+                f"of up to {room.longest} tokens, and there is one more for each pair of powers of two that is met"
+            )
+        self._graphs[room] = replay
+        return replay
+
+    def _make(self, room: Room, *, first: bool = False) -> None:
+        """A step of what is in the buffers: no number of the host's that changes, no shape that depends on the text."""
+        model, optimizer, buffers = self.model, self.optimizer, self._buffers
+        assert buffers is not None
+        optimizer.zero_grad()
+        loss_sum = torch.zeros((), dtype=torch.float32, device=model.device)
+        for batch in buffers.batches(room):
+            loss = model.loss_sum(batch)
+            # The same bits as those of (loss / tokens).backward(scale): its first factor is this one.
+            loss.backward(scale_of(loss) * buffers.inverse)
+            loss_sum += loss.detach()
+        if first:
+            check_first_gradients(model, optimizer)
+        result = optimizer.step_given(buffers.given)
+        self._numbers_3.copy_(torch.stack((loss_sum, result.norm, result.updated)))
