@@ -36,7 +36,7 @@ def config(run_tree: Tree, write_config: Callable[..., Path]) -> Path:
     for stage in ("pretrain", "align"):
         run_tree[stage] |= {"tokens": 2**19, "tokens_per_step": 2**18, "micro_batch": 1}
     run_tree |= {"device": "auto", "dtype": "auto"}
-    run_tree["pretrain"] |= {"optimizer": {"state": "8bit"}}
+    run_tree["pretrain"] |= {"optimizer": {"state": "8bit"}, "graph": "auto"}
     return write_config(run_tree)
 
 

@@ -62,7 +62,7 @@ def test_a_plan_of_published_shapes_for_a_card(config: Path, elo: Elo) -> None:
     spec = preset_spec("llama-3.1-8b")
     for stage, arm, size, recompute in (("pretrain", "elo_pretrain", 4, "none"), ("align", "elo_align", 1, "layer")):
         part = found[stage]
-        rest: dict[str, Any] = {"recompute": recompute, "graph": stage == "pretrain"}
+        rest: dict[str, Any] = {"recompute": recompute}
         setting = Setting(arm, spec, (0, 31), 8192, size, 32 // size, **rest)  # type: ignore[arg-type]
         assert part["memory"] == predict_memory(setting).to_json()
         assert sum(part["memory"]["components"].values()) == part["memory"]["peak_bytes"] == part["device_bytes"]
