@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from elo_engine.config import Recompute
 from elo_engine.model import names, ops
 from elo_engine.model.decoder import Batch, Decoder
 from elo_engine.model.layers import Packing
+from elo_engine.model.ops.quantize_fp8 import EMULATE
 from elo_engine.model.spec import ModelSpec, read_spec
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -96,6 +97,21 @@ def test_the_bits_are_those_of_a_step_that_keeps_all(case: str, dtype: torch.dty
     assert all(gradient.count_nonzero() > 0 for gradient in kept.values())
     for recompute in ("selective", "layer"):
         assert differing(kept, step(decoder(spec, recompute, dtype, whole))) == [], recompute  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="tests/test_linear_fp8.py has a layer with its kernels")
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("case", FAMILIES)
+def test_the_same_of_products_of_8_bit_operands(case: str, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(EMULATE, "emulated")
+    ops.configure(mode, DEVICE)
+    spec, found = spec_of(case), {}
+    for recompute in get_args(Recompute):
+        model = decoder(spec, recompute, torch.bfloat16, whole=False)
+        model.use_fp8("all")
+        found[recompute] = step(model)
+        assert differing(found["none"], found[recompute]) == [], recompute
+    assert len(differing(found["none"], step(decoder(spec, "selective", torch.bfloat16, whole=False)))) > spec.layers
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the definitions are the same in this process")
