@@ -48,9 +48,8 @@ Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str)
 Master = Literal["none", "24", "32"]
 Recompute = Literal["none", "selective", "layer"]
 MicroBatch = Annotated[Count, Field(gt=0)] | Literal["auto"]
-# YAML reads on and off as true and false
-_on_off = BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v)
-Graph = Annotated[Literal["auto", "on", "off"], _on_off]
+_OnOff = BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v)  # YAML reads on as true
+Graph = Annotated[Literal["auto", "on", "off"], _OnOff]
 
 
 class _Section(BaseModel):

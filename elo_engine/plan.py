@@ -87,13 +87,10 @@ class Target:
             properties = torch.cuda.get_device_properties(device)
             card = card_of_device(properties.name, properties.total_memory)
         return cls(
-            device.type,
-            "bf16" if dtype == torch.bfloat16 else "fp32",
-            device_room(device),
-            host_room(),
+            device.type, "bf16" if dtype == torch.bfloat16 else "fp32", device_room(device), host_room(),
             Room(free_bytes(Path(output)) + _stored(Path(output)), f"free at {output}, with what is stored there"),
             None if card is None else expected.card_rate(card),
-        )
+        )  # fmt: skip
 
     @classmethod
     def card(cls, card: Card) -> Target:

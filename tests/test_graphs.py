@@ -36,7 +36,7 @@ def config(run_tree: Tree, write_config: Callable[..., Path]) -> Path:
     for stage in ("pretrain", "align"):
         run_tree[stage] |= {"tokens": 2**19, "tokens_per_step": 2**18, "micro_batch": 1}
     run_tree |= {"device": "auto", "dtype": "auto"}
-    run_tree["pretrain"] |= {"optimizer": {"state": "8bit"}, "graph": "auto"}
+    run_tree["pretrain"] |= {"optimizer": {"state": "8bit"}}
     return write_config(run_tree)
 
 
@@ -78,7 +78,7 @@ def test_what_can_be_captured_is(config: Path) -> None:
 
 def test_it_may_change_between_a_run_and_its_continuation(config: Path) -> None:
     """The numbers are the same."""
-    assert changed_keys(load_config(config), load_config(config, ["pretrain.graph=off"])) == []
+    assert changed_keys(load_config(config), load_config(config, ["pretrain.graph=auto"])) == []
 
 
 def test_the_plan_counts_the_buffers_of_a_step(config: Path) -> None:
@@ -93,17 +93,18 @@ def test_the_plan_counts_the_buffers_of_a_step(config: Path) -> None:
     buffers, own = step_buffer_bytes(with_graph), 3 * 8 * 8192
     # at the highest moment of this step, the loss, the last micro-batch's ids and positions are alive beside its own
     assert buffers - 2 * own <= more <= buffers + 4 * 128 * (FEWEST_DOCUMENTS - 1) * SPEC.H * SPEC.E, (more, buffers)
-    planned = make_plan(load_config(config), Subject.preset("llama-3.1-8b"), Target.card(find_card("h200")))
+    subject, card, wanted = Subject.preset("llama-3.1-8b"), Target.card(find_card("h200")), ["pretrain.graph=auto"]
+    planned = make_plan(load_config(config, wanted), subject, card)
     assert planned["pretrain"]["graph"] == {"used": True, "buffer_bytes": buffers, "why_not": None}
-    assert make_plan(load_config(config), Subject.preset("llama-3.1-8b"), Target("cpu", "fp32"))["pretrain"]["graph"][
-        "why_not"
-    ]
+    planned = make_plan(load_config(config, wanted), subject, Target("cpu", "fp32"))
+    assert "CUDA graphs are of GPUs" in planned["pretrain"]["graph"]["why_not"]
+    assert make_plan(load_config(config), subject, card)["pretrain"]["graph"]["used"] is False, "not unless asked for"
 
 
 @pytest.mark.parametrize(("rows", "documents"), [(1, 16), (16, 16), (17, 32), (40, 64)])
 def test_room_for_documents_is_what_the_buffers_make(rows: int, documents: int, config: Path) -> None:
     assert FEWEST_DOCUMENTS == step_buffers.FEWEST_DOCUMENTS
-    setting = stage_setting(load_config(config), "pretrain", SPEC, "cuda", "bf16")
+    setting = stage_setting(load_config(config, ["pretrain.graph=auto"]), "pretrain", SPEC, "cuda", "bf16")
     assert padded_documents(replace(setting, micro_batch=rows)) == documents
     assert padded_documents(replace(setting, micro_batch=rows, graph=False)) == rows
 
