@@ -45,7 +45,7 @@ def resident_engine(
     decoder = engine_model(
         model, setting.layers, shallow=setting.arm in SHALLOW, recompute=setting.recompute, device=device, dtype=dtype
     )
-    return ResidentEngine(decoder, MasterAdamW(decoder, section.optimizer), section.micro_batch), (
+    return ResidentEngine(decoder, MasterAdamW(decoder, section.optimizer), section.rows_at_once), (
         decoder.trainable() | decoder.frozen()
     )
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 from elo_engine.benchmarks.models import BenchModel
+from elo_engine.config import Recompute
 from elo_engine.errors import UsageError
 from elo_engine.measure.machine import host_room
 from elo_engine.measure.memory_units import host_parts
 from elo_engine.measure.meter import human_bytes
-from elo_engine.measure.planner import STREAMED, fits, largest_micro_batch, predict_memory
+from elo_engine.measure.planner import STREAMED, fits, largest_micro_batch, least_recompute, predict_memory
 from elo_engine.measure.setting import ARMS, SHALLOW, ArmName, Setting
 
 LETTERS: dict[ArmName, str] = {
@@ -77,7 +79,7 @@ class Size:
     whole_micro_batch: int = 1
     state: str = "8bit"
     memory_bytes: int = 0  # of the device, for whether an arm needs recompute
-    align_recompute: str = "auto"  # of (g): auto, where it does not fit without; layer or none, whatever fits
+    align_recompute: str = "auto"  # of (g): auto, the least that fits; none, selective or layer, whatever fits
     streamed_inputs: str = "auto"  # of (s): auto, on the device where they fit, else on the host; device or host
 
 
@@ -113,7 +115,7 @@ def choose(model: BenchModel, layers: tuple[int, ...], size: Size, wanted: tuple
         UsageError: rows of a step that are no whole number of micro-batches, or an unknown word for how (g) or (s) run.
     """
     for option, word, known in (
-        ("--align-recompute", size.align_recompute, ("auto", "layer", "none")),
+        ("--align-recompute", size.align_recompute, ("auto", *get_args(Recompute))),
         ("--streamed-inputs", size.streamed_inputs, ("auto", "device", "host")),
     ):
         if word not in known:
@@ -127,12 +129,12 @@ def choose(model: BenchModel, layers: tuple[int, ...], size: Size, wanted: tuple
         setting = Setting(
             arm=arm, spec=model.spec, layers=layers, sequence_length=size.sequence_length, micro_batch=micro,
             micro_batches=size.rows // micro, dtype=size.dtype, state=size.state, device=size.device,  # type: ignore[arg-type]
-            recompute=arm not in SHALLOW and arm != "elo_align",
+            recompute="none" if arm in SHALLOW or arm == "elo_align" else "layer",
         )  # fmt: skip
         if arm == "elo_align" and size.align_recompute != "auto":
-            setting = replace(setting, recompute=size.align_recompute == "layer")
-        elif arm in ("elo_align", "elo_pretrain") and not fits(setting, size.memory_bytes):
-            setting = replace(setting, recompute=True)
+            setting = replace(setting, recompute=size.align_recompute)  # type: ignore[arg-type]
+        elif arm in ("elo_align", "elo_pretrain"):
+            setting = least_recompute(setting, lambda one: fits(one, size.memory_bytes))
         elif arm == STREAMED:
             inputs = size.streamed_inputs
             setting = with_inputs(setting, size.memory_bytes) if inputs == "auto" else _inputs(setting, inputs)

@@ -228,7 +228,7 @@ def faults(setting: Setting, evidence: dict[str, Any]) -> Iterator[str]:
     if (evidence["shortest_row"], evidence["longest_row"]) != (T, T):
         yield f"rows of {evidence['shortest_row']} to {evidence['longest_row']} tokens passed, not of {T}"
     depth = len(setting.layers) if setting.arm in SHALLOW else setting.spec.layers
-    runs = steps * setting.micro_batches * depth * (2 if setting.recompute else 1)
+    runs = steps * setting.micro_batches * depth * (2 if setting.recompute == "layer" else 1)
     if evidence["layer_runs"] != runs:
         yield f"decoder layers ran {evidence['layer_runs']} times, not {runs}"
     trained = sum(evidence["gradients"].values())

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from elo_engine import console
 from elo_engine.benchmarks.contestants import (
@@ -32,6 +32,7 @@ from elo_engine.benchmarks.processes import ArmFailed, ArmProcess, spec_of
 from elo_engine.benchmarks.schemas import MEASURED_WHAT
 from elo_engine.benchmarks.speedup import Options as SpeedOptions
 from elo_engine.benchmarks.speedup import model_json, size_of, slug
+from elo_engine.config import Recompute
 from elo_engine.errors import Interrupted
 from elo_engine.measure.cards import CONTEXT_BYTES
 from elo_engine.measure.components import by_component
@@ -75,7 +76,7 @@ def settings_of(options: Options) -> list[Setting]:
     return [
         Setting(
             arm=arm, spec=spec, layers=(0, spec.layers - 1), sequence_length=1, micro_batch=1, dtype=dtype,  # type: ignore[arg-type]
-            state=state, device=device, recompute=arm not in SHALLOW and arm != "elo_align",  # type: ignore[arg-type]
+            state=state, device=device, recompute="none" if arm in SHALLOW or arm == "elo_align" else "layer",  # type: ignore[arg-type]
         )
         for arm in options.arms
     ]  # fmt: skip
@@ -97,8 +98,11 @@ def with_recompute(setting: Setting, cap_bytes: int) -> tuple[Setting, int]:
     """
     room = tensor_bytes(cap_bytes, setting.device)
     chosen, rows = most_rows(setting, room)
-    if rows == 0 and setting.arm in ENGINE and not setting.recompute:
-        chosen, rows = most_rows(replace(setting, recompute=True), room)
+    if rows == 0 and setting.arm in ENGINE and setting.recompute == "none":
+        for again in get_args(Recompute)[1:]:
+            chosen, rows = most_rows(replace(setting, recompute=again), room)
+            if rows:
+                break
     return chosen, rows
 
 

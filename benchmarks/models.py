@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from elo_engine.checkpoint import CheckpointReader, open_checkpoint
+from elo_engine.config import Recompute
 from elo_engine.measure.setting import Setting
 from elo_engine.model import names
 from elo_engine.model.decoder import Decoder
@@ -72,7 +73,7 @@ def fill(tensor: Tensor, name: str) -> Tensor:
 
 
 def engine_model(
-    model: BenchModel, layers: tuple[int, ...], *, shallow: bool, recompute: bool, device: torch.device,
+    model: BenchModel, layers: tuple[int, ...], *, shallow: bool, recompute: Recompute, device: torch.device,
     dtype: torch.dtype,
 ) -> Decoder:  # fmt: skip
     """This engine's shallow model of `layers`, or its whole model."""

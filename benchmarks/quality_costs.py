@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from elo_engine.benchmarks.quality_methods import kept_layers
+from elo_engine.config import Recompute
 from elo_engine.measure.flops import arm_flops, calibration_flops, shallow_step
 from elo_engine.measure.setting import ArmName, Setting
 from elo_engine.model.presets import preset_spec
@@ -39,7 +40,7 @@ def relative_costs(
     shallow = replace(full, arm="elo_pretrain", bridges=bridges)
     found = {}
     for mode in MODES:
-        recompute = mode == "checkpointed"
+        recompute: Recompute = "layer" if mode == "checkpointed" else "none"
         one = arm_flops(replace(full, recompute=recompute)).executed.total
         whole = arm_flops(replace(full, arm=_WHOLE_ARM[kind], recompute=recompute)).executed.total
         found[mode] = {

@@ -104,7 +104,7 @@ def train_peer(kind: str, config: RunConfig, source: Source, base: dict[str, Any
     mixture = make_mixture(config, source.folder, source.spec.V)
     heldout = open_heldout(config, source.folder, source.spec.V)
     per_byte = bits_per_nat(base)
-    model = peer_model(kind, source, rank, config.seed, section.recompute == "layer")
+    model = peer_model(kind, source, rank, config.seed, section.runs_again == "layer")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=section.optimizer.lr, betas=section.optimizer.betas, eps=section.optimizer.eps,
@@ -160,7 +160,7 @@ def _step(
     """Forward, backward and clipping for the rows of a step -> its loss in nats a token, its norm before clipping."""
     tokens_loss = max(1, int((rows.labels_BT >= 0).sum()))
     total = torch.zeros((), device=source.device)
-    for piece in micro_batches(rows, section.micro_batch):
+    for piece in micro_batches(rows, section.rows_at_once):
         if stop():
             raise Stopped
         loss = loss_sum(model, piece, source.device, source.dtype) / tokens_loss

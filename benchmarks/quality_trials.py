@@ -260,11 +260,11 @@ class TrialRun:
         kind = TwoStates if self.trial.states == "two" else SharedAdamW
         configs = config.pretrain.optimizer, config.align.optimizer
         shared = kind(whole, shallow, configs, seed=config.seed, bridge=None)
-        engine: ResidentEngine = ResidentEngine(shallow, shared.of("pretrain"), config.pretrain.micro_batch)
+        engine: ResidentEngine = ResidentEngine(shallow, shared.of("pretrain"), config.pretrain.rows_at_once)
         if self.trial.anchor:
-            state, rows = shared._groups[0].state, config.pretrain.micro_batch
+            state, rows = shared._groups[0].state, config.pretrain.rows_at_once
             engine = _Anchored(shallow, shared.of("pretrain"), rows, state, self.trial.anchor)
-        other = _Watched(whole, shared.of("align"), config.align.micro_batch, watch)
+        other = _Watched(whole, shared.of("align"), config.align.rows_at_once, watch)
         self._train(Interleaving.of(engine, other, config), "")
         shared.of("align").zero_grad()
 
@@ -274,11 +274,11 @@ class TrialRun:
         shallow, _ = self._shallow()
         configs = config.pretrain.optimizer, config.align.optimizer
         shared = SharedAdamW(self.whole, shallow, configs, seed=config.seed, bridge=None)
-        engine = ResidentEngine(shallow, shared.of("pretrain"), config.pretrain.micro_batch)
+        engine = ResidentEngine(shallow, shared.of("pretrain"), config.pretrain.rows_at_once)
         self._train(Straight(engine, config.pretrain, config.steps("pretrain"), T), "shallow")
         shared.of("pretrain").zero_grad()
         self._score("reattached")
-        engine = ResidentEngine(self.whole, shared.of("align"), config.align.micro_batch)
+        engine = ResidentEngine(self.whole, shared.of("align"), config.align.rows_at_once)
         row = config.steps("pretrain") * config.pretrain.tokens_per_step // T
         self._train(Straight(engine, config.align, config.steps("align"), T, row), "whole")
         shared.of("align").zero_grad()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from elo_engine.config import Recompute
 from elo_engine.errors import FailedError
 from elo_engine.measure.components import PeakWhat, component_faults
 from elo_engine.measure.planner import STREAMED
@@ -25,6 +26,11 @@ COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss workspac
 MEASURED_WHAT: dict[str | None, PeakWhat] = {"traced tensor bytes": "tensors", "max_memory_allocated": "allocated"}
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def said_recompute(recorded: Any) -> str:
+    """`recompute` of an arm or point in words; records from before there was a third have a truth value."""
+    return recorded if isinstance(recorded, str) else "layer" if recorded else "none"
 
 
 def _part(optional: dict[str, Any] | None = None, /, **fields: Any) -> type[BaseModel]:
@@ -65,7 +71,8 @@ _POINT = _part(
     {"cap_bytes": int, "why": str, "components": _COMPONENTS, "inputs": Literal["device", "host"]},
     arm=ArmName, sequence_length=int, micro_batch=int, predicted_bytes=int, predicted=dict[str, int],
     measured_bytes=int | None, measured_what=Literal["traced tensor bytes", "max_memory_allocated"] | None,
-    status=Literal["ran", "out of memory", "not run", "failed"], recompute=bool, state=Literal["fp32", "8bit"],
+    status=Literal["ran", "out of memory", "not run", "failed"], recompute=bool | Recompute,
+    state=Literal["fp32", "8bit"],
 )  # fmt: skip
 _CAP = _part(cap_bytes=int, arm=ArmName, largest=dict[str, int])
 _CONTEST = _part(
@@ -159,7 +166,7 @@ def _streamed_faults(streamed: dict[str, Any] | None, arms: dict[str, Any]) -> I
     needed = {STREAMED, *streamed["pipeline"], *(["elo_pretrain"] if streamed["pipeline"] else [])}
     if over := streamed.get("over_resident"):
         needed.add(over["resident"])
-        if not (arms.get(over["resident"], {}).get("options") or {}).get("recompute"):
+        if said_recompute((arms.get(over["resident"], {}).get("options") or {}).get("recompute")) != "layer":
             yield f"streamed.over_resident: {over['resident']} does not recompute, as the streamed arm does"
     missing = sorted(name for name in needed if not _ran(arms, name))
     if missing:

@@ -285,7 +285,7 @@ def streamed_ratios(
             speedup = pipeline_speedup(rounds, tokens, base, SPLIT, STREAMED).to_json()
             pipeline[base] = speedup | {"ideal": ideal(ran, base, STREAMED)}
     alike: tuple[ArmName, ...] = ("elo_align", "engine_full")
-    if resident := next((arm for arm in alike if arm in ran and ran[arm].recompute), None):
+    if resident := next((arm for arm in alike if arm in ran and ran[arm].recompute == "layer"), None):
         over = {"over_resident": stage_ratio(rounds, tokens, resident, STREAMED).to_json() | {"resident": resident}}
     return {"pipeline": pipeline} | over
 

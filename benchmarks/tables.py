@@ -9,7 +9,7 @@ from elo_engine.benchmarks.fp8_report import fp8_tables
 from elo_engine.benchmarks.intervals import USUAL, percent
 from elo_engine.benchmarks.loading_table import loading_tables
 from elo_engine.benchmarks.quality_report import quality_tables
-from elo_engine.benchmarks.schemas import measured_peak
+from elo_engine.benchmarks.schemas import measured_peak, said_recompute
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.setting import ARMS
 from elo_engine.report import components_table, markdown_table
@@ -87,8 +87,10 @@ def _how(arms: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     state = {"8bit": "8-bit", "fp32": "fp32"}.get(settings.get("state", ""))
     said = [f"{state} optimizer state"] if state else []
     known = [arm for _, arm in by_letter(arms) if "recompute" in (arm.get("options") or {}) and arm["status"] == "ran"]
-    letters = ", ".join(f"({arm['letter']})" for arm in known if arm["options"]["recompute"])
+    letters = ", ".join(f"({arm['letter']})" for arm in known if said_recompute(arm["options"]["recompute"]) == "layer")
     said += [f"checkpointed (activations recomputed): {letters or 'no arm'}"] if known else []
+    once = [f"({arm['letter']})" for arm in known if said_recompute(arm["options"]["recompute"]) == "selective"]
+    said += [f"the MLP's first product made again: {', '.join(once)}"] if once else []
     for arm in known:
         if how := arm["options"].get("streaming"):
             store = "on disk" if how["store"] == "disk" else "in host memory"
@@ -219,7 +221,7 @@ def memory_tables(result: dict[str, Any]) -> list[str]:
         found += f", under a cap of {cap_name(point['cap_bytes'])}" if point.get("cap_bytes") else ""
         share = f"{point['predicted_bytes'] / measured:.3f}" if measured else ""
         size = [str(point["sequence_length"]), str(point["micro_batch"])]
-        how = ["layer" if point["recompute"] else "none", point["state"]]
+        how = [said_recompute(point["recompute"]), point["state"]]
         arm = f"{point['arm']}, inputs on the {point['inputs']}" if point.get("inputs") else point["arm"]
         rows.append([arm, *size, *how, human_bytes(point["predicted_bytes"]), found, share])
         counted.append(([arm, *size, *how], point.get("components")))

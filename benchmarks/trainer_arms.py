@@ -94,7 +94,7 @@ def arguments(setting: Setting, lr: float, folder: str) -> Any:
     known = inspect.signature(TrainingArguments).parameters
     if "train_sampling_strategy" in known:
         options["train_sampling_strategy"] = "sequential"
-    if setting.recompute:  # its old name in transformers 5.17 and before
+    if setting.recompute != "none":  # its old name in transformers 5.17 and before
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         options |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(**options)

@@ -24,7 +24,7 @@ from elo_engine.measure.expected import StageMemory, stage_memory
 from elo_engine.model.full import load_full
 from elo_engine.model.names import expected_shapes
 from elo_engine.out_of_memory import explained
-from elo_engine.plan import align_engine, setting_of
+from elo_engine.plan import align_engine, setting_of, settle
 from elo_engine.reattach import final_weights, write_model
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import StageEngine, log_model, run_stage
@@ -40,6 +40,7 @@ from elo_engine.train.resident import ResidentEngine
 
 def align(run: RunDir, source: Source) -> dict[str, Any]:
     """Train the whole model and publish `RUN/model`, unless it is already there; returns the stage's summary."""
+    settle(run, source)
     config = run.config
     target = run.folder("model")
     if target.exists():
@@ -118,24 +119,24 @@ def _load(
             from elo_engine.train.sharded import ShardedAdamW, ShardedEngine
 
             shares, _ = load_sharded(
-                index, spec, device=source.device, dtype=source.dtype, recompute=section.recompute == "layer",
+                index, spec, device=source.device, dtype=source.dtype, recompute=section.runs_again,
                 progress=progress,
             )  # fmt: skip
             log_model(run, set(expected_shapes(spec)), set(), index)
-            return ShardedEngine(shares, ShardedAdamW(shares, section.optimizer), section.micro_batch)
+            return ShardedEngine(shares, ShardedAdamW(shares, section.optimizer), section.rows_at_once)
         if choice.streaming is None:
             model, _ = load_full(
                 index,
                 spec,
                 device=source.device,
                 dtype=source.dtype,
-                recompute=section.recompute == "layer",
+                recompute=section.runs_again,
                 progress=progress,
             )
             log_model(run, set(model.trainable()), set(model.frozen()), index)
             if turns:
                 return InterleavedEngine(model, source.layers, config, bridges=bridges, statistics=statistics)
-            return ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.micro_batch)
+            return ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.rows_at_once)
         engine = open_streamed(
             spec, source.dtype, section, source.device, choice.streaming, config.data.sequence_length,
             seed=config.seed, folder=run.path, apart=source.layers if turns else (), kind=WholeTurn if turns else None,

@@ -74,7 +74,8 @@ def _run_stage(config: RunConfig, resume: str, dry_run: bool, body: Callable[...
     from elo_engine.corpora import describe_corpora, make_mixture
     from elo_engine.detach import open_source
     from elo_engine.pipeline import start
-    from elo_engine.plan import plan, refusals, require_fit
+    from elo_engine.plan import plan
+    from elo_engine.plan_refusals import refusals, require_fit
     from elo_engine.plan_text import describe_plan
     from elo_engine.ranks import obtain_run
 
@@ -176,7 +177,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Memory by component, FLOPs, time and disk of each stage; refuses what cannot fit and names the levers."""
-    from elo_engine.plan import plan_command, require_fit
+    from elo_engine.plan import plan_command
+    from elo_engine.plan_refusals import require_fit
     from elo_engine.plan_text import show_plan
 
     found = plan_command(config, overrides, shapes, gpu, host, measure)

@@ -42,7 +42,7 @@ def speedup(
     rounds: Annotated[int, typer.Option(min=1, help="at most")] = 9,
     steps: Annotated[int, typer.Option(min=1, help="timed steps of a visit, where arms do not fit together")] = 3,
     align_recompute: Annotated[
-        str, typer.Option(help="whether (g) runs its layers again: auto (where nothing else fits), layer or none")
+        str, typer.Option(help="what (g) makes again: auto (the least that fits), none, selective or layer")
     ] = "auto",
     streamed_inputs: Annotated[
         str, typer.Option(help="where (s) keeps its layers' inputs: auto (on the device if they fit), device or host")

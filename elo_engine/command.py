@@ -14,7 +14,7 @@ import typer
 from elo_engine import console
 from elo_engine.errors import EloError, Elsewhere
 
-LESS_MEMORY = "a smaller micro_batch, recompute: layer or a shorter data.sequence_length need less"
+LESS_MEMORY = "a smaller micro_batch, recompute: selective or layer, or a shorter data.sequence_length need less"
 
 
 GRACE_S = 5.0  # for which more signals do not disturb the cleaning up after the first

@@ -45,8 +45,9 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(le=1 << 62)]
 # YAML reads 1e-4 as text; and neither inf nor nan can be written to config.resolved.yaml and read back
 Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v), Field(allow_inf_nan=False)]
 
-
 Master = Literal["none", "24", "32"]
+Recompute = Literal["none", "selective", "layer"]
+MicroBatch = Annotated[Count, Field(gt=0)] | Literal["auto"]
 _OnOff = BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v)  # YAML reads on as true
 Graph = Annotated[Literal["auto", "on", "off"], _OnOff]
 
@@ -82,8 +83,7 @@ class DetachConfig(_Section):
     bridge: Literal["none", "linear"] = "none"
     # rows of the training mixture, from its first on, that the map is fitted to; the last tenth is held out to test it
     bridge_tokens: Annotated[Count, Field(gt=0)] = 32_768
-    # pulls the map towards the identity, relative to the mean variance of a feature; docs/bridge.md has the default's
-    # reason
+    # towards the identity, relative to the mean variance of a feature; docs/bridge.md has the default's reason
     ridge: Annotated[Real, Field(ge=0)] = 1e-2
 
 
@@ -135,26 +135,35 @@ class ScheduleConfig(_Section):
 
 
 class StageConfig(_Section):
-    """One training stage."""
+    """One training stage. `auto`: what the planner says fits (`fitting.py`), chosen once, when the run starts."""
 
     tokens: Annotated[Count, Field(gt=0)] = 900_000_000
     tokens_per_step: Annotated[Count, Field(gt=0)] = 262_144
-    micro_batch: Annotated[Count, Field(gt=0)] = 4  # sequences
-    recompute: Literal["none", "layer"] = (
-        "none"  # layer: keep each layer's input alone and run it again in the backward
-    )
+    micro_batch: MicroBatch = 4  # sequences at once
+    # made again in the backward pass. selective: the MLP's first product; layer: all but its input, as streamed always
+    recompute: Recompute | Literal["auto"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+
+    @property
+    def rows_at_once(self) -> int:
+        """`micro_batch`, chosen by now."""
+        assert self.micro_batch != "auto"
+        return self.micro_batch
+
+    @property
+    def runs_again(self) -> Recompute:
+        """`recompute`, chosen by now."""
+        assert self.recompute != "auto"
+        return self.recompute
 
 
 class PretrainConfig(StageConfig):
     """ELO pretraining of the detached layers (paper section 3.2)."""
 
-    # where the frozen embedding of a model with an untied head is; host: a GPU is sent the rows of each micro-batch's
-    # tokens, which saves 2 V D bytes of its memory
+    # the frozen one of a model with an untied head; host: a GPU is sent each micro-batch's rows of it alone
     embedding: Literal["device", "host"] = "device"
-    # a step is captured once as a CUDA graph and launched whole; auto: where it can be, and it says why not elsewhere.
-    # The default is for a card's measurement to change: docs/step.md predicts under 1 % at usual micro-batches
+    # a step is one CUDA graph; auto: where it can be, and it says why not elsewhere; docs/step.md on the default
     graph: Graph = "off"
     # products of operands rounded to 8-bit floats, on a card that has them: the frozen head's, or the layers' too
     fp8: Literal["none", "head", "all"] = "none"
@@ -186,8 +195,7 @@ class AlignConfig(StageConfig):
     """Whole-model alignment after reattachment (paper section 3.3); the same loop over all layers."""
 
     tokens: Annotated[Count, Field(gt=0)] = 100_000_000
-    micro_batch: Annotated[Count, Field(gt=0)] = 1
-    recompute: Literal["none", "layer"] = "layer"
+    micro_batch: MicroBatch = 1
     engine: Literal["auto", "resident", "streamed"] = "auto"  # auto: the planner chooses and says why
     stream: StreamConfig = StreamConfig()
     # after: when ELO pretraining is done (the paper). interleaved: whole-model steps spread evenly through it, so the
@@ -224,8 +232,7 @@ class RunConfig(_Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     kernels: Literal["auto", "reference", "fused"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 42
-    # unchanged shards of the output are hard links to the source's files; another program that writes into one of
-    # them writes into the other
+    # unchanged shards of the output are hard links to the source's: who writes into one writes into the other
     hard_links: bool = False
     data: DataConfig
     detach: DetachConfig = DetachConfig()
@@ -238,21 +245,14 @@ class RunConfig(_Section):
     def _steps_are_whole(self) -> RunConfig:
         for name in ("pretrain", "align"):
             stage: StageConfig = getattr(self, name)
-            row = self.data.sequence_length
-            if stage.tokens_per_step % row:
-                raise ValueError(
-                    f"{name}.tokens_per_step {stage.tokens_per_step} is not a multiple of data.sequence_length {row}"
-                )
-            if stage.tokens < stage.tokens_per_step:
-                raise ValueError(
-                    f"{name}.tokens {stage.tokens} is less than one step of {name}.tokens_per_step "
-                    f"{stage.tokens_per_step}"
-                )
-            if stage.micro_batch > stage.tokens_per_step // row:
-                raise ValueError(
-                    f"{name}.micro_batch {stage.micro_batch} is more than the {stage.tokens_per_step // row} "
-                    "rows of a step"
-                )
+            row, step = self.data.sequence_length, stage.tokens_per_step
+            if step % row:
+                raise ValueError(f"{name}.tokens_per_step {step} is not a multiple of data.sequence_length {row}")
+            if stage.tokens < step:
+                raise ValueError(f"{name}.tokens {stage.tokens} is less than one step of {name}.tokens_per_step {step}")
+            size, most = stage.micro_batch, step // row
+            if size != "auto" and size > most:
+                raise ValueError(f"{name}.micro_batch {size} is more than the {most} rows of a step")
         return self
 
     @model_validator(mode="after")

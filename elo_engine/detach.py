@@ -14,7 +14,7 @@ import torch
 from elo_engine import console
 from elo_engine.checkpoint import CheckpointIndex, open_checkpoint, resolve_model
 from elo_engine.checkpoint.hub import commit_of
-from elo_engine.config import RunConfig
+from elo_engine.config import Recompute, RunConfig
 from elo_engine.measure.environment import choose_device, choose_dtype
 from elo_engine.measure.meter import human_bytes
 from elo_engine.model import ops
@@ -61,7 +61,7 @@ def open_source(config: RunConfig, folder: Path | None = None) -> Source:
 
 
 def detach(
-    source: Source, run: RunDir, *, recompute: bool = False, bridges: Mapping[Gap, Bridge] | None = None
+    source: Source, run: RunDir, *, recompute: Recompute = "none", bridges: Mapping[Gap, Bridge] | None = None
 ) -> Decoder:
     """Read the detached layers, embedding, final norm and head, and say what trains, what is frozen and what is
     absent. `bridges` take the place of what is absent at their gaps.

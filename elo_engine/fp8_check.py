@@ -92,7 +92,7 @@ def begin_fp8(run: RunDir, model: Decoder, mixture: Mixture) -> None:
     model.use_fp8(kind)
     if any(run.folder("pretrain").glob("step-*")):
         return  # a run that goes on was checked when it began; the model's weights are still the source's here
-    check = compare(model, mixture, run.config.pretrain.micro_batch)
+    check = compare(model, mixture, run.config.pretrain.rows_at_once)
     held = sum(tensor.nbytes for tensor in model.fp8_tensors)
     run.metric(
         {

@@ -78,7 +78,7 @@ def pretrain_engine(
     Raises:
         RefusedError: `pretrain.graph: on`, and this machine cannot.
     """
-    how, micro_batch = config.pretrain.graph, config.pretrain.micro_batch
+    how, micro_batch = config.pretrain.graph, config.pretrain.rows_at_once
     device, dtype = model.device, "bf16" if model.dtype == torch.bfloat16 else "fp32"
     reason = why_not(config, model.spec, device.type, dtype) or why_not_here(model)
     if how == "on" and reason is not None:

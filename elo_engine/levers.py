@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from elo_engine import graphs
 from elo_engine.calibrate import calibration_rows
-from elo_engine.config import RunConfig, StageConfig, make_config
+from elo_engine.config import Recompute, RunConfig, StageConfig, make_config
 from elo_engine.errors import UsageError
 from elo_engine.fp8_plan import fp8
 from elo_engine.measure.flops import bridge_step, calibration_flops
@@ -38,12 +38,12 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         spec=spec,
         layers=layers,
         sequence_length=T,
-        micro_batch=section.micro_batch,
-        micro_batches=-(-section.tokens_per_step // (T * section.micro_batch)),
+        micro_batch=section.rows_at_once,
+        micro_batches=-(-section.tokens_per_step // (T * section.rows_at_once)),
         dtype="bf16" if (auto_dtype if config.dtype == "auto" else config.dtype) == "bf16" else "fp32",
         state=section.optimizer.state,
         master=section.optimizer.master,
-        recompute=section.recompute == "layer",
+        recompute=section.runs_again,
         device="cuda" if device == "cuda" else "cpu",
         bridges=len(gaps(spec.layers, layers)) if stage == "pretrain" and config.detach.bridge == "linear" else 0,
         turns=turns,
@@ -158,8 +158,9 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
             found.append(("align.stream.update", "at_once"))
     if setting.micro_batch > 1:
         found.append((f"{stage}.micro_batch", 1))
-    if not setting.recompute:
-        found.append((f"{stage}.recompute", "layer"))
+    if setting.arm != STREAMED:  # which runs every layer again
+        more = get_args(Recompute)
+        found += [(f"{stage}.recompute", again) for again in more[more.index(setting.recompute) + 1 :]]
     if setting.state == "fp32":
         found.append((f"{stage}.optimizer.state", "8bit"))
     elif setting.master_bytes:
@@ -208,6 +209,14 @@ def _with(config: RunConfig, overrides: tuple[tuple[str, Any], ...]) -> _Changed
         return None
 
 
+def _whole_layers_last(found: tuple[int, tuple[str, ...]]) -> tuple[bool, int, tuple[str, ...]]:
+    """Running whole layers again costs most of what leaves the lesson alone: where another combination fits, it is
+    named, and of those the smallest.
+    """
+    total, texts = found
+    return any(text.endswith(".recompute=layer") for text in texts), total, texts
+
+
 def advise(
     config: RunConfig, stage: StageName, setting: Setting, need: Callable[[RunConfig], int], cap_bytes: int, *,
     combine: bool = True,
@@ -236,11 +245,10 @@ def advise(
     least = now
     for those in (gentle, every) if combine else ():
         for count in range(1, len(those) + 1):
-            tried = [found for group in combinations(those, count) if (found := plan_with(*group)) is not None]
-            if not tried:
-                continue
-            total, texts = min(tried)
-            least = min(least, total)
-            if total <= cap_bytes:
+            groups = (group for group in combinations(those, count) if len({key for key, _ in group}) == count)
+            tried = [found for group in groups if (found := plan_with(*group)) is not None]
+            least = min([least, *(total for total, _ in tried)])
+            if fitting := [found for found in tried if found[0] <= cap_bytes]:
+                total, texts = min(fitting, key=_whole_layers_last)
                 return Advice(levers, texts, total)
     return Advice(levers, (), least)

@@ -14,7 +14,7 @@ from elo_engine.align import align
 from elo_engine.corpora import describe_corpora, open_heldout, require_shards
 from elo_engine.detach import Source
 from elo_engine.evaluate import evaluate_folder
-from elo_engine.plan import plan
+from elo_engine.plan import plan, settle
 from elo_engine.plan_text import describe_plan
 from elo_engine.pretrain import pretrain
 from elo_engine.reattach import reattach
@@ -35,6 +35,7 @@ def start(run: RunDir, source: Source) -> None:
     """Say what will be done and on what; write `plan.json`, and the commit of a hub's model."""
     require_shards(run.config)
     run.pin(source.revision)
+    settle(run, source)
     planned = plan(run.config, source)
     run.write_json("plan.json", planned)
     for line in (*describe_plan(planned), *source.reasons, *describe_corpora(run.config)):

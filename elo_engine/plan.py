@@ -17,9 +17,10 @@ from elo_engine.checkpoint import CheckpointIndex, open_checkpoint, resolve_mode
 from elo_engine.checkpoint.syscalls import free_bytes
 from elo_engine.config import RunConfig, load_config
 from elo_engine.detach import Source
-from elo_engine.engine_choice import EngineChoice, Predictions, choose
+from elo_engine.engine_choice import EngineChoice, Predictions, Rooms, choose
 from elo_engine.errors import RefusedError, UsageError
-from elo_engine.fp8_plan import fp8_refusals, fp8_warnings
+from elo_engine.fitting import Fitted, fitted, is_open, set_key
+from elo_engine.fp8_plan import fp8_warnings
 from elo_engine.graphs import graph_plan
 from elo_engine.levers import StageName, advise, bridge_file_bytes, bridge_plan, stage_setting
 from elo_engine.measure import expected
@@ -32,10 +33,11 @@ from elo_engine.measure.planner import sums_bytes
 from elo_engine.measure.setting import Setting
 from elo_engine.model.presets import preset_spec
 from elo_engine.model.spec import ModelSpec, read_spec
-from elo_engine.run_dir import pinned
+from elo_engine.plan_refusals import all_refusals, stage_refusal
+from elo_engine.run_dir import RunDir, pinned
+from elo_engine.train import world
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
-_ELSEWHERE = "run it on a larger machine: the run folder can be moved"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def _on_card(memory_bytes: int, what: str) -> Room:
 def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, Any]:
     """The plan as JSON; `refusals` names what cannot fit and what to do, one entry each, and is empty where all can."""
     spec, planning = subject.spec, Planning(subject.spec, target)
+    fit = planning.fitted(config)
+    config = fit.config
     choice = planning.choice(config)
     settings = {stage: planning.setting(config, stage) for stage in STAGES}
     pretrain, align = settings["pretrain"], settings["align"]
@@ -123,6 +127,7 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
         "device": target.device,
         "dtype": {"bf16": "bfloat16", "fp32": "float32"}[pretrain.dtype],
         "detached_layers": list(pretrain.layers),
+        "chosen": fit.chosen,
         "pretrain": stages["pretrain"],
         "align": stages["align"],
         "disk": _disk(config, subject, settings),
@@ -138,7 +143,7 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
         "ideal_executed_speedup": asdict(ideal_speedups(pretrain, align, share)),
         "warnings": _warnings(config, spec) + fp8_warnings(config, target.device),
     }
-    plan["refusals"] = _refusals(config, plan, target)
+    plan["refusals"] = all_refusals(config, plan, target.rate)
     return plan
 
 
@@ -147,6 +152,14 @@ class Planning:
 
     def __init__(self, spec: ModelSpec, target: Target) -> None:
         self._spec, self._target, self.needs_of = spec, target, Predictions()
+
+    def fitted(self, config: RunConfig, processes: int = 1) -> Fitted:
+        """With nothing `auto` that a stage needs to know."""
+        target = self._target
+        rooms = Rooms(target.room, target.host, target.disk)
+        return fitted(
+            config, self._spec, target.device, target.dtype, rooms, processes=processes, needs_of=self.needs_of
+        )
 
     def choice(self, config: RunConfig) -> EngineChoice:
         """Of the alignment."""
@@ -247,62 +260,33 @@ def _warnings(config: RunConfig, spec: ModelSpec) -> list[str]:
     return found
 
 
-def _refusals(config: RunConfig, plan: dict[str, Any], target: Target) -> list[str]:
-    found = [text for stage in STAGES if (text := stage_refusal(plan, stage))] + fp8_refusals(config, target.rate)
-    need = plan["disk"]["total_bytes"]
-    if target.disk is not None and need > target.disk.bytes:
-        spared = (config.snapshot.keep - 1) * sum(plan[stage]["snapshot_bytes"] for stage in STAGES)
-        levers = f"snapshot.keep=1 saves up to {human_bytes(spared)}; " if spared else ""
-        found.append(
-            f"the run takes up to {human_bytes(need)} of disk and there are {human_bytes(target.disk.bytes)} "
-            f"({target.disk.what}). {levers}or choose an output on another disk"
-        )
-    return found
-
-
-def stage_refusal(plan: dict[str, Any], stage: StageName) -> str | None:
-    """Why a stage fits its device, its host or its disk not, and what to do; None where it does or nothing is known."""
-    part, rooms = plan[stage], plan["room"]
-    engine = part.get("engine")
-    streamed = engine is not None and engine["name"] == "streamed"
-    first = ""
-    if streamed:  # what a person did not ask for is explained
-        resident = engine["resident_bytes"]
-        first = "streamed, " if resident is None else f"resident it takes {human_bytes(resident)}, and streamed "
-    if part["fits"] is False:
-        room, memory, need = rooms["device"], part["memory"], part["device_bytes"]
-        rest = need - memory["peak_bytes"]
-        beside = f", and {human_bytes(rest)} besides for the process, reading and snapshots" if rest else ""
-        if rest and streamed and engine["store"] == "memory":
-            beside = f", and {human_bytes(rest)} besides for the model's store, the process, reading and snapshots"
-        return (
-            f"{stage} does not fit: {first}its tensors take {human_bytes(memory['peak_bytes'])} "
-            f"({memory['moment']}){beside}; "
-            f"there are {human_bytes(room['bytes'])} ({room['what']}). {part['advice']['text']}; or {_ELSEWHERE}"
-        )
-    if part["host_fits"] is False:
-        room = rooms["host"]
-        what = "with reading and saving snapshots it takes"
-        if streamed:
-            parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in part["host_parts"].items() if size)
-            what = f"{first}with {parts} it takes"
-        return (
-            f"{stage} does not fit: {what} {human_bytes(part['host_bytes'])} of host memory; there are "
-            f"{human_bytes(room['bytes'])} ({room['what']}). {part['advice']['text']}; or {_ELSEWHERE}"
-        )
-    if rooms["disk"] is not None and part["store_disk_bytes"] > rooms["disk"]["bytes"]:
-        return (
-            f"{stage} does not fit: {first}its model takes {human_bytes(part['store_disk_bytes'])} of the disk; "
-            f"there are {human_bytes(rooms['disk']['bytes'])} ({rooms['disk']['what']}). "
-            "align.stream.store=memory takes none; or choose an output on another disk"
-        )
-    return None
-
-
 def plan(config: RunConfig, source: Source) -> dict[str, Any]:
     """The plan of a run on this machine as it is now, from the headers of its model."""
     give_back_freed_memory(source.device)
     return make_plan(config, Subject.of(source.index, source.spec), Target.here(source.device, config.output))
+
+
+def settle(run: RunDir, source: Source) -> None:
+    """Choose what the run's configuration leaves open (`fitting.py`), write it down and say why; rank 0 chooses for all
+    processes.
+    """
+    if not is_open(run.config):
+        return
+
+    def choose_now() -> dict[str, Any]:
+        return fitted_here(run.config, source).chosen
+
+    chosen, config = world.first(choose_now), run.config
+    for key, one in chosen.items():
+        config = set_key(config, key, one["value"])
+    run.settle(config, Fitted(config, chosen).lines())
+
+
+def fitted_here(config: RunConfig, source: Source) -> Fitted:
+    """On this machine as it is now, but what a run in its output folder has chosen already."""
+    config = pinned(config)
+    give_back_freed_memory(source.device)
+    return Planning(source.spec, Target.here(source.device, config.output)).fitted(config, world.size())
 
 
 def require_memory(config: RunConfig, source: Source, stage: StageName) -> expected.StageMemory:
@@ -320,7 +304,8 @@ def require_memory(config: RunConfig, source: Source, stage: StageName) -> expec
 
 def setting_of(config: RunConfig, source: Source, stage: StageName) -> Setting:
     """A stage on this machine as it is now, as the counts and the memory planner take it."""
-    return Planning(source.spec, Target.here(source.device, config.output)).setting(config, stage)
+    planning = Planning(source.spec, Target.here(source.device, config.output))
+    return planning.setting(planning.fitted(config).config, stage)
 
 
 def align_engine(config: RunConfig, source: Source) -> EngineChoice:
@@ -334,7 +319,8 @@ def align_engine(config: RunConfig, source: Source) -> EngineChoice:
     refusal = stage_refusal(make_plan(config, Subject.of(source.index, source.spec), target), "align")
     if refusal is not None:
         raise RefusedError(refusal)
-    return Planning(source.spec, target).choice(config)
+    planning = Planning(source.spec, target)
+    return planning.choice(planning.fitted(config).config)
 
 
 def plan_command(
@@ -382,18 +368,3 @@ def _target(config: RunConfig, gpu: str | None, host: str | None, measure: bool)
         room = Room(max(0, parse_memory(host) - process), what)
         target = replace(target, host=room, room=target.room if target.device == "cuda" else room)
     return target
-
-
-def refusals(plan: dict[str, Any], stage: str | None = None) -> list[str]:
-    """Why a plan cannot fit, or with `stage` (pretrain, align) why that stage alone cannot, as it is refused when it
-    begins; empty where all can.
-    """
-    if stage is None:
-        return list(plan["refusals"])
-    return [text for name in STAGES if name == stage and (text := stage_refusal(plan, name))]
-
-
-def require_fit(plan: dict[str, Any], stage: str | None = None) -> None:
-    """Raises RefusedError when anything of the plan, or of one stage of it, cannot fit, naming all of it."""
-    if found := refusals(plan, stage):
-        raise RefusedError("\n".join(found))

@@ -26,6 +26,7 @@ def describe_plan(plan: dict[str, Any]) -> list[str]:
             f"{part['trainable_parameters'] / 1e6:.1f}M trainable, peak memory {_peak(part)}, "
             f"{part['flops_per_token'] / 1e9:.2f} GFLOP/token"
         )
+    lines += _chosen_lines(plan)
     lines += _bridge_lines(plan)
     lines += _graph_lines(plan)
     lines += _engine_lines(plan)
@@ -55,6 +56,11 @@ def _engine_lines(plan: dict[str, Any]) -> list[str]:
         held = ", ".join(f"{name} {human_bytes(size)}" for name, size in part["host_parts"].items() if size)
         lines.append(f"align's host memory: {human_bytes(part['host_bytes'])} ({held}), updates {engine['update']}")
     return lines
+
+
+def _chosen_lines(plan: dict[str, Any]) -> list[str]:
+    """What was `auto`, and what it is."""
+    return [f"{key}: {one['value']}, {one['why']}" for key, one in plan["chosen"].items()]
 
 
 def _bridge_lines(plan: dict[str, Any]) -> list[str]:
@@ -110,7 +116,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         memory.add_row(f"room: {human_bytes(room['bytes'])}", *fits)
         memory.caption = room["what"]
     console.out.print(memory)
-    for line in (*_bridge_lines(plan), *_graph_lines(plan), *_engine_lines(plan)[:1]):
+    for line in (*_chosen_lines(plan), *_bridge_lines(plan), *_graph_lines(plan), *_engine_lines(plan)[:1]):
         console.out.print(line, markup=False)
     if plan["align"]["engine"]["name"] == "streamed":
         console.out.print(_host(plan))

@@ -16,7 +16,7 @@ from elo_engine.fp8_check import begin_fp8, refuse_without_fp8
 from elo_engine.graphs import pretrain_engine
 from elo_engine.measure.expected import StageMemory
 from elo_engine.out_of_memory import explained
-from elo_engine.plan import require_memory, setting_of
+from elo_engine.plan import require_memory, setting_of, settle
 from elo_engine.reattach import refuse_interleaved
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import run_stage
@@ -28,6 +28,7 @@ from elo_engine.train.optim import MasterAdamW
 def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     """Run the stage to its end (or from its newest snapshot) and return its summary; see `run_stage`."""
     refuse_interleaved(run, "pretrain")
+    settle(run, source)
     config = run.config
     refuse_without_fp8(config, source.spec, source.device, source.dtype)
     memory = require_memory(config, source, "pretrain")
@@ -40,7 +41,7 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
     bridges = None if bridge is None else bridge.bridges
     setting = setting_of(config, source, "pretrain")
     with explained(run, source, "pretrain", memory, setting):
-        model = detach(source, run, recompute=section.recompute == "layer", bridges=bridges)
+        model = detach(source, run, recompute=section.runs_again, bridges=bridges)
         del bridge, bridges
         begin_fp8(run, model, mixture)
         optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)

@@ -50,8 +50,9 @@ from elo_engine.model.full import load_full
 from elo_engine.model.presets import preset_spec
 from elo_engine.model.shallow import load_shallow, shallow_names
 from elo_engine.model.spec import ModelSpec, choose_layers
+from elo_engine.plan import Planning, Target, fitted_here, make_plan, require_memory
 from elo_engine.plan import Subject as Planned
-from elo_engine.plan import Target, make_plan, require_memory, stage_refusal
+from elo_engine.plan_refusals import stage_refusal
 from elo_engine.train.loop import micro_batches, to_batch
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import check_first_gradients
@@ -92,11 +93,12 @@ def open_subject(config: RunConfig, stage: StageName) -> Subject:
     """
     require_shards(config)
     source = open_source(config)
+    config = fitted_here(_resident(config), source).config
     mixture = make_mixture(config, source.folder, source.spec.V)
-    require_memory(_resident(config), source, stage)
+    require_memory(config, source, stage)
     section: StageConfig = getattr(config, stage)
     rows_per_step = section.tokens_per_step // config.data.sequence_length
-    recompute, first_row = section.recompute == "layer", 0
+    recompute, first_row = section.runs_again, 0
     if stage == "pretrain":
         refuse_without_fp8(config, source.spec, source.device, source.dtype)
         model, _ = load_shallow(
@@ -138,15 +140,21 @@ def shapes_config(name: str, stage: StageName, overrides: list[str]) -> RunConfi
     return make_config(tree, f"--shapes {name}")
 
 
-def require_room(name: str, config: RunConfig, stage: StageName, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises RefusedError when a stage of published shapes is predicted to take more than the device has free now; no
+def require_room(
+    name: str, config: RunConfig, stage: StageName, device: torch.device, dtype: torch.dtype
+) -> RunConfig:
+    """The configuration with nothing left open.
+
+    Raises RefusedError when a stage of published shapes is predicted to take more than the device has free now; no
     host memory is asked for beside a GPU's, since a profile writes no snapshots.
     """
     give_back_freed_memory(device)
     target = Target(device.type, "bf16" if dtype == torch.bfloat16 else "fp32", device_room(device))
-    refusal = stage_refusal(make_plan(_resident(config), Planned.preset(name), target), stage)
+    config = Planning(preset_spec(name), target).fitted(_resident(config)).config
+    refusal = stage_refusal(make_plan(config, Planned.preset(name), target), stage)
     if refusal is not None:
         raise RefusedError(f"--shapes {name}: {refusal}")
+    return config
 
 
 def random_subject(name: str, config: RunConfig, stage: StageName) -> Subject:
@@ -158,7 +166,7 @@ def random_subject(name: str, config: RunConfig, stage: StageName) -> Subject:
     spec = preset_spec(name)
     device = choose_device(config.device)
     dtype, why = choose_dtype(config.dtype, device)
-    require_room(name, config, stage, device, dtype)
+    config = require_room(name, config, stage, device, dtype)
     reasons = (why, ops.configure(config.kernels, device))
     whole, section = stage == "align", config.pretrain if stage == "pretrain" else config.align
     layers = tuple(range(spec.layers)) if whole else choose_layers(config.detach.layers, spec.layers)
@@ -169,7 +177,7 @@ def random_subject(name: str, config: RunConfig, stage: StageName) -> Subject:
     }
     bridges = None if whole else _blank_bridges(config, spec, layers)
     model = Decoder(
-        spec, tensors, layers, train_outer=whole, recompute=section.recompute == "layer", bridges=bridges
+        spec, tensors, layers, train_outer=whole, recompute=section.runs_again, bridges=bridges
     )
     if not whole:
         refuse_without_fp8(config, spec, device, dtype)
@@ -205,8 +213,8 @@ def take_step(subject: Subject, step: int) -> float:
             optimizer.zero_grad()
             model.begin_step(torch.from_numpy(rows.ids_BT))
         loss_sum = torch.zeros((), dtype=torch.float32, device=model.device)
-        pieces = micro_batches(rows, section.micro_batch)
-        for _ in range(-(-len(rows.ids_BT) // section.micro_batch)):
+        pieces = micro_batches(rows, section.rows_at_once)
+        for _ in range(-(-len(rows.ids_BT) // section.rows_at_once)):
             with part("data"):
                 batch = to_batch(next(pieces), model.device, model.host_embedding_VD)
             with part("forward"):
@@ -285,7 +293,7 @@ def _storages(tensors: list[Tensor]) -> dict[int, int]:
 def step_shapes(subject: Subject, step: int) -> StepShapes:
     """What the kernels see in this step, for their FLOPs and bytes."""
     model, section, rows = subject.model, subject.section, subject.rows(step)
-    several = rows.ids_BT.shape[0] > section.micro_batch
+    several = rows.ids_BT.shape[0] > section.rows_at_once
     width = model.embedding_VD.element_size()
     starts = [int(start) for start in rows.segment_starts]
     windows = [model.spec.kind(index).window for index in model.layer_indices]
@@ -297,7 +305,7 @@ def step_shapes(subject: Subject, step: int) -> StepShapes:
         trained=sum(leaf.tensor.numel() for leaf in model.leaves),
         width=width,
         gradient_width=4 if several else width,
-        recompute=model.recompute,
+        recompute=model.recompute == "layer",
         eight_bit=section.optimizer.state == "8bit",
     )
 
@@ -313,18 +321,18 @@ def conditions(subject: Subject, labelled: int, unprofiled_ms: list[float]) -> C
         "model": f"{subject.name}, {len(model.layers)} of {spec.layers} layers, {trained / 1e6:.1f}M parameters learn",
         "stage": subject.stage,
         "sequence length": T,
-        "micro-batch": section.micro_batch,
-        "micro-batches a step": -(-section.tokens_per_step // (section.micro_batch * T)),
+        "micro-batch": section.rows_at_once,
+        "micro-batches a step": -(-section.tokens_per_step // (section.rows_at_once * T)),
         "tokens a step": section.tokens_per_step,
         "of them with a loss": labelled,
         "dtype": str(model.dtype).removeprefix("torch."),
         "optimizer state": section.optimizer.state,
-        "recompute": section.recompute,
+        "recompute": section.runs_again,
         "device": device + threads,
         "kernels": subject.reasons[-1].removeprefix("kernels: "),
         "step": f"number {len(unprofiled_ms) + 1} of this process",
     }
-    title = f"{subject.name}, {subject.stage}, {section.micro_batch} x {T} tokens on {device}"
+    title = f"{subject.name}, {subject.stage}, {section.rows_at_once} x {T} tokens on {device}"
     return Conditions(title, facts, unprofiled_ms)
 
 

@@ -24,6 +24,10 @@ class Follower(RunDir):
         if revision is not None:
             self.config = self.config.model_copy(update={"revision": revision})
 
+    def settle(self, chosen: RunConfig, said: list[str]) -> None:
+        """Rank 0 writes it down."""
+        self.config = chosen
+
     def say(self, text: str) -> None:
         """Rank 0 says it."""
 

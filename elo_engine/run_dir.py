@@ -31,7 +31,8 @@ _BEAT_S = 1.0  # STATUS is renewed at most this often by work that goes on
 
 
 def pinned(config: RunConfig) -> RunConfig:
-    """The configuration with the commit of the hub's model that the run in its output folder was started from.
+    """The configuration with the commit of the hub's model that the run in its output folder was started from, and with
+    what that run chose where a stage's `recompute` or `micro_batch` is auto.
 
     That commit stands for what was asked for then, also no revision at all: a branch may have moved since, and one run
     reads one commit. Any other `revision` stays as it is, and so does everything where no such run is.
@@ -40,6 +41,10 @@ def pinned(config: RunConfig) -> RunConfig:
     if not (path / _CONFIG_NAME).exists():
         return config
     before = load_config(path / _CONFIG_NAME)
+    for name in ("pretrain", "align"):
+        asked, had = getattr(config, name), getattr(before, name)
+        again = {key: getattr(had, key) for key in ("recompute", "micro_batch") if getattr(asked, key) == "auto"}
+        config = config.model_copy(update={name: asked.model_copy(update=again)})
     if before.revision is None or before.model != config.model:
         return config
     if config.revision is not None and config.revision != _run_json(path).get("revision"):
@@ -147,6 +152,16 @@ class RunDir:
         _write_durably(self.path / _CONFIG_NAME, started.model_copy(update={"revision": revision}).to_yaml())
         self.config = self.config.model_copy(update={"revision": revision})
         self.say(f"model: {self.config.model} at the commit {revision}, from here to the end of this run")
+
+    def settle(self, chosen: RunConfig, said: list[str]) -> None:
+        """Keep what was chosen for keys that are `auto` for the rest of this run, before anything is made with it."""
+        started = load_config(self.path / _CONFIG_NAME)
+        for name in ("pretrain", "align"):
+            started = started.model_copy(update={name: getattr(chosen, name)})
+        _write_durably(self.path / _CONFIG_NAME, started.to_yaml())
+        self.config = chosen
+        for line in said:
+            self.say(line)
 
     def folder(self, name: str) -> Path:
         """A sub-folder's path: `pretrain`, `align`, `reattached`, `model`."""

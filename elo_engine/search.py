@@ -22,6 +22,7 @@ from elo_engine.errors import FailedError, Interrupted, UsageError
 from elo_engine.evaluate import Stopped
 from elo_engine.measure.flops import arm_flops
 from elo_engine.measure.meter import human_bytes
+from elo_engine.plan import fitted_here
 from elo_engine.run_dir import RunDir
 from elo_engine.search_jobs import Job, choose_candidates, make_jobs, target_of
 from elo_engine.search_report import draw, make_result
@@ -75,6 +76,7 @@ def search_command(
     require_shards(config)
     target = target_of(config)
     source = open_source(config)
+    config = fitted_here(config, source).config
     jobs = make_jobs(config, source, choose_candidates(layers, source.spec.layers), seeds)
     done = {job.name: found for job in jobs if resume and (found := job.result(out)) is not None}
     heldout = open_heldout(config, source.folder, source.spec.V)

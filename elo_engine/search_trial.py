@@ -218,13 +218,13 @@ def _pretrain(
     tensors, own = shared.base.frozen(), {name for layer in layers for name in names.layer_names(spec, layer)}
     tensors = {name: t.clone() if name in own else t for name, t in tensors.items() if name in own | _outer(spec)}
     model = Decoder(
-        spec, tensors, layers, train_outer=False, recompute=section.recompute == "layer",
+        spec, tensors, layers, train_outer=False, recompute=section.runs_again,
         bridges=None if fitted is None else fitted.bridges,
     )  # fmt: skip
     del tensors
     optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)
     finished = train(
-        ResidentEngine(model, optimizer, section.micro_batch), mixture, section, steps=steps,
+        ResidentEngine(model, optimizer, section.rows_at_once), mixture, section, steps=steps,
         sequence_length=config.data.sequence_length, progress=Progress(),
         hooks=_hooks("pretrain", steps, told, should_stop),
     )  # fmt: skip
@@ -242,7 +242,7 @@ def _whole(shared: Shared, trained: Mapping[str, Tensor], config: RunConfig) -> 
     spec, tensors = shared.source.spec, shared.base.frozen()
     copies = {name: trained.get(name, tensor).clone() for name, tensor in tensors.items()}
     every = tuple(range(spec.layers))
-    return Decoder(spec, copies, every, train_outer=True, recompute=config.align.recompute == "layer")
+    return Decoder(spec, copies, every, train_outer=True, recompute=config.align.runs_again)
 
 
 def _align(
@@ -253,7 +253,7 @@ def _align(
     section, steps, T = config.align, config.steps("align"), config.data.sequence_length
     optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)
     finished = train(
-        ResidentEngine(model, optimizer, section.micro_batch), mixture, section, steps=steps, sequence_length=T,
+        ResidentEngine(model, optimizer, section.rows_at_once), mixture, section, steps=steps, sequence_length=T,
         progress=Progress(), hooks=_hooks("align", steps, told, should_stop),
         first_row=config.steps("pretrain") * config.pretrain.tokens_per_step // T,
     )  # fmt: skip

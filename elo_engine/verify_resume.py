@@ -31,6 +31,7 @@ from elo_engine.config import RunConfig, load_config, make_config
 from elo_engine.corpora import make_mixture, require_shards
 from elo_engine.detach import open_source
 from elo_engine.errors import FailedError, RefusedError, UsageError
+from elo_engine.plan import fitted_here
 from elo_engine.summary import read_steps
 from elo_engine.train import state
 
@@ -80,6 +81,7 @@ def verify(path: Path, overrides: list[str], asked: str | None, steps: int, work
     stages = stages_of(config, asked)
     require_shards(config)
     source = open_source(config)
+    config = fitted_here(config, source).config  # of the whole run, so that every process has the same
     make_mixture(config, source.folder, source.spec.V)  # every check of the data, before anything is written
     work = work or Path(f"{config.output}-verify")
     if work.exists():

@@ -166,11 +166,15 @@ def run_tree(tied: Path, shards: dict[str, str], tmp_path: Path) -> dict[str, An
             "mix": {"ja": 9, "en": 1},
             "sequence_length": 32,
         },
-        "pretrain": {"tokens": 768, "tokens_per_step": 128, "micro_batch": 2, "optimizer": {"lr": 3e-3}},
-        "align": {"tokens": 384, "tokens_per_step": 128, "micro_batch": 2, "optimizer": {"lr": 1e-3}},
+        "pretrain": {
+            "tokens": 768, "tokens_per_step": 128, "micro_batch": 2, "recompute": "none", "optimizer": {"lr": 3e-3},
+        },
+        "align": {
+            "tokens": 384, "tokens_per_step": 128, "micro_batch": 2, "recompute": "layer", "optimizer": {"lr": 1e-3},
+        },
         "evaluate": {"every": 3, "shards": {"ja": shards["ja-heldout"], "en": shards["en-heldout"]}},
         "snapshot": {"every": 2, "keep": 2},
-    }
+    }  # fmt: skip
 
 
 @pytest.fixture

@@ -27,13 +27,13 @@ ROW_TOKENS = ROWS * T
 def configured(pretrain: int = 4, align: int = 2, state: str = "fp32", **more: Any) -> RunConfig:
     """As `elo run` would have it, with these steps of either kind."""
     optimizer = {"state": state, "clip": 0.5, "lr": 1e-2, "weight_decay": 0.1}
-    stage = {"tokens_per_step": ROW_TOKENS, "micro_batch": 2, "optimizer": optimizer}
+    stage = {"tokens_per_step": ROW_TOKENS, "micro_batch": 2, "recompute": "none", "optimizer": optimizer}
     return make_config(
         {
             "model": "x", "output": "y", "seed": 7, "data": {"shards": {"ja": "z"}, "sequence_length": T},
             "detach": {"layers": list(LAYERS), "bridge": "linear", "bridge_tokens": 4 * ROW_TOKENS},
             "pretrain": stage | {"tokens": pretrain * ROW_TOKENS, "optimizer": optimizer | {"lr": 2e-2}},
-            "align": stage | {"tokens": align * ROW_TOKENS, "recompute": "none", "when": "interleaved"},
+            "align": stage | {"tokens": align * ROW_TOKENS, "when": "interleaved"},
         }
         | more
     )

@@ -111,7 +111,7 @@ def transformers_model(setting: Setting) -> Any:
         model = get_peft_model(
             model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, task_type="CAUSAL_LM")
         )
-    if setting.recompute:
+    if setting.recompute == "layer":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 

@@ -67,7 +67,7 @@ class Case:
     def resident(self) -> ResidentEngine:
         """The whole model on the device, layers run again in the backward pass."""
         tensors = random_tensors(self.spec, self.dtype)
-        model = Decoder(self.spec, tensors, tuple(range(self.spec.layers)), train_outer=True, recompute=True)
+        model = Decoder(self.spec, tensors, tuple(range(self.spec.layers)), train_outer=True, recompute="layer")
         return ResidentEngine(model, MasterAdamW(model, self.optimizer, seed=7), self.micro_batch)
 
     def streamed(self, folder: Path | None = None, **streaming: Any) -> StreamedEngine:

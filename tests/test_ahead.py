@@ -31,7 +31,7 @@ def arms(tied: Path) -> dict[str, Contestant]:
 
     spec = read_spec(open_checkpoint(tied).config)
     names: tuple[ArmName, ...] = ("elo_pretrain", "elo_align")
-    made = {name: replace(setting(name), spec=spec, sequence_length=16, recompute=False) for name in names}
+    made = {name: replace(setting(name), spec=spec, sequence_length=16, recompute="none") for name in names}
     return {name: Contestant(one, environment={"OMP_NUM_THREADS": "1"}) for name, one in made.items()}
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import planner_cases
@@ -20,6 +20,7 @@ from stream_cases import SPEC, random_tensors, step_rows
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from elo_engine.config import Recompute
 from elo_engine.errors import FailedError, UsageError
 from elo_engine.measure.flops import arm_flops
 from elo_engine.measure.planner import predict_memory
@@ -248,9 +249,9 @@ def shallow(layers: tuple[int, ...], **options: Any) -> Decoder:
     return Decoder(SPEC, kept, layers, train_outer=False, **options)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", get_args(Recompute))
 @pytest.mark.parametrize("layers", [(0, 4), (0, 2, 4), (1, 3)])
-def test_between_layers_and_at_the_ends(layers: tuple[int, ...], recompute: bool) -> None:
+def test_between_layers_and_at_the_ends(layers: tuple[int, ...], recompute: Recompute) -> None:
     """Loss and gradients against the layers strung together here, with the formula at each gap."""
     ops.configure("auto", CPU)
     bridges, batch = random_bridges(SPEC, layers), some_batches(SPEC)[0]
@@ -293,7 +294,7 @@ def test_bridges_are_replaced_in_place() -> None:
 
 
 def test_observers_see_what_enters_a_layer_in_training_alone() -> None:
-    model = Decoder(SPEC, random_tensors(SPEC, torch.float32), tuple(range(5)), train_outer=True, recompute=True)
+    model = Decoder(SPEC, random_tensors(SPEC, torch.float32), tuple(range(5)), train_outer=True, recompute="layer")
     seen: dict[int, list[Tensor]] = {index: [] for index in range(6)}
     model.observers = {index: found.append for index, found in seen.items()}
     batch = some_batches(SPEC)[0]
@@ -311,9 +312,11 @@ def test_observers_see_what_enters_a_layer_in_training_alone() -> None:
 # -- counted and predicted
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", get_args(Recompute))
 @pytest.mark.parametrize("layers", [(0, 3), (1, 3), (0, 1), (1, 2)])
-def test_flops_are_what_torch_counts(layers: tuple[int, ...], recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_are_what_torch_counts(
+    layers: tuple[int, ...], recompute: Recompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = read_spec(test_flops.SMALL)
     setting = Setting("elo_pretrain", spec, layers, 96, 2, dtype="fp32", recompute=recompute, device="cpu")
     setting = replace(setting, bridges=len(gaps(spec.layers, layers)))
@@ -327,7 +330,7 @@ def test_flops_are_what_torch_counts(layers: tuple[int, ...], recompute: bool, m
     )
 
 
-@pytest.mark.parametrize("fields", [{"micro_batches": 2}, {"recompute": True, "state": "8bit"}, {"dtype": "bf16"}])
+@pytest.mark.parametrize("fields", [{"micro_batches": 2}, {"recompute": "layer", "state": "8bit"}, {"dtype": "bf16"}])
 @pytest.mark.parametrize("layers", [(0, 3), (1, 2)])
 def test_predicted_peak_is_the_traced_one(
     layers: tuple[int, ...], fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch

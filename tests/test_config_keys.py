@@ -152,7 +152,7 @@ def observed(elo: Elo, config: Path, verb: str, overrides: list[str], output: Pa
 
 
 def filled(text: str, stage: str, places: dict[str, str]) -> str:
-    # `recompute` is none in pretraining and layer in alignment where nothing is said
+    # the run that is changed says none in pretraining and layer in alignment
     return text.format(stage=stage, other="none" if stage == "align" else "layer", **places)
 
 

@@ -20,7 +20,8 @@ from elo_engine.measure.expected import Needs
 from elo_engine.measure.machine import Room
 from elo_engine.measure.setting import Setting, Streaming
 from elo_engine.model.presets import preset_spec
-from elo_engine.plan import Subject, Target, align_engine, make_plan, require_fit, require_memory
+from elo_engine.plan import Subject, Target, align_engine, make_plan, require_memory
+from elo_engine.plan_refusals import require_fit
 
 SPEC = preset_spec("llama-3.1-8b")
 Elo = Callable[..., tuple[int, str]]
@@ -28,7 +29,7 @@ ROWS = ("data.sequence_length=4096", "align.tokens_per_step=32768", "align.optim
 
 
 def configured(**align: Any) -> RunConfig:
-    stage = {"tokens_per_step": 8 * 4096, "optimizer": {"state": "8bit"}} | align
+    stage = {"tokens_per_step": 8 * 4096, "recompute": "layer", "optimizer": {"state": "8bit"}} | align
     data = {"shards": {"ja": "nowhere"}, "sequence_length": 4096}
     return make_config({"model": "none/such", "output": "nowhere", "data": data, "align": stage})
 

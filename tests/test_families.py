@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from test_parity import CPU, assert_close, gradients
 from torch import Tensor
 
 from elo_engine.checkpoint import open_checkpoint
+from elo_engine.config import Recompute
 from elo_engine.measure.flops import full_step, shallow_step
 from elo_engine.model import ops
 from elo_engine.model.decoder import Batch, Decoder
@@ -87,10 +88,10 @@ def compare(ours: Decoder, theirs: Any, learning: set[str]) -> None:
         assert_close(gradient, grad, 1e-5, name)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", get_args(Recompute))
 @pytest.mark.parametrize("case", CASES)
 def test_whole_model_equals_transformers(
-    checkpoints: dict[str, Path], case: str, mode: str, recompute: bool
+    checkpoints: dict[str, Path], case: str, mode: str, recompute: Recompute
 ) -> None:
     index = open_checkpoint(checkpoints[case])
     spec = read_spec(index.config)

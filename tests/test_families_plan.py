@@ -38,7 +38,8 @@ def _bounded_search() -> Iterator[None]:
 
 NAMES = ("mistral", "qwen2", "qwen3", "gemma2, untied, low caps", "gemma3", "phi3", "olmo2", "smollm3")
 STEPS: list[tuple[ArmName, dict[str, Any]]] = [
-    ("engine_full", {}), ("engine_full", {"recompute": True}), ("elo_pretrain", {}), ("engine_full", {"state": "8bit"}),
+    ("engine_full", {}), ("engine_full", {"recompute": "layer"}), ("engine_full", {"recompute": "selective"}),
+    ("elo_pretrain", {}), ("engine_full", {"state": "8bit"}),
 ]  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def transformers_loss(setting: Setting, config: dict[str, Any]) -> torch.Tensor:
 
         kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         model = get_peft_model(model, LoraConfig(r=setting.lora_rank, target_modules=kinds, task_type="CAUSAL_LM"))
-    if setting.recompute:
+    if setting.recompute == "layer":
         model.gradient_checkpointing_enable()  # what the Trainer calls
     ids_BT = torch.randint(0, setting.spec.V, (setting.micro_batch, setting.sequence_length))
     return model(input_ids=ids_BT, labels=ids_BT).loss  # type: ignore[no-any-return]
@@ -115,15 +115,17 @@ def seen_in_full(flops: TokenFlops, spec: ModelSpec, T: int) -> TokenFlops:
 
 # As the arms are run; on the small shape also the other way round.
 AS_RUN = [
-    ("transformers_full", True), ("engine_full", True), ("lora", True), ("outer_unfrozen", True),
-    ("elo_pretrain", False), ("elo_align", False), ("transformers_shallow", False),
+    ("transformers_full", "layer"), ("engine_full", "layer"), ("lora", "layer"), ("outer_unfrozen", "layer"),
+    ("elo_pretrain", "none"), ("elo_align", "none"), ("transformers_shallow", "none"),
 ]  # fmt: skip
 CASES = [(*case, shape) for case in AS_RUN for shape in SHAPES]
-CASES += [(arm, not recompute, "small") for arm, recompute in AS_RUN if arm != "transformers_shallow"]
+OTHER = {"none": "layer", "layer": "none"}
+CASES += [(arm, OTHER[recompute], "small") for arm, recompute in AS_RUN if arm != "transformers_shallow"]
+CASES += [(arm, "selective", shape) for arm in ("elo_align", "elo_pretrain") for shape in SHAPES]
 
 
 @pytest.mark.parametrize(("arm", "recompute", "shape"), CASES)
-def test_executed_flops_are_what_torch_counts(arm: Any, recompute: bool, shape: str) -> None:
+def test_executed_flops_are_what_torch_counts(arm: Any, recompute: Any, shape: str) -> None:
     config, T, B = SHAPES[shape]
     spec = read_spec(config)
     setting = Setting(arm, spec, (0, spec.layers - 1), T, B, dtype="fp32", recompute=recompute, device="cpu")
@@ -137,17 +139,17 @@ def test_the_bound_sees_each_of_the_differences_that_the_counts_make() -> None:
     """On the small shape every correction to the textbook's count is more than the bound on the products, 0.1 %."""
     spec = read_spec(SMALL)
     sizes = {"layers": (0, 3), "sequence_length": 96, "micro_batch": 2}
-    whole = arm_flops(Setting("transformers_full", spec, recompute=True, **sizes)).executed
+    whole = arm_flops(Setting("transformers_full", spec, recompute="layer", **sizes)).executed
     assert 2 * spec.D * spec.F * spec.layers > 0.01 * (whole.linear + whole.head)
     shallow = arm_flops(Setting("elo_pretrain", spec, **sizes)).executed
     below_first = 2 * spec.D * spec.E * (spec.H + 2 * spec.K)
     assert below_first > 0.01 * (shallow.linear + shallow.head)
-    adapters = arm_flops(Setting("lora", spec, recompute=True, **sizes)).executed
+    adapters = arm_flops(Setting("lora", spec, recompute="layer", **sizes)).executed
     assert 2 * 16 * spec.D * spec.layers > 0.001 * (adapters.linear + adapters.head)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_backward_stops_at_the_lowest_layer_that_learns_unless_checkpointed(recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_backward_stops_at_the_lowest_layer_that_learns_unless_checkpointed(recompute: Any) -> None:
     spec = read_spec(SMALL)
     setting = Setting("outer_unfrozen", spec, (2,), 96, 2, dtype="fp32", recompute=recompute, device="cpu")
     expected, found = seen_in_full(arm_flops(setting).executed, spec, 96), counted(setting, SMALL)
@@ -167,15 +169,15 @@ def test_the_8b_model_at_8192_is_the_published_count() -> None:
 
     assert giga("transformers_full") == pytest.approx(52.5, rel=0.005)
     down = 2 * spec.D * spec.F * spec.layers / 1e9
-    assert giga("engine_full", recompute=True) + down == pytest.approx(68.7, rel=0.01)
+    assert giga("engine_full", recompute="layer") + down == pytest.approx(68.7, rel=0.01)
     assert down == pytest.approx(3.76, rel=0.005)
     for arm in ("transformers_full", "liger_full", "elo_align"):
-        assert giga(arm, recompute=True) == giga("engine_full", recompute=True)
+        assert giga(arm, recompute="layer") == giga("engine_full", recompute="layer")
     assert giga("lora") == pytest.approx(37.7, rel=0.005)
     assert giga("elo_pretrain") == pytest.approx(5.14, rel=0.005)
     for arm in ("transformers_full", "engine_full", "elo_align"):
-        assert giga(arm, "model", recompute=True) == full_step(spec, 8192).total / 1e9
-    elo = arm_flops(Setting("elo_pretrain", spec, **sizes, recompute=True)).model
+        assert giga(arm, "model", recompute="layer") == full_step(spec, 8192).total / 1e9
+    elo = arm_flops(Setting("elo_pretrain", spec, **sizes, recompute="layer")).model
     assert elo == shallow_step(spec, (0, spec.layers - 1), 8192)
 
 
@@ -199,10 +201,10 @@ def test_ideal_speedups_are_of_what_is_executed() -> None:
     resident = Setting("elo_align", spec, (0, 31), 8192, 1)
     found = ideal_speedups(elo, resident, 0.9)
     assert found.over_plain == pytest.approx(ideal_speedup(spec, (0, spec.layers - 1), 8192, 0.9))
-    checkpointed = arm_flops(replace(resident, arm="transformers_full", recompute=True)).executed.total
+    checkpointed = arm_flops(replace(resident, arm="transformers_full", recompute="layer")).executed.total
     ours = 0.9 * arm_flops(elo).executed.total + 0.1 * arm_flops(resident).executed.total
     assert found.over_checkpointed == pytest.approx(checkpointed / ours) and found.over_checkpointed > found.over_plain
-    slower = ideal_speedups(replace(elo, recompute=True), replace(resident, recompute=True), 0.9)
+    slower = ideal_speedups(replace(elo, recompute="layer"), replace(resident, recompute="layer"), 0.9)
     assert slower.over_checkpointed < found.over_checkpointed
 
 

@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "with a bridge": {"config": LLAMA, "bridge": True},
     "one micro-batch": {"config": LLAMA, "micro_batch": 4},
     "micro-batches of 3 and 1": {"config": LLAMA, "micro_batch": 3},
-    "recomputed": {"config": LLAMA, "recompute": True},
+    "recomputed": {"config": LLAMA, "recompute": "layer"},
     "8-bit state": {"config": LLAMA, "state": "8bit"},
     "8-bit state, masters": {"config": LLAMA, "state": "8bit", "master": "32"},
     "no clipping": {"config": LLAMA, "clip": None},

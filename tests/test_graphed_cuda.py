@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elo_engine.config import OptimizerConfig
+from elo_engine.config import OptimizerConfig, Recompute
 from elo_engine.data import RowBatch
 from elo_engine.data.rows import flat_starts
 from elo_engine.model import names, ops
@@ -31,7 +31,7 @@ T, ROWS, STEPS = 512, 4, 20
 SHORT = 64  # tokens: documents no longer are one block of keys, so nothing is added up in the order of arrival
 CASES: dict[str, dict[str, Any]] = {
     "fp32 state": {}, "8-bit state": {"state": "8bit"}, "8-bit state, masters": {"state": "8bit", "master": "32"},
-    "one micro-batch": {"micro_batch": ROWS}, "no clipping": {"clip": None}, "recomputed": {"recompute": True},
+    "one micro-batch": {"micro_batch": ROWS}, "no clipping": {"clip": None}, "recomputed": {"recompute": "layer"},
 }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def step_rows(step: int, longest: int) -> RowBatch:
 
 
 def make(
-    kind: Callable[..., Any], micro_batch: int = 2, recompute: bool = False, **optimizer: Any
+    kind: Callable[..., Any], micro_batch: int = 2, recompute: Recompute = "none", **optimizer: Any
 ) -> ResidentEngine:
     generator, device = torch.Generator().manual_seed(3), torch.device("cuda")
     tensors = {}

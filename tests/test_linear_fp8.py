@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from elo_engine.config import Recompute
 from elo_engine.model import ops
 from elo_engine.model.ops import linear_fp8
 from elo_engine.model.ops.quantize_fp8 import EMULATE
@@ -122,20 +124,20 @@ def test_a_layer_that_is_run_again_is_the_same_layer(way: str, monkeypatch: pyte
 
     if DEVICE.type == "cuda":
         pytest.skip("the layer of tests/test_ops.py is made on its own device")
-    from elo_engine.model.decoder import run_again
-    from elo_engine.model.layers import decoder_layer
+    from elo_engine.model.decoder import run_layer
 
     spec, weights, rope, packing = tiny_layer(learns=True)
     weights = {name: tensor.detach().bfloat16().requires_grad_() for name, tensor in weights.items()}
     found = []
-    for layer in (decoder_layer, run_again):
+    for recompute in get_args(Recompute):
         hidden = torch.randn(13, 64, generator=torch.Generator().manual_seed(3)).bfloat16().requires_grad_()
         for tensor in weights.values():
             tensor.grad = None
-        out = layer(spec, 0, weights, hidden, rope, packing, fp8=True)
+        out = run_layer(recompute, spec, 0, weights, hidden, rope, packing, fp8=True)
         out.float().square().sum().backward()
         found.append([out.detach(), hidden.grad, *(tensor.grad for tensor in weights.values())])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")

@@ -117,14 +117,15 @@ def test_tensors_get_a_cap_without_the_context_of_cuda() -> None:
 
 def test_only_this_engine_is_recomputed_and_only_where_nothing_fits_without() -> None:
     plain = replace(of("elo_pretrain"), sequence_length=8192)
-    again = replace(plain, recompute=True)
-    need, less = (predict_memory(setting).peak_bytes + CONTEXT_BYTES for setting in (plain, again))
-    assert less < need
+    first, again = replace(plain, recompute="selective"), replace(plain, recompute="layer")
+    need, some, less = (predict_memory(setting).peak_bytes + CONTEXT_BYTES for setting in (plain, first, again))
+    assert less < some < need
     assert memory.with_recompute(plain, need) == (plain, 1)
-    chosen, rows = memory.with_recompute(plain, need - 1)
-    assert chosen == again and rows == largest_micro_batch(again, need - 1 - CONTEXT_BYTES) >= 1
+    for cap, expected in ((need - 1, first), (some - 1, again)):
+        chosen, rows = memory.with_recompute(plain, cap)
+        assert chosen == expected and rows == largest_micro_batch(expected, cap - CONTEXT_BYTES) >= 1
     assert memory.with_recompute(plain, less - 1) == (again, 0)
-    other = replace(of("transformers_full"), sequence_length=8192, recompute=False)
+    other = replace(of("transformers_full"), sequence_length=8192, recompute="none")
     assert memory.with_recompute(other, 8 * GIB) == (other, 0)
 
 

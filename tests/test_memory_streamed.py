@@ -38,7 +38,7 @@ def _bounded_search() -> Iterator[None]:
 
 
 def streamed(*args: Any, **fields: Any) -> Setting:
-    return case("elo_align_streamed", *args, recompute=True, **fields)
+    return case("elo_align_streamed", *args, recompute="layer", **fields)
 
 
 def engine_of(setting: Setting) -> StreamedEngine:
@@ -265,6 +265,6 @@ def test_the_8b_on_the_host() -> None:
 
 def test_every_layer_is_run_again_but_for_its_last_product() -> None:
     setting = gpu()
-    again = replace(setting, arm="elo_align", recompute=True)
+    again = replace(setting, arm="elo_align", recompute="layer")
     assert arm_flops(setting) == arm_flops(again)
-    assert arm_flops(setting).executed.total > arm_flops(replace(again, recompute=False)).executed.total
+    assert arm_flops(setting).executed.total > arm_flops(replace(again, recompute="none")).executed.total

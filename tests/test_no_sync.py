@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elo_engine.config import OptimizerConfig
+from elo_engine.config import OptimizerConfig, Recompute
 from elo_engine.data.rows import RowBatch, flat_starts
 from elo_engine.model import names
 from elo_engine.model.bridge import Bridge
@@ -128,7 +128,7 @@ def rows(seed: int, documents: int = 1) -> RowBatch:
 
 
 def make(
-    config: dict[str, Any], *, whole: bool = False, micro_batch: int = 2, recompute: bool = False,
+    config: dict[str, Any], *, whole: bool = False, micro_batch: int = 2, recompute: Recompute = "none",
     bridge: bool = False, host: bool = False, fp8: Any = "none", dtype: torch.dtype = torch.bfloat16, **optimizer: Any,
 ) -> ResidentEngine:  # fmt: skip
     spec = read_spec(config)
@@ -158,7 +158,8 @@ CASES: dict[str, dict[str, Any]] = {
     "pretraining": {"config": LLAMA},
     "with a bridge": {"config": LLAMA, "bridge": True},
     "one micro-batch": {"config": LLAMA, "micro_batch": 4},
-    "recomputed": {"config": LLAMA, "recompute": True},
+    "recomputed": {"config": LLAMA, "recompute": "layer"},
+    "first product of the MLP made again": {"config": LLAMA, "recompute": "selective"},
     "8-bit state": {"config": LLAMA, "state": "8bit"},
     "8-bit state, masters": {"config": LLAMA, "state": "8bit", "master": "32"},
     "no clipping": {"config": LLAMA, "clip": None},
@@ -168,8 +169,9 @@ CASES: dict[str, dict[str, Any]] = {
     "untied head": {"config": LLAMA | {"tie_word_embeddings": False}},
     "8-bit head": {"config": LLAMA, "fp8": "head"},
     "8-bit products": {"config": LLAMA, "fp8": "all"},
-    "8-bit products, recomputed": {"config": QWEN3, "fp8": "all", "recompute": True},
-    "whole model": {"config": LLAMA, "whole": True, "recompute": True},
+    "8-bit products, recomputed": {"config": QWEN3, "fp8": "all", "recompute": "layer"},
+    "8-bit products, first of the MLP's made again": {"config": QWEN3, "fp8": "all", "recompute": "selective"},
+    "whole model": {"config": LLAMA, "whole": True, "recompute": "layer"},
     "whole model, untied": {"config": LLAMA | {"tie_word_embeddings": False}, "whole": True},
 }
 

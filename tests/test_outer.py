@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from elo_engine.config import OptimizerConfig
+from elo_engine.config import OptimizerConfig, Recompute
 from elo_engine.model import names, ops
 from elo_engine.model.decoder import Batch, Decoder
 from elo_engine.model.layers import Packing, RopeTable, decoder_layer, layer_gradient
@@ -284,18 +284,18 @@ def test_the_last_product_is_not_run_again() -> None:
 def test_a_model_that_recomputes_learns_the_same_bits(whole: bool) -> None:
     """In the shallow one nothing that enters the first layer needs a gradient."""
     found = []
-    for recompute in (True, False):
+    for recompute in get_args(Recompute):
         layers = (0, 1, 2) if whole else (0, 2)
         model = decoder(SPEC, layers=layers, train_outer=whole, recompute=recompute)
         handed = {f"outer {i}": gradient for i, (_, gradient) in enumerate(model.outer_gradients(run(model, 2)))}
         found.append({"+".join(leaf.names): leaf.tensor.grad for leaf in model.leaves} | handed)
         assert len(handed) == (2 if whole else 0)
-    assert same(*found)
+    assert len(found) == 3 and all(same(found[0], other) for other in found[1:])
     assert sum(gradient is not None for gradient in found[0].values()) == len(model.leaves)
 
 
 def test_an_evaluation_runs_no_layer_for_a_gradient() -> None:
-    model = decoder(SPEC, recompute=True)
+    model = decoder(SPEC, recompute="layer")
     batch: Batch = whole_rows(rows())
     with torch.no_grad():
         assert not model.hidden_states(batch).requires_grad

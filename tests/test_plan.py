@@ -42,9 +42,10 @@ EIGHT_BIT = ("pretrain.optimizer.state=8bit", "align.optimizer.state=8bit")
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """The defaults, for shapes by name: neither model nor shards are there."""
+    """The defaults with nothing left to choose, for shapes by name: neither model nor shards are there."""
     path = tmp_path / "plan.yaml"
-    path.write_text(f"model: none/such\noutput: {tmp_path / 'out'}\ndata: {{shards: {{ja: nowhere}}}}\n")
+    again = "pretrain: {recompute: none}\nalign: {recompute: layer}\n"
+    path.write_text(f"model: none/such\noutput: {tmp_path / 'out'}\ndata: {{shards: {{ja: nowhere}}}}\n{again}")
     return path
 
 
@@ -59,9 +60,9 @@ def test_a_plan_of_published_shapes_for_a_card(config: Path, elo: Elo) -> None:
     found = planned(elo, config, *EIGHT_BIT, "--shapes", "llama-3.1-8b", "--gpu", "H200")
     assert found["model"]["parameters"] == 8_030_261_248 and found["dtype"] == "bfloat16"
     spec = preset_spec("llama-3.1-8b")
-    for stage, arm, size, recompute in (("pretrain", "elo_pretrain", 4, False), ("align", "elo_align", 1, True)):
+    for stage, arm, size, recompute in (("pretrain", "elo_pretrain", 4, "none"), ("align", "elo_align", 1, "layer")):
         part = found[stage]
-        rest: dict[str, Any] = {"recompute": recompute, "graph": stage == "pretrain"}
+        rest: dict[str, Any] = {"recompute": recompute}
         setting = Setting(arm, spec, (0, 31), 8192, size, 32 // size, **rest)  # type: ignore[arg-type]
         assert part["memory"] == predict_memory(setting).to_json()
         assert sum(part["memory"]["components"].values()) == part["memory"]["peak_bytes"] == part["device_bytes"]
@@ -384,7 +385,8 @@ def test_every_arm_has_its_counts() -> None:
     """Bench arms store these two beside each other: none is missing, and nothing executes less than it must."""
     spec = read_spec(preset_config("llama-3.1-8b"))
     for arm in ARMS:
-        found = arm_flops(Setting(arm, spec, (0, 31), 8192, 1, recompute=arm != "transformers_shallow"))
+        again: Any = "none" if arm == "transformers_shallow" else "layer"
+        found = arm_flops(Setting(arm, spec, (0, 31), 8192, 1, recompute=again))
         assert found.executed.total >= found.model.total > 0
 
 

@@ -36,7 +36,9 @@ def tree_of(checkpoint: Path, shards: dict[str, str], output: Path) -> dict[str,
         "dtype": "fp32",
         "data": {"shards": {"ja": shards["ja-train"], "en": shards["en-train"]}, "sequence_length": 32},
         "pretrain": {"tokens": 1280, "tokens_per_step": 128, "micro_batch": 2, "optimizer": {"lr": 3e-3}},
-        "align": {"tokens": 1280, "tokens_per_step": 128, "micro_batch": 2, "optimizer": {"lr": 1e-3}},
+        "align": {
+            "tokens": 1280, "tokens_per_step": 128, "micro_batch": 2, "recompute": "layer", "optimizer": {"lr": 1e-3},
+        },
     }
 
 

@@ -25,7 +25,7 @@ def setting(arm: ArmName) -> Setting:
     made = Setting(
         arm=arm, spec=SPEC, layers=(0, 31), sequence_length=32, micro_batch=2, dtype="fp32", state="fp32", device="cpu"
     )
-    return made if shallow else replace(made, micro_batch=1, micro_batches=2, recompute=True)
+    return made if shallow else replace(made, micro_batch=1, micro_batches=2, recompute="layer")
 
 
 class Scripted:
@@ -77,7 +77,7 @@ class Scripted:
         found = {
             "steps": self.steps, "tokens": tokens - (self.fails == ("lies", self.visit)), "labelled": tokens,
             "shortest_row": 32, "longest_row": 32, "changed": [], "unchanged": [],
-            "layer_runs": self.steps * made.micro_batches * depth * (2 if made.recompute else 1),
+            "layer_runs": self.steps * made.micro_batches * depth * (2 if made.recompute == "layer" else 1),
             "gradients": {"all": evidence.expected_parameters(made)},
         }  # fmt: skip
         return {"evidence": found, "peak_allocated_bytes": 100 - self.visit, "host_peak_bytes": 1}

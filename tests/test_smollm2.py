@@ -147,7 +147,7 @@ def test_streamed_training_of_the_real_model_is_resident_training_bit_for_bit(
             found.append(engine.step(rows, 2 * (T - 1), 1e-4, first=number == 0, should_stop=lambda: False))
         return found
 
-    model, _ = load_full(index, spec, device=CPU, dtype=torch.float32, recompute=True)
+    model, _ = load_full(index, spec, device=CPU, dtype=torch.float32, recompute="layer")
     resident = ResidentEngine(model, MasterAdamW(model, optimizer), 1)
     outcomes = run(resident)
     expected = resident.optimizer.weights()

@@ -46,7 +46,8 @@ def setting(arm: ArmName, **changes: Any) -> Setting:
     shallow = arm in ("elo_pretrain", "transformers_shallow")
     made = Setting(
         arm=arm, spec=MODEL.spec, layers=(0, 3), sequence_length=32, micro_batch=2 if shallow else 1,
-        micro_batches=1 if shallow else 2, dtype="fp32", state="fp32", device="cpu", recompute=not shallow,
+        micro_batches=1 if shallow else 2, dtype="fp32", state="fp32", device="cpu",
+        recompute="none" if shallow else "layer",
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -72,7 +73,7 @@ ARMS: list[ArmName] = [
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_what_it_claims(arm: ArmName) -> None:
-    made = setting(arm) if arm != "elo_align" else setting(arm, recompute=False)
+    made = setting(arm) if arm != "elo_align" else setting(arm, recompute="none")
     found, answers = run_arm(made)
     evidence.require_engagement(made, found)
     assert len(answers) == 3 and all(answer["seconds"] > 0 for answer in answers)
@@ -91,7 +92,7 @@ def test_arms_on_the_same_weights_and_rows_start_at_the_same_loss_and_gradient()
 
 
 def test_both_makers_make_the_same_weights() -> None:
-    ours = engine_model(MODEL, (0, 3), shallow=False, recompute=False, device=CPU, dtype=torch.float32).trainable()
+    ours = engine_model(MODEL, (0, 3), shallow=False, recompute="none", device=CPU, dtype=torch.float32).trainable()
     theirs = dict(transformers_model(MODEL, (0, 3), shallow=False, device=CPU, dtype=torch.float32).named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name].detach()) for name in ours)
@@ -104,7 +105,7 @@ TAMPERED: list[tuple[ArmName, dict[str, Any], str]] = [
     ("elo_align_streamed", {"micro_batches": 1}, "96 tokens passed in 3 steps, not 192"),
     ("elo_align_streamed", {"sequence_length": 16, "micro_batches": 4}, "rows of 16 to 16"),
     ("outer_unfrozen", {"micro_batches": 1}, "96 tokens passed in 3 steps, not 192"),
-    ("engine_full", {"recompute": False}, "decoder layers ran 24 times, not 48"),
+    ("engine_full", {"recompute": "none"}, "decoder layers ran 24 times, not 48"),
     ("outer_unfrozen", {"layers": (0, 1, 3)}, "parameters got a gradient"),
     ("elo_pretrain", {"layers": (0,)}, "decoder layers ran 3 times, not 6"),
     ("lora", {"lora_rank": 4}, "parameters got a gradient"),
@@ -314,12 +315,12 @@ def test_which_arms_and_how() -> None:
     size = contestants.Size("cpu", "fp32", 64, state="fp32", memory_bytes=2**40)
     chosen = {one.name: one for one in contestants.choose(MODEL, (0, 3), size, contestants.default_arms("cuda"))}
     assert "need a GPU" in chosen["liger_full"].why_not and not chosen["transformers_full"].why_not
-    assert chosen["transformers_full"].setting.recompute and not chosen["elo_align"].setting.recompute
+    assert chosen["transformers_full"].setting.recompute == "layer" and chosen["elo_align"].setting.recompute == "none"
     tokens = {one.setting.tokens_per_step for one in chosen.values()}
     assert tokens == {4 * 64}, "every arm is fed the same rows a step"
     small = contestants.Size("cuda", "bf16", 64, memory_bytes=1)
     chosen = {one.name: one for one in contestants.choose(MODEL, (0, 3), small, contestants.parse_arms("g,f"))}
-    assert [*chosen] == ["elo_pretrain", "elo_align"] and chosen["elo_align"].setting.recompute
+    assert [*chosen] == ["elo_pretrain", "elo_align"] and chosen["elo_align"].setting.recompute == "layer"
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_a_streamed_layer_that_is_not_updated_is_caught(monkeypatch: pytest.Monk
 
 def test_streaming_is_held_against_an_arm_that_recomputes_too() -> None:
     seconds = SECONDS | {"elo_align_streamed": [7.0, 6.6, 13.2, 6.6, 6.5]}
-    made = {arm: setting(arm, recompute=arm not in ("elo_pretrain", "elo_align")) for arm in seconds}  # type: ignore[arg-type]
+    made = {arm: setting(arm, recompute="none" if arm in ("elo_pretrain", "elo_align") else "layer") for arm in seconds}  # type: ignore[arg-type]
     present = {arm: Contestant(made[arm]) for arm in made}
     found = speedup.ratios([*present.values()], one_run(seconds))["streamed"]
     assert found["over_resident"]["resident"] == "engine_full"
@@ -70,7 +70,7 @@ def test_streaming_is_held_against_an_arm_that_recomputes_too() -> None:
     assert found["over_resident"]["low"] == pytest.approx(6.5 / 6) and found["over_resident"]["high"] > 1.1
     assert found["pipeline"]["engine_full"]["median"] == pytest.approx(6 / (0.36 + 0.66))
     assert found["pipeline"]["engine_full"]["ideal"] > 1
-    again = present | {"elo_align": Contestant(replace(made["elo_align"], recompute=True))}
+    again = present | {"elo_align": Contestant(replace(made["elo_align"], recompute="layer"))}
     found = speedup.ratios([*again.values()], one_run(seconds))["streamed"]
     assert found["over_resident"]["resident"] == "elo_align"
     assert found["over_resident"]["median"] == pytest.approx(1.65)
@@ -91,9 +91,9 @@ def test_how_alignment_is_run() -> None:
     assert roomy["elo_align_streamed"].setting.streaming.inputs == "device"
     assert tight["elo_align_streamed"].setting.streaming.inputs == "host"
     assert chosen(memory_bytes=2**40, streamed_inputs="host")["elo_align_streamed"].setting.streaming.inputs == "host"
-    assert all(found["elo_align_streamed"].setting.recompute for found in (roomy, tight))
-    assert chosen(memory_bytes=2**40, align_recompute="layer")["elo_align"].setting.recompute
-    assert not chosen(memory_bytes=1, align_recompute="none")["elo_align"].setting.recompute
+    assert all(found["elo_align_streamed"].setting.recompute == "layer" for found in (roomy, tight))
+    assert chosen(memory_bytes=2**40, align_recompute="layer")["elo_align"].setting.recompute == "layer"
+    assert chosen(memory_bytes=1, align_recompute="none")["elo_align"].setting.recompute == "none"
     on_cpu = setting("elo_align_streamed")
     assert contestants.needed_bytes(on_cpu) - predict_memory(on_cpu).peak_bytes == contestants.host_bytes(on_cpu) > 0
     large = replace(on_cpu, spec=replace(preset_spec("llama-3.1-8b"), layers=10_000))
@@ -103,7 +103,7 @@ def test_how_alignment_is_run() -> None:
 
 def test_what_is_said_of_streaming_needs_what_it_rests_on() -> None:
     """As `recording` checks it; earlier records say nothing of streaming and stay as they are."""
-    ran = {"status": "ran", "options": {"recompute": True}}
+    ran = {"status": "ran", "options": {"recompute": "layer"}}
     arms: dict[str, Any] = {name: dict(ran) for name in ("elo_align_streamed", "elo_pretrain", "engine_full")}
     said = {"pipeline": {"engine_full": {}}, "over_resident": {"resident": "engine_full"}}
 
@@ -111,7 +111,7 @@ def test_what_is_said_of_streaming_needs_what_it_rests_on() -> None:
         return list(schemas._streamed_faults(streamed, arms))
 
     assert faults(None) == [] and faults(said) == []
-    arms["engine_full"] = ran | {"options": {"recompute": False}}
+    arms["engine_full"] = ran | {"options": {"recompute": "none"}}
     assert ["does not recompute" in fault for fault in faults(said)] == [True]
     arms["elo_align_streamed"] = {"status": "failed"}
     assert "elo_align_streamed, which did not run" in faults(said)[-1]

@@ -13,6 +13,7 @@ more forward pass":
   transformers ends in `down_proj`, which saves its input before it multiplies, so that product is not run again. With
   adapters the layer ends in the B of `down_proj`'s adapter, and it is that small product which is not.
 * This engine does not run that product again either: `layers.layer_gradient` takes its gradient without its value.
+* `recompute: selective` makes one product of a layer again, gate and up: 4 D F a token.
 * Below the first trained layer autograd forms dX of the query, key and value projections, because the norm before them
   has a weight that learns; the engine forms none. Adapters alone need none.
 * With checkpointing switched on, transformers makes the embedding's output require a gradient, whatever learns: the
@@ -24,8 +25,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from elo_engine.config import Recompute
 from elo_engine.measure.setting import ENGINE, SHALLOW, Setting
 from elo_engine.model.spec import ModelSpec
+
+_NONE_AND_LAYER: tuple[Recompute, ...] = ("none", "layer")
 
 
 @dataclass(frozen=True)
@@ -155,9 +159,11 @@ def arm_flops(setting: Setting) -> ArmFlops:
 
 def _run_again(setting: Setting, layers: Sequence[int]) -> TokenFlops:
     """The recomputed forward passes of these layers; see the top of this file for what is left out of them."""
-    if not setting.recompute and setting.arm != "elo_align_streamed":
+    spec, streamed = setting.spec, setting.arm == "elo_align_streamed"
+    if setting.recompute == "none" and not streamed:
         return TokenFlops(0.0, 0.0, 0.0)
-    spec = setting.spec
+    if setting.recompute == "selective" and not streamed:
+        return TokenFlops(len(layers) * 4.0 * spec.D * spec.F, 0.0, 0.0)
     # a norm after the product needs its value, whoever runs the layer again
     down = spec.D * spec.F if spec.norms == "pre" else 0
     return TokenFlops(
@@ -183,7 +189,7 @@ def _outer_unfrozen(setting: Setting) -> ArmFlops:
         return TokenFlops(linear, forward + backward, head)
 
     needed = step(spec.layers - min(setting.layers))
-    done, again = step(spec.layers) if setting.recompute else needed, _run_again(setting, everything)
+    done, again = step(spec.layers) if setting.recompute != "none" else needed, _run_again(setting, everything)
     return ArmFlops(
         replace(needed, linear=needed.linear - _below_first(spec)),
         TokenFlops(done.linear + again.linear, done.attention + again.attention, head),
@@ -201,7 +207,7 @@ def _lora(setting: Setting) -> ArmFlops:
     attention = _attention_forward(spec, setting.sequence_length, range(spec.layers))
     head = 4.0 * spec.D * spec.V
     model = TokenFlops(linear - unneeded, 3.5 * attention, head)
-    if not setting.recompute:
+    if setting.recompute == "none":
         return ArmFlops(model, model)
     ends_saved = 2.0 * r * spec.D if spec.norms == "pre" else 0.0
     again = spec.layers * (2.0 * (matrices + adapters) - ends_saved)
@@ -217,6 +223,6 @@ def ideal_speedups(pretrain: Setting, align: Setting, pretrain_share: float) -> 
     ours += (1.0 - pretrain_share) * arm_flops(align).executed.total
     plain, checkpointed = (
         arm_flops(replace(align, arm="transformers_full", recompute=recompute)).executed.total / ours
-        for recompute in (False, True)
+        for recompute in _NONE_AND_LAYER
     )
     return IdealSpeedups(plain, checkpointed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elo_engine.measure import memory_engine_head as head
+from elo_engine.measure import memory_engine_mlp as mlp
 from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_attention import copies_bytes, flash_backward_bytes, lse_bytes
 from elo_engine.measure.memory_fp8 import Fp8Products, head_bytes
@@ -118,12 +119,16 @@ class EngineStep:
     def forward_layer(self, index: int, *, graph: bool) -> tuple[dict[str, Held], Held]:
         """-> what is saved, nothing without a graph, and the output."""
         ledger = self.ledger
-        kept = self.until_down(index)
-        if not graph:  # the rest takes these two alone
-            ledger.drop(*(kept.pop(name) for name in [*kept] if name not in ("sum", "gate_up")))
-        product = ledger.add(ACT, self.NF)
-        down = self.fp8.out(self.ND, self.spec.F)
-        ledger.drop(product)
+        if self.setting.recompute == "selective":
+            kept, update = self.until_mlp(index)
+            kept["sum"], down = mlp.forward_selective(self, update)
+        else:
+            kept = self.until_down(index)
+            if not graph:  # the rest takes these two alone
+                ledger.drop(*(kept.pop(name) for name in [*kept] if name not in ("sum", "gate_up")))
+            product = ledger.add(ACT, self.NF)
+            down = self.fp8.out(self.ND, self.spec.F)
+            ledger.drop(product)
         if self.spec.norms != "pre":  # the residual is added to what the norm makes
             kept["down"], (out, kept["rstd4"]) = down, self.norm()
         else:
@@ -134,7 +139,33 @@ class EngineStep:
         return kept, out
 
     def until_down(self, index: int) -> dict[str, Held]:
-        """The layer without its last product: all that a recomputation runs. -> what is saved."""
+        """The layer without its last product. -> what is saved."""
+        ledger, before = self.ledger, self.spec.norms != "post"
+        kept, update = self.until_mlp(index)
+        if before:
+            kept["sum"] = ledger.add(ACT, self.ND)
+        else:
+            kept["sum"], update = update, ledger.add(ACT, 0)
+        normed = ledger.add(ACT, 0)
+        if before:
+            normed, kept["rstd2"] = self.norm()
+        kept["gate_up"] = self.fp8.out(2 * self.NF, self.spec.D)
+        ledger.drop(normed, update)
+        return kept
+
+    def run_again(self, index: int) -> dict[str, Held]:
+        """What a recomputation runs: all before the MLP, which its own node makes in the backward pass; where a norm
+        after the MLP needs its value, all but the last product. -> what is saved.
+        """
+        if self.spec.norms != "pre":
+            return self.until_down(index)
+        kept, update = self.until_mlp(index)
+        kept["sum"] = self.ledger.add(ACT, self.ND)
+        self.ledger.drop(update)
+        return kept
+
+    def until_mlp(self, index: int) -> tuple[dict[str, Held], Held]:
+        """Attention. -> what is saved, and what is added to the residual stream."""
         ledger, kept, before = self.ledger, dict[str, Held](), self.spec.norms != "post"
         normed = ledger.add(ACT, 0)
         if before:
@@ -150,16 +181,7 @@ class EngineStep:
         update = self.fp8.out(self.ND, self.spec.H * self.spec.E)
         if self.spec.norms != "pre":
             kept["update"], (update, kept["rstd3"]) = update, self.norm()
-        if before:
-            kept["sum"] = ledger.add(ACT, self.ND)
-        else:
-            kept["sum"], update = update, ledger.add(ACT, 0)
-        normed = ledger.add(ACT, 0)
-        if before:
-            normed, kept["rstd2"] = self.norm()
-        kept["gate_up"] = self.fp8.out(2 * self.NF, self.spec.D)
-        ledger.drop(normed, update)
-        return kept
+        return kept, update
 
     def head_norms(self, kept: dict[str, Held]) -> None:
         """Query and key heads normed: what they were is kept beside what they are. One kernel on a GPU for heads by
@@ -198,9 +220,9 @@ class EngineStep:
         kept, lasting = saved.rest, [saved.hidden]
         if kept is None:
             ledger.moment = f"recomputation of layer {index}"
-            kept = self.until_down(index)
+            kept = self.run_again(index)
             # `layer_gradient` and autograd, its caller, have names for these until the layer is through
-            lasting += [d_out, kept["sum"], kept["gate_up"]]
+            lasting += [d_out, kept["sum"], *([kept["gate_up"]] if "gate_up" in kept else [])]
         ledger.moment = f"backward of layer {index}"
 
         def pass_by(held: Held) -> None:
@@ -211,26 +233,10 @@ class EngineStep:
         if post and "down" not in kept:  # run again: the product too
             kept["down"], kept["rstd4"] = ledger.add(ACT, self.ND), ledger.add(ACT, 4 * self.N)
         d_down = self.norm_out_backward(index, kept, "down", "rstd4") if post else ledger.add(ACT, 0)
-        # down projection and SwiGLU
-        d_product, d_packed = ledger.add(ACT, self.NF), ledger.add(ACT, 2 * self.NF)
-        active = ledger.add(ACT, 0 if self.cuda else self.NF)  # the kernel writes it over d_product
-        if not self.cuda:
-            ledger.spike(ACT, self.NF)
-        self.gradient(index, "down", p["down"].size + p["down"].biases)
-        self.fp8.backward(self.spec.D, self.spec.F)
-        ledger.drop(d_product, active, d_down)
-        pass_by(kept.pop("gate_up"))
-        self.gradients.settle()
-        # the second norm with gate and up
-        size = 2 * (p["gate"].size + p["gate"].biases)
-        if self.spec.norms == "post":
-            self.gradient(index, "gate_up", size)
-            self.fp8.backward(2 * self.spec.F, self.spec.D)
-            through, residual = ledger.add(ACT, self.ND), ledger.add(ACT, self.ND)
-            ledger.drop(through, d_packed)
+        if "gate_up" in kept:
+            residual = mlp.backward(self, index, kept, d_down, pass_by)
         else:
-            residual = self.norm_linear_backward(index, "gate_up", size)
-            ledger.drop(d_packed, kept.pop("rstd2"))
+            residual = mlp.backward_again(self, index, d_down)
         pass_by(d_out)
         pass_by(kept.pop("sum"))
         self.gradients.settle()
@@ -330,15 +336,14 @@ class EngineStep:
         # ids, positions and rotary tables by token live with the graph, and that until the next loss replaces this one
         tables = gathered_bytes(self.setting, self.indices) + rows_bytes(self.setting)
         tokens = 0 if self.setting.graph else 8 * self.N  # of a graph they are the step's, and stay
-        graph = ledger.add(ACT, 2 * tokens + tables)
-        labels = ledger.add(ACT, tokens)
-        hidden = ledger.add(ACT, self.ND)
-        saved: list[SavedLayer] = []
+        graph, labels = ledger.add(ACT, 2 * tokens + tables), ledger.add(ACT, tokens)
+        hidden, saved = ledger.add(ACT, self.ND), list[SavedLayer]()
+        again = self.setting.recompute == "layer"
         for index in self.indices:
             hidden = self.across(index, hidden)
             ledger.moment = f"forward of layer {index}"
-            kept, out = self.forward_layer(index, graph=not self.setting.recompute)
-            saved.append(SavedLayer(hidden, None if self.setting.recompute else kept))
+            kept, out = self.forward_layer(index, graph=not again)
+            saved.append(SavedLayer(hidden, None if again else kept))
             hidden = out
         hidden = self.across(self.spec.layers, hidden)
         ledger.moment = "final norm"

@@ -149,6 +149,12 @@ class StreamedStep(EngineStep):
         self.let_leave()
         return kept
 
+    def run_again(self, index: int) -> dict[str, Held]:
+        """As `until_down`."""
+        kept = super().run_again(index)
+        self.let_leave()
+        return kept
+
     def let_leave(self) -> None:
         """See `DeviceUnits`."""
         self.ledger.drop(*self.leaving)

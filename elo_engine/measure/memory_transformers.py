@@ -30,7 +30,7 @@ class TransformersStep(TransformersParts):
         self.outer = setting.arm in WHOLE_PEERS  # embedding, final norm and head learn
         learning = set(setting.layers) if setting.arm == "outer_unfrozen" else set(self.indices)
         # With checkpointing transformers makes the embedding's output require a gradient even where it is frozen.
-        flows = self.outer or setting.recompute
+        flows = self.outer or setting.recompute == "layer"
         self.kinds: dict[int, Kind] = {}
         for index in self.indices:
             learns = index in learning and not self.lora
@@ -172,15 +172,16 @@ class TransformersStep(TransformersParts):
         casts = ledger.add(ACT, 2 * len(self.indices) * sum(self.adapters()) if self.autocast else 0)
         hidden = ledger.add(ACT, self.ND)
         saved: list[tuple[Held, dict[str, Held] | None]] = []
-        states = ledger.add(ACT, len(self.indices) * _RNG_BYTES if setting.recompute and not self.cuda else 0)
+        again = setting.recompute == "layer"
+        states = ledger.add(ACT, len(self.indices) * _RNG_BYTES if again and not self.cuda else 0)
         for index in self.indices:
             ledger.moment = f"forward of layer {index}"
             kind = self.kinds[index]
-            kept, out = self.forward_layer(kind, keep=not setting.recompute and kind.active)
+            kept, out = self.forward_layer(kind, keep=not again and kind.active)
             assert out is not None
             # fp32: the norm keeps what entered; bf16: its own copy of it
-            saved.append((hidden, None if setting.recompute else kept))
-            if not setting.recompute and not (kind.flows and (self.w == 4 or self.liger)):
+            saved.append((hidden, None if again else kept))
+            if not again and not (kind.flows and (self.w == 4 or self.liger)):
                 ledger.drop(hidden)
                 saved[-1] = (ledger.add(ACT, 0), kept)
             hidden = out

@@ -8,9 +8,11 @@ allocator hands out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
+from elo_engine.config import Recompute
 from elo_engine.measure.ledger import COMPONENTS, Ledger
 from elo_engine.measure.setting import ENGINE, ArmName, Setting, ShallowTurns
 
@@ -117,6 +119,18 @@ def _with_turns(setting: Setting, turns: ShallowTurns, whole: MemoryPlan) -> Mem
 def fits(setting: Setting, cap_bytes: int) -> bool:
     """Whether the predicted peak is within `cap_bytes`."""
     return predict_memory(setting).peak_bytes <= cap_bytes
+
+
+def least_recompute(setting: Setting, fit: Callable[[Setting], bool]) -> Setting:
+    """The setting with the least recomputation that fits, from none on; with the most where nothing does.
+    `setting.recompute` is not looked at.
+    """
+    least = setting
+    for again in get_args(Recompute):
+        least = replace(setting, recompute=again)
+        if fit(least):
+            break
+    return least
 
 
 def largest_micro_batch(setting: Setting, cap_bytes: int) -> int:

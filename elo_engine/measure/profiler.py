@@ -38,7 +38,7 @@ PART_MEANING = {
     "forward": "embedding, layers, final norm",
     "head": "the head's products, the loss and its gradients, which are made in the forward pass; what is left of its "
     "backward pass is a scaling, and counted here",
-    "backward": "the layers' backward pass, with recompute: layer also their second forward pass",
+    "backward": "the layers' backward pass, with recompute also what is run a second time",
     "optimizer": "gradient norm, clipping, AdamW",
     "other": "work outside of these, such as the running sum of the loss",
     "gaps": "nothing runs: on a GPU it waits for the next launch, on a CPU Python works between two ops",

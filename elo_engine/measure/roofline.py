@@ -179,7 +179,7 @@ class StepShapes:
         pairs: (query, key) pairs that causal attention inside the documents forms, of one head.
         trained: parameters that learn.
         width, gradient_width: bytes of a weight, and of a gradient as the optimizer reads it.
-        recompute: each layer's forward pass runs twice.
+        recompute: each layer's forward pass runs twice, its kernels with it; `selective` runs none of them again.
     """
 
     layers: int

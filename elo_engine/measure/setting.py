@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Literal, get_args
 
+from elo_engine.config import Recompute
 from elo_engine.model.spec import ModelSpec
 
 ArmName = Literal[
@@ -65,7 +66,7 @@ class ShallowTurns:
     layers: tuple[int, ...]
     micro_batch: int
     micro_batches: int
-    recompute: bool
+    recompute: Recompute
     bridges: int
 
 
@@ -81,7 +82,8 @@ class Setting:
             others train bf16 weights as they are.
         state: moments of 8 bits, or in fp32 (in transformers' arms: in the weights' own type).
         master: this engine's, beside bf16 weights with 8-bit moments; see `elo_engine.config.OptimizerConfig`.
-        recompute: gradient checkpointing, layer by layer.
+        recompute: layer: gradient checkpointing, layer by layer; selective: of each layer the MLP's first product, in
+            this engine's resident arms alone.
         lora_rank: r of arm (d), on all seven projections of a layer.
         bridges: gaps between, before and behind the detached layers that have an affine map (elo_pretrain): all or 0.
         host_embedding: elo_pretrain's frozen embedding is in the host's memory and not in a GPU's.
@@ -98,7 +100,7 @@ class Setting:
     micro_batches: int = 1
     dtype: Literal["bf16", "fp32"] = "bf16"
     state: Literal["fp32", "8bit"] = "8bit"
-    recompute: bool = False
+    recompute: Recompute = "none"
     device: Literal["cpu", "cuda"] = "cuda"
     lora_rank: int = 16
     streaming: Streaming = Streaming()
@@ -108,6 +110,10 @@ class Setting:
     host_embedding: bool = False
     graph: bool = False
     fp8: Literal["none", "head", "all"] = "none"
+
+    def __post_init__(self) -> None:
+        assert self.recompute in get_args(Recompute), f"recompute {self.recompute!r} is not of {get_args(Recompute)}"
+        assert self.recompute != "selective" or self.arm in ENGINE, f"{self.arm} runs whole layers again, or none"
 
     @property
     def master_bytes(self) -> int:

@@ -12,13 +12,14 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from elo_engine.config import Recompute
 from elo_engine.model import names, ops
 from elo_engine.model.bridge import Bridge, Gap, Observer, gaps
 from elo_engine.model.layers import (
@@ -75,6 +76,7 @@ class Decoder:
         layers: original indices of the layers that are present, in order.
         train_outer: whether embedding, final norm and head learn too (the whole model) or are frozen (the shallow one).
         train_layers: False freezes the layers as well, for evaluation.
+        recompute: what of a layer is made again in the backward pass instead of kept; see `run_layer`.
         bridges: stand in for the layers that are missing at these gaps, each cast to the tensors' dtype and device;
             at a gap without one, what leaves a layer enters the next as it is.
 
@@ -93,9 +95,10 @@ class Decoder:
         *,
         train_outer: bool,
         train_layers: bool = True,
-        recompute: bool = False,
+        recompute: Recompute = "none",
         bridges: Mapping[Gap, Bridge] | None = None,
     ) -> None:
+        assert recompute in get_args(Recompute), f"recompute is one of {get_args(Recompute)}, not {recompute!r}"
         self.spec = spec
         self.layer_indices = layers
         self.recompute = recompute
@@ -156,7 +159,7 @@ class Decoder:
         return None if self.embedding_VD.device == self.device else self.embedding_VD
 
     def shallow(
-        self, layers: tuple[int, ...], *, recompute: bool = False, bridges: Mapping[Gap, Bridge] | None = None
+        self, layers: tuple[int, ...], *, recompute: Recompute = "none", bridges: Mapping[Gap, Bridge] | None = None
     ) -> Decoder:
         """The shallow model of ELO pretraining made of these very tensors: its layers learn for both models, embedding,
         final norm and head are those of this model as they are, frozen.
@@ -237,10 +240,7 @@ class Decoder:
         fp8 = self.fp8 == "all" and torch.is_grad_enabled()
         for index, weights in zip(self.layer_indices, self.layers, strict=True):
             hidden_ND = self._enter(index, hidden_ND)
-            if self.recompute and torch.is_grad_enabled():
-                hidden_ND = run_again(self.spec, index, weights, hidden_ND, ropes, batch.packing, fp8=fp8)
-            else:
-                hidden_ND = decoder_layer(self.spec, index, weights, hidden_ND, ropes, batch.packing, fp8=fp8)
+            hidden_ND = run_layer(self.recompute, self.spec, index, weights, hidden_ND, ropes, batch.packing, fp8=fp8)
         hidden_ND = self._enter(self.spec.layers, hidden_ND)
         return final_norm(self.spec, hidden_ND, self.norm_D)
 
@@ -296,11 +296,17 @@ class Decoder:
             return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
 
 
-def run_again(
-    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing,
-    *, fp8: bool = False,
+def run_layer(
+    recompute: Recompute, spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes,
+    packing: Packing, *, fp8: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`decoder_layer` that keeps its input alone for the backward pass."""
+    """`decoder_layer`, which for the backward pass keeps all that it needs (none), all but the output of the MLP's
+    first product (selective), or its input alone (layer); the same bits each way.
+    """
+    if recompute == "none" or not torch.is_grad_enabled():
+        return decoder_layer(spec, index, weights, hidden_ND, ropes, packing, fp8=fp8)
+    if recompute == "selective":
+        return decoder_layer(spec, index, weights, hidden_ND, ropes, packing, selective=True, fp8=fp8)
     return _RunAgain.apply(hidden_ND, weights["output"], spec, index, weights, ropes, packing, fp8)  # type: ignore[no-any-return]
 
 

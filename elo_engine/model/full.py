@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from elo_engine.checkpoint import CheckpointIndex, CheckpointReader
+from elo_engine.config import Recompute
 from elo_engine.errors import FailedError
 from elo_engine.model import names
 from elo_engine.model.decoder import Decoder
@@ -61,7 +62,7 @@ def load_full(
     device: torch.device,
     dtype: torch.dtype,
     train: bool = True,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Decoder, int]:
     """Read the whole checkpoint; `train=False` makes a model without gradients. Returns it and the bytes taken."""

@@ -221,16 +221,23 @@ def final_norm(spec: ModelSpec, hidden_ND: Tensor, norm_D: Tensor) -> Tensor:
 
 def decoder_layer(
     spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing,
-    *, fp8: bool = False,
+    *, selective: bool = False, fp8: bool = False,
 ) -> Tensor:  # fmt: skip
     """One decoder layer: attention and gated MLP, each added to the residual stream. [N, D] -> [N, D]
 
     Where the hidden state that enters needs no gradient (the first layer above a frozen embedding), none is formed.
 
-    index: of the layer in the checkpoint, which says its kind. fp8: its projections multiply 8-bit operands.
+    Args:
+        index: of the layer in the checkpoint, which says its kind.
+        selective: the backward pass makes the gate and up projections again, 2F numbers a token that are not kept; the
+            bits are the same.
+        fp8: its projections multiply 8-bit operands.
     """
-    sum_ND, gate_up_N2F = _until_down(spec, index, weights, hidden_ND, ropes, packing, fp8)
-    update_ND = ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation, fp8=fp8)
+    if selective:
+        sum_ND, update_ND = _mlp_again(spec, index, weights, hidden_ND, ropes, packing, fp8)
+    else:
+        sum_ND, gate_up_N2F = _until_down(spec, index, weights, hidden_ND, ropes, packing, fp8)
+        update_ND = ops.gated_linear(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation, fp8=fp8)
     return _add_norm_out(spec, sum_ND, weights.get("norm_mlp_out"), update_ND)
 
 
@@ -249,19 +256,22 @@ def layer_gradient(
 ) -> Tensor | None:
     """Run a layer again from its input, and its output's gradient back through it (Chen et al. 2016, arXiv 1604.06174).
 
-    The weights' gradients arrive at their leaves; returned is the input's, None where it is not needed. The last
-    product is not run again where no gradient needs its value, which a norm after it would: at Llama's ratios a quarter
-    of the forward pass.
+    The weights' gradients arrive at their leaves; returned is the input's, None where it is not needed. Where no
+    gradient needs the value of the last product, which a norm after it would, that is not run again (at Llama's ratios
+    a quarter of the forward pass), and the first one of the MLP only where its gradient wants it, to be gone after.
 
     before: called between the two, when no gradient of a weight is there yet.
     """
     entered_ND = hidden_ND.detach().requires_grad_(need_d_hidden)
     gamma_D = weights.get("norm_mlp_out")
-    down = ops.gated_linear_unrun if gamma_D is None else ops.gated_linear
     with torch.enable_grad():
-        sum_ND, gate_up_N2F = _until_down(spec, index, weights, entered_ND, ropes, packing, fp8)
-        update_ND = down(gate_up_N2F, weights["down"], weights.get("down_bias"), spec.activation, fp8=fp8)
-        update_ND = _norm_out(spec, gamma_D, update_ND)
+        if gamma_D is None:
+            sum_ND, update_ND = _mlp_again(spec, index, weights, entered_ND, ropes, packing, fp8, run=False)
+        else:
+            sum_ND, gate_up_N2F = _until_down(spec, index, weights, entered_ND, ropes, packing, fp8)
+            down, bias_D = weights["down"], weights.get("down_bias")
+            update_ND = ops.gated_linear(gate_up_N2F, down, bias_D, spec.activation, fp8=fp8)
+            update_ND = _norm_out(spec, gamma_D, update_ND)
     if before is not None:
         before()
     torch.autograd.backward((sum_ND, update_ND), (d_out_ND, d_out_ND))
@@ -272,6 +282,31 @@ def _until_down(
     spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing, fp8: bool
 ) -> tuple[Tensor, Tensor]:
     """-> the residual stream after attention, and the packed gate and up projections."""
+    residual_ND, update_ND = _until_mlp(spec, index, weights, hidden_ND, ropes, packing, fp8)
+    gate_up, gate_up_bias = weights["gate_up"], weights.get("gate_up_bias")
+    if update_ND is None:
+        return residual_ND, ops.linear(residual_ND, gate_up, gate_up_bias, fp8=fp8)
+    norm: dict[str, Any] = {"eps": spec.norm_eps, "unit_offset": spec.unit_offset, "fp8": fp8}
+    return ops.add_norm_linear(residual_ND, update_ND, weights["norm_mlp"], gate_up, gate_up_bias, **norm)
+
+
+def _mlp_again(
+    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing,
+    fp8: bool, *, run: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> the residual stream after attention, and the MLP's output, of which nothing else is kept."""
+    residual_ND, update_ND = _until_mlp(spec, index, weights, hidden_ND, ropes, packing, fp8)
+    return ops.gated_mlp_again(
+        residual_ND, update_ND, weights.get("norm_mlp"), weights["gate_up"], weights.get("gate_up_bias"),
+        weights["down"], weights.get("down_bias"), spec.norm_eps,
+        unit_offset=spec.unit_offset, activation=spec.activation, run=run, fp8=fp8,
+    )  # fmt: skip
+
+
+def _until_mlp(
+    spec: ModelSpec, index: int, weights: LayerWeights, hidden_ND: Tensor, ropes: Ropes, packing: Packing, fp8: bool
+) -> tuple[Tensor, Tensor | None]:
+    """-> the residual stream, and what attention adds to it; None where it is added already and no norm follows."""
     kind = spec.kind(index)
     rope = None if kind.rope is None else ropes[kind.rope]
     norm: dict[str, Any] = {"eps": spec.norm_eps, "unit_offset": spec.unit_offset, "fp8": fp8}
@@ -284,14 +319,11 @@ def _until_down(
     mixed_NHE = ops.attention(q_NHE, k_NKE, v_NKE, packing, spec.scale, kind.window, spec.softcap)
     update_ND = ops.linear(mixed_NHE.flatten(1), weights["output"], weights.get("output_bias"), fp8=fp8)
     gamma_D = weights.get("norm_attention_out")
-    gate_up, gate_up_bias = weights["gate_up"], weights.get("gate_up_bias")
     if spec.norms == "post":
-        sum_ND = _add_norm_out(spec, hidden_ND, gamma_D, update_ND)
-        return sum_ND, ops.linear(sum_ND, gate_up, gate_up_bias, fp8=fp8)
+        return _add_norm_out(spec, hidden_ND, gamma_D, update_ND), None
     # With norms at both ends the add is one pass with the norm after it, which saves more: it is so in the backward
     # pass as well.
-    update_ND = _norm_out(spec, gamma_D, update_ND)
-    return ops.add_norm_linear(hidden_ND, update_ND, weights["norm_mlp"], gate_up, gate_up_bias, **norm)
+    return hidden_ND, _norm_out(spec, gamma_D, update_ND)
 
 
 def _heads(

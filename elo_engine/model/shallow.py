@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from elo_engine.checkpoint import CheckpointIndex, CheckpointReader
+from elo_engine.config import Recompute
 from elo_engine.model import names
 from elo_engine.model.bridge import Bridge, Gap
 from elo_engine.model.decoder import Decoder
@@ -32,7 +33,7 @@ def load_shallow(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     bridges: Mapping[Gap, Bridge] | None = None,
     progress: Callable[[int, int], None] | None = None,
     host_embedding: bool = False,

@@ -18,11 +18,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from elo_engine.checkpoint import CheckpointIndex, CheckpointReader
+from elo_engine.config import Recompute
 from elo_engine.errors import RefusedError
 from elo_engine.model import names, ops
-from elo_engine.model.decoder import Batch, Leaf, run_again
+from elo_engine.model.decoder import Batch, Leaf, run_layer
 from elo_engine.model.full import check_shapes
-from elo_engine.model.layers import Packing, Ropes, RopeTable, decoder_layer, final_norm, scale_embedded
+from elo_engine.model.layers import Packing, Ropes, RopeTable, final_norm, scale_embedded
 from elo_engine.model.spec import ModelSpec
 
 Read = Callable[[list[str]], dict[str, Tensor]]
@@ -31,7 +32,7 @@ Read = Callable[[list[str]], dict[str, Tensor]]
 class _Layer(nn.Module):
     """One decoder layer, its weights packed as `names.layer_parts` says."""
 
-    def __init__(self, spec: ModelSpec, index: int, tensors: dict[str, Tensor], recompute: bool) -> None:
+    def __init__(self, spec: ModelSpec, index: int, tensors: dict[str, Tensor], recompute: Recompute) -> None:
         super().__init__()
         self._spec, self._index, self._recompute = spec, index, recompute
         self.of: dict[str, tuple[str, ...]] = {}
@@ -45,8 +46,7 @@ class _Layer(nn.Module):
     def forward(self, hidden_ND: Tensor, ropes: Ropes, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]."""
         weights = {key: cast(Tensor, getattr(self, key)) for key in self.of}
-        run = run_again if self._recompute and torch.is_grad_enabled() else decoder_layer
-        return run(self._spec, self._index, weights, hidden_ND, ropes, packing)
+        return run_layer(self._recompute, self._spec, self._index, weights, hidden_ND, ropes, packing)
 
 
 class ShardedModel(nn.Module):
@@ -62,7 +62,7 @@ class ShardedModel(nn.Module):
     """
 
     def __init__(
-        self, spec: ModelSpec, read: Read, *, device: torch.device, dtype: torch.dtype, recompute: bool
+        self, spec: ModelSpec, read: Read, *, device: torch.device, dtype: torch.dtype, recompute: Recompute
     ) -> None:
         super().__init__()
         self.spec, self.device, self.dtype = spec, device, dtype
@@ -154,7 +154,7 @@ def load_sharded(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    recompute: bool,
+    recompute: Recompute,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ShardedModel, int]:
     """Read a whole checkpoint layer by layer, each process keeping its share. Returns it and the bytes taken."""

@@ -67,7 +67,7 @@ def open_streamed(
         hidden = host(spec.layers + 2, dtype, AHEAD)
         sums = host(1, torch.float32, SUMS_AHEAD) if sliced else sums
     return (kind or StreamedEngine)(
-        store, lanes, hidden, section.optimizer, micro_batch=section.micro_batch, seed=seed, at_once=at_once, sums=sums
+        store, lanes, hidden, section.optimizer, micro_batch=section.rows_at_once, seed=seed, at_once=at_once, sums=sums
     )
 
 

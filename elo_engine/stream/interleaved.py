@@ -162,11 +162,11 @@ class StreamedInterleaving:
             for name, view in leaf.split(leaf.tensor)
         }
         tensors: dict[str, Any] = {n: there[n].to(whole.device, copy=True) for n in shallow_names(spec, layers)}
-        again = section.recompute == "layer"
+        again = section.runs_again
         self.model = Decoder(spec, tensors, layers, train_outer=False, recompute=again, bridges=bridges)
         optimizer = MasterAdamW(self.model, section.optimizer, seed=config.seed)
         self._bridge = bridge = MovingBridge.of(self.model, statistics, config) if bridges else None
-        self.shallow = ResidentEngine(self.model, optimizer, section.micro_batch)
+        self.shallow = ResidentEngine(self.model, optimizer, section.rows_at_once)
         self.optimizer = _State(optimizer, whole, whole.pair(self.model, optimizer, bridge), bridge)
         self.turns = Interleaving.of(self.shallow, whole, config)
 

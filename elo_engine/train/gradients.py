@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elo_engine.model.decoder import Leaf
 from elo_engine.train import world
+from elo_engine.train.adding_up import AddingUp
 
 
 class Gradients:
@@ -25,11 +26,25 @@ class Gradients:
         if self._mixed:
             for i, leaf in enumerate(leaves):
                 leaf.tensor.register_post_accumulate_grad_hook(_set_aside(self._aside, i))
+        self._sums: AddingUp | None = None
+        if world.size() > 1:
+            self._sums = sums = AddingUp([leaf.names[0] for leaf in leaves], self._wide)
+            for i, leaf in enumerate(leaves):  # after what sets it aside
+                leaf.tensor.register_post_accumulate_grad_hook(lambda _, i=i: sums.arrived(i))
 
     def clear(self) -> None:
         """Drop the gradients; the next backward pass allocates them where it needs them."""
         for i, leaf in enumerate(self._leaves):
             leaf.tensor.grad = self._aside[i] = None
+        if self._sums is not None:
+            self._sums.drop()
+
+    def begin_adding_up(self) -> None:
+        """The backward pass of the step's last micro-batch is next: each gradient's sum over the processes can start
+        when it has arrived.
+        """
+        if self._sums is not None:
+            self._sums.begin()
 
     def take(self, outer: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Leaves and the gradients of the step that were added up beside autograd, `Decoder.outer_gradients`: in fp32,
@@ -50,16 +65,16 @@ class Gradients:
 
         All of a step's gradients are there; where a process has none for a leaf, none has.
         """
-        if world.size() == 1:
-            return
-        there = [(i, grad) for i, grad in enumerate(self.as_they_came()) if grad is not None]
-        wide = [grad.float() for _, grad in there]
-        world.add_up(wide)
-        for (i, _), grad in zip(there, wide, strict=True):
-            if self._mixed:
-                self._aside[i] = grad
-            else:
-                self._leaves[i].tensor.grad = grad
+        if self._sums is not None:
+            self._sums.finish()
+
+    def _wide(self, i: int) -> Tensor | None:
+        """The gradient so far, widened for good."""
+        if not self._mixed:
+            return self._leaves[i].tensor.grad
+        grad = self._aside[i]
+        self._aside[i] = None if grad is None else grad.float()
+        return self._aside[i]
 
     def as_they_came(self) -> list[Tensor | None]:
         """One a leaf; None where none has arrived."""

@@ -106,6 +106,9 @@ class _OneKind(Optimizer):
         """Drop the gradients."""
         self.shared._grads.clear()
 
+    def begin_adding_up(self) -> None:
+        """There is one process."""
+
     def add_up(self) -> None:
         """There is one process."""
 
@@ -246,12 +249,12 @@ class InterleavedEngine:
     ) -> None:  # fmt: skip
         self.model = whole
         sections: tuple[StageConfig, StageConfig] = (config.pretrain, config.align)
-        shallow = whole.shallow(layers, recompute=config.pretrain.recompute == "layer", bridges=bridges)
+        shallow = whole.shallow(layers, recompute=config.pretrain.runs_again, bridges=bridges)
         moving = MovingBridge.of(shallow, statistics, config) if bridges else None
         configs = sections[0].optimizer, sections[1].optimizer
         self.optimizer = SharedAdamW(whole, shallow, configs, seed=config.seed, bridge=moving)
-        self.shallow = ResidentEngine(shallow, self.optimizer.of("pretrain"), sections[0].micro_batch)
-        self.whole = _WholeEngine(whole, self.optimizer.of("align"), sections[1].micro_batch, moving)
+        self.shallow = ResidentEngine(shallow, self.optimizer.of("pretrain"), sections[0].rows_at_once)
+        self.whole = _WholeEngine(whole, self.optimizer.of("align"), sections[1].rows_at_once, moving)
         self.turns = Interleaving.of(self.shallow, self.whole, config)
 
     @property

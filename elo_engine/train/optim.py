@@ -58,6 +58,10 @@ class MasterAdamW(LeafState):
         """Gradients of leaves that were added up beside autograd: `Decoder.outer_gradients`."""
         self._grads.take(outer)
 
+    def begin_adding_up(self) -> None:
+        """The last micro-batch's backward pass is next; `add_up` may begin in it."""
+        self._grads.begin_adding_up()
+
     def add_up(self) -> None:
         """Gradients become sums over the processes of the run, before `step`."""
         self._grads.add_up()

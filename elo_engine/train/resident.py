@@ -30,6 +30,9 @@ class Optimizer(Protocol):
 
     def take(self, outer: Iterator[tuple[Tensor, Tensor]]) -> None: ...
 
+    def begin_adding_up(self) -> None:
+        """The last micro-batch's backward pass is next; `add_up` may begin in it."""
+
     def add_up(self) -> None:
         """Gradients become sums over the processes; nothing where there is one."""
 
@@ -79,12 +82,15 @@ class ResidentEngine:
         rows = world.share(rows)
         model.begin_step(torch.from_numpy(rows.ids_BT))
         loss_sum = torch.zeros((), dtype=torch.float32, device=model.device)
-        for piece in micro_batches(rows, self._micro_batch):
+        pieces = [*micro_batches(rows, self._micro_batch)]
+        for number, piece in enumerate(pieces, 1):
             if should_stop():
                 optimizer.zero_grad()
                 model.drop_step()
                 return None
             loss = model.loss_sum(to_batch(piece, model.device, model.host_embedding_VD))
+            if number == len(pieces):
+                optimizer.begin_adding_up()
             (loss / max(1, tokens_loss)).backward(scale_of(loss))
             loss_sum += loss.detach()
         optimizer.take(model.outer_gradients(1 / max(1, tokens_loss)))

@@ -152,6 +152,11 @@ def agreed(flag: bool) -> bool:
     return bool(any_N)
 
 
+def begin_sum(tensor: Tensor) -> dist.Work:
+    """`add_up` of one tensor, of which the result must be waited for; only where there are several processes."""
+    return dist.all_reduce(tensor, async_op=True)  # type: ignore[no-any-return]
+
+
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Each tensor becomes the sum over the processes, the same bits everywhere, in place."""
     if size() > 1:

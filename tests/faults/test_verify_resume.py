@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from elo_engine import verify_resume
+from elo_engine import console, verify_resume
 from elo_engine.config import load_config
 from elo_engine.errors import FailedError, UsageError
 
@@ -29,9 +30,12 @@ Elo = Callable[..., tuple[int, str]]
     ],
 )
 def test_a_run_that_continues_exactly(
-    override: str, stages: list[tuple[str, int, int]], elo: Elo, run_tree: Tree, write_config: Callable[..., Path]
-) -> None:
+    override: str, stages: list[tuple[str, int, int]], elo: Elo, run_tree: Tree, write_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", math.inf)  # else a slow machine's progress, on stderr, is behind
     run_tree["pretrain"]["tokens_per_step"] = run_tree["pretrain"]["tokens"]  # a trial has shorter steps
+    run_tree["align"] |= {"recompute": "auto", "micro_batch": "auto"}
     status, shown = elo("verify-resume", write_config(run_tree), override, "--json")
     assert status == 0, shown
     found = json.loads(shown[shown.index("[") :])

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from elo_engine.model.ops.attention import attention, why_not_padded
 from elo_engine.model.ops.choice import configure, describe, use_reference
+from elo_engine.model.ops.gated_mlp import gated_mlp_again
 from elo_engine.model.ops.linear_cross_entropy import linear_cross_entropy, token_losses
 from elo_engine.model.ops.linear_cross_entropy_fp8 import linear_cross_entropy_fp8
 from elo_engine.model.ops.linear_fp8 import linear
 from elo_engine.model.ops.quantize_fp8 import Fp8, Fp8Head, describe_fp8, fp8_emulated, require_fp8
 from elo_engine.model.ops.rms_norm import add_norm_linear, add_rms_norm, norm_linear, rms_norm, rms_norm_add
 from elo_engine.model.ops.rotary import HeadNorm, Heads, rotary_packed
-from elo_engine.model.ops.swiglu import gated_linear, gated_linear_unrun
+from elo_engine.model.ops.swiglu import gated_linear
 
 __all__ = [
     "Fp8",
@@ -31,7 +32,7 @@ __all__ = [
     "describe_fp8",
     "fp8_emulated",
     "gated_linear",
-    "gated_linear_unrun",
+    "gated_mlp_again",
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_fp8",

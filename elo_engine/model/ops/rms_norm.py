@@ -21,7 +21,7 @@ from elo_engine.model.ops import choice
 from elo_engine.model.ops.linear_fp8 import OutGradient, linear, out_product
 
 
-def _forward(
+def norm_forward(
     hidden_ND: Tensor, gamma_D: Tensor | None, eps: float, unit_offset: bool, update_ND: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> normed, rstd_N, and what was normed: hidden, or hidden + update."""
@@ -37,7 +37,7 @@ def _forward(
     return normed_ND, rstd_N, sum_ND
 
 
-def _backward(
+def norm_backward(
     d_normed_ND: Tensor,
     hidden_ND: Tensor,
     gamma_D: Tensor,
@@ -70,7 +70,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, gamma_D: Tensor, eps: float, unit_offset: bool) -> Tensor:
-        normed_ND, rstd_N, _ = _forward(hidden_ND, gamma_D, eps, unit_offset)
+        normed_ND, rstd_N, _ = norm_forward(hidden_ND, gamma_D, eps, unit_offset)
         ctx.save_for_backward(hidden_ND, gamma_D, rstd_N)
         ctx.unit_offset = unit_offset
         return normed_ND
@@ -79,7 +79,8 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_ND, gamma_D, rstd_N = ctx.saved_tensors
-        return *_backward(grads[0], hidden_ND, gamma_D, rstd_N, ctx.unit_offset, ctx.needs_input_grad[:2]), None, None
+        needs = ctx.needs_input_grad[:2]
+        return *norm_backward(grads[0], hidden_ND, gamma_D, rstd_N, ctx.unit_offset, needs), None, None
 
 
 def rms_norm(hidden_ND: Tensor, gamma_D: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
@@ -113,7 +114,7 @@ class _RmsNormAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         update_ND, gamma_D, rstd_N = ctx.saved_tensors
-        d_grads = _backward(grads[0], update_ND, gamma_D, rstd_N, ctx.unit_offset, ctx.needs_input_grad[1:3])
+        d_grads = norm_backward(grads[0], update_ND, gamma_D, rstd_N, ctx.unit_offset, ctx.needs_input_grad[1:3])
         return grads[0] if ctx.needs_input_grad[0] else None, *d_grads, None, None
 
 
@@ -133,7 +134,7 @@ class _AddRmsNorm(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, update_ND: Tensor, gamma_D: Tensor, eps: float, unit_offset: bool
     ) -> tuple[Tensor, Tensor]:
-        normed_ND, rstd_N, sum_ND = _forward(hidden_ND, gamma_D, eps, unit_offset, update_ND)
+        normed_ND, rstd_N, sum_ND = norm_forward(hidden_ND, gamma_D, eps, unit_offset, update_ND)
         ctx.save_for_backward(sum_ND, gamma_D, rstd_N)
         ctx.unit_offset = unit_offset
         if not any(ctx.needs_input_grad[:2]):
@@ -146,7 +147,7 @@ class _AddRmsNorm(torch.autograd.Function):
         sum_ND, gamma_D, rstd_N = ctx.saved_tensors
         needs_hidden, needs_update, needs_gamma = ctx.needs_input_grad[:3]
         needs = (needs_hidden or needs_update, needs_gamma)
-        d_sum_ND, d_gamma_D = _backward(grads[1], sum_ND, gamma_D, rstd_N, ctx.unit_offset, needs, grads[0])
+        d_sum_ND, d_gamma_D = norm_backward(grads[1], sum_ND, gamma_D, rstd_N, ctx.unit_offset, needs, grads[0])
         return d_sum_ND if needs_hidden else None, d_sum_ND if needs_update else None, d_gamma_D, None, None
 
 
@@ -167,7 +168,7 @@ class _NormLinear(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, update_ND: Tensor | None, gamma_D: Tensor, weight_OD: Tensor,
         bias_O: Tensor | None, eps: float, unit_offset: bool, fp8: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        normed_ND, rstd_N, sum_ND = _forward(hidden_ND, gamma_D, eps, unit_offset, update_ND)
+        normed_ND, rstd_N, sum_ND = norm_forward(hidden_ND, gamma_D, eps, unit_offset, update_ND)
         ctx.save_for_backward(sum_ND, gamma_D, weight_OD, rstd_N)
         ctx.options = eps, unit_offset, fp8
         ctx.set_materialize_grads(False)
@@ -188,15 +189,15 @@ class _NormLinear(torch.autograd.Function):
         d_hidden_ND, d_gamma_D, d_weight_OD = None, None, None
         if needs_hidden or needs_update:
             if needs_weight:
-                normed_ND = _forward(sum_ND, gamma_D, eps, unit_offset)[0]
+                normed_ND = norm_forward(sum_ND, gamma_D, eps, unit_offset)[0]
                 d_weight_OD = d_out.by_input(normed_ND)
                 del normed_ND
             d_normed_ND = d_out.by_weight(weight_OD)
-            d_hidden_ND, d_gamma_D = _backward(
+            d_hidden_ND, d_gamma_D = norm_backward(
                 d_normed_ND, sum_ND, gamma_D, rstd_N, unit_offset, (True, needs_gamma), d_sum_ND
             )
         elif needs_gamma or needs_weight:
-            scaled_OD = _product(d_out, _forward(sum_ND, None, eps, False)[0])
+            scaled_OD = _product(d_out, norm_forward(sum_ND, None, eps, False)[0])
             if needs_gamma:
                 d_gamma_D = torch.linalg.vecdot(weight_OD.float(), scaled_OD.float(), dim=0).to(gamma_D.dtype)
             if needs_weight:

@@ -30,13 +30,15 @@ def gated(gate_up_N2F: Tensor, activation: Activation) -> Tensor:
 
 
 def gated_backward(
-    d_y_NF: Tensor, gate_up_N2F: Tensor, activation: Activation, need_y: bool
+    d_y_NF: Tensor, gate_up_N2F: Tensor, activation: Activation, need_y: bool, *, in_place: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """-> gradient of the packed projection, and act(gate) * up where asked for; `d_y_NF` may be written over."""
+    """-> gradient of the packed projection, and act(gate) * up where asked for; `d_y_NF` may be written over, and with
+    `in_place` the packed projection itself.
+    """
     if choice.use_triton(gate_up_N2F):
         from elo_engine.kernels import swiglu as kernel
 
-        d_packed_N2F = torch.empty_like(gate_up_N2F)
+        d_packed_N2F = gate_up_N2F if in_place else torch.empty_like(gate_up_N2F)
         launch = kernel.swiglu_backward if activation == "silu" else kernel.geglu_backward
         y_NF = d_y_NF if need_y else None
         launch(d_y_NF, *gate_up_N2F.chunk(2, dim=-1), out=d_packed_N2F.chunk(2, dim=-1), y_out=y_NF)
@@ -47,13 +49,10 @@ def gated_backward(
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate_up_N2F: Tensor, down_DF: Tensor, bias_D: Tensor | None, activation: Activation, run: bool,
-        fp8: bool,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, gate_up_N2F: Tensor, down_DF: Tensor, bias_D: Tensor | None, activation: Activation, fp8: bool
+    ) -> Tensor:
         ctx.save_for_backward(gate_up_N2F, down_DF)
         ctx.activation, ctx.fp8 = activation, fp8
-        if not run:
-            return gate_up_N2F.new_empty(()).expand(len(gate_up_N2F), len(down_DF))
         return out_product(gated(gate_up_N2F, activation), down_DF, bias_D, fp8)
 
     @staticmethod
@@ -69,7 +68,7 @@ class _GatedLinear(torch.autograd.Function):
             d_packed_N2F, y_NF = gated_backward(d_y_NF, gate_up_N2F, ctx.activation, needs_down)
         if needs_down:
             d_down_DF = d_out.by_input(gated(gate_up_N2F, ctx.activation) if y_NF is None else y_NF)
-        return d_packed_N2F, d_down_DF, d_out_ND.sum(0) if needs_bias else None, None, None, None
+        return d_packed_N2F, d_down_DF, d_out_ND.sum(0) if needs_bias else None, None, None
 
 
 def gated_linear(
@@ -80,17 +79,4 @@ def gated_linear(
     if choice.use_reference():
         product = reference.swiglu if activation == "silu" else reference.geglu
         return linear(product(gate_up_N2F), down_DF, bias_D, fp8=fp8)
-    return _GatedLinear.apply(gate_up_N2F, down_DF, bias_D, activation, True, fp8)  # type: ignore[no-any-return]
-
-
-def gated_linear_unrun(
-    gate_up_N2F: Tensor, down_DF: Tensor, bias_D: Tensor | None = None, activation: Activation = "silu",
-    *, fp8: bool = False,
-) -> Tensor:  # fmt: skip
-    """`gated_linear` for its gradient alone: the values of the result, [N, D], are not computed and must not be read.
-
-    For a layer that is run again in the backward pass: its last product is what no gradient needs.
-    """
-    if choice.use_reference():
-        return gated_linear(gate_up_N2F, down_DF, bias_D, activation, fp8=fp8)
-    return _GatedLinear.apply(gate_up_N2F, down_DF, bias_D, activation, False, fp8)  # type: ignore[no-any-return]
+    return _GatedLinear.apply(gate_up_N2F, down_DF, bias_D, activation, fp8)  # type: ignore[no-any-return]
