@@ -75,8 +75,8 @@ class AddingUp:
         late = [i for i in range(len(self._names)) if i not in self._order and self._wide(i) is not None]
         if late:
             raise FailedError(
-                f"{self._names[late[0]]}: got a gradient in this step and none in the first, so it would be summed over "
-                "no process. Continue from the last snapshot with --resume auto"
+                f"{self._names[late[0]]}: got a gradient in this step and none in the first, so no process's would be "
+                "summed. Continue from the last snapshot with --resume auto"
             )
         for i in self._order[len(self._works) :]:
             self._start(i)
