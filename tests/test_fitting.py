@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from elo_engine.config import RunConfig, load_config, make_config
 from elo_engine.detach import open_source
 from elo_engine.engine_choice import Rooms
-from elo_engine.fitting import Fitted, fitted, is_open
+from elo_engine.fitting import RESERVE, Fitted, fitted, is_open
 from elo_engine.levers import stage_setting
 from elo_engine.measure.expected import Needs
 from elo_engine.measure.machine import Room
@@ -42,7 +43,9 @@ def need(config: RunConfig, stage: Any, **fields: Any) -> int:
 
 
 def choose(config: RunConfig, room: int | None, **options: Any) -> Fitted:
-    return fitted(config, SPEC, "cuda", "bf16", Rooms(None if room is None else Room(room, "on a card")), **options)
+    card = None if room is None else Room(math.ceil(room / (1 - RESERVE)), "on a card")
+    assert card is None or int(card.bytes * (1 - RESERVE)) == room
+    return fitted(config, SPEC, "cuda", "bf16", Rooms(card), **options)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "align"])
