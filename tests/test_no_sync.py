@@ -13,14 +13,14 @@ import pkgutil
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from rows_fixture import random_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elo_engine.config import OptimizerConfig, Recompute
-from elo_engine.data.rows import RowBatch, flat_starts
+from elo_engine.data.rows import RowBatch
 from elo_engine.model import names
 from elo_engine.model.bridge import Bridge
 from elo_engine.model.decoder import Decoder
@@ -116,15 +116,7 @@ class Shapes(TorchDispatchMode):
 
 def rows(seed: int, documents: int = 1) -> RowBatch:
     """Rows of T tokens, each cut into so many documents at random places."""
-    chance = np.random.default_rng(seed)
-    starts_BT = np.zeros((ROWS, T), bool)
-    starts_BT[:, 0] = True
-    for row in starts_BT:
-        row[chance.choice(np.arange(1, T), documents - 1, replace=False)] = True
-    starts = flat_starts(starts_BT)
-    positions = np.concatenate([np.arange(size) for size in np.diff(starts)]).reshape(ROWS, T)
-    ids = chance.integers(0, 304, (ROWS, T))
-    return RowBatch(ids, np.roll(ids, -1, 1), positions, starts, ("x",) * ROWS)
+    return random_rows(seed, ROWS, T, documents)
 
 
 def make(

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rows_fixture import random_rows
 from torch import Tensor
 
 from elo_engine.config import OptimizerConfig
 from elo_engine.data import RowBatch
-from elo_engine.data.rows import flat_starts
 from elo_engine.model import ops
 from elo_engine.model.decoder import Batch
 from elo_engine.model.layers import Packing, PaddedPacking
@@ -33,17 +33,7 @@ GIVEN = torch.tensor([1, -2, 2**31 - 1], dtype=torch.int32)
 
 def make_rows(seed: int, documents: int) -> RowBatch:
     """So many documents a row, the ends without a label."""
-    chance = np.random.default_rng(seed)
-    starts_BT = np.zeros((ROWS, T), bool)
-    starts_BT[:, 0] = True
-    for row in starts_BT:
-        row[chance.choice(np.arange(1, T), documents - 1, replace=False)] = True
-    starts = flat_starts(starts_BT)
-    positions = np.concatenate([np.arange(size) for size in np.diff(starts)]).reshape(ROWS, T)
-    ids = chance.integers(0, 304, (ROWS, T))
-    labels = np.roll(ids, -1, 1)
-    labels[np.roll(starts_BT, -1, 1)] = -100
-    return RowBatch(ids, labels, positions, starts, ("x",) * ROWS)
+    return random_rows(seed, ROWS, T, documents, ends=True)
 
 
 def test_buffers_hold_what_micro_batches_are(documents: int = 3) -> None:

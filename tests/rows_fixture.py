@@ -1,0 +1,23 @@
+"""Rows of random tokens cut into documents at random places."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from elo_engine.data.rows import RowBatch, flat_starts
+
+
+def random_rows(seed: int, B: int, T: int, documents: int, *, vocabulary: int = 304, ends: bool = False) -> RowBatch:
+    """B rows of T tokens of so many documents each; `ends`: the last token of a document has no label."""
+    chance = np.random.default_rng(seed)
+    starts_BT = np.zeros((B, T), bool)
+    starts_BT[:, 0] = True
+    for row in starts_BT:
+        row[chance.choice(np.arange(1, T), documents - 1, replace=False)] = True
+    starts = flat_starts(starts_BT)
+    positions = np.concatenate([np.arange(size) for size in np.diff(starts)]).reshape(B, T)
+    ids = chance.integers(0, vocabulary, (B, T))
+    labels = np.roll(ids, -1, 1)
+    if ends:
+        labels[np.roll(starts_BT, -1, 1)] = -100
+    return RowBatch(ids, labels, positions, starts, ("x",) * B)
