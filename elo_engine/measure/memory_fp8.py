@@ -18,12 +18,18 @@ def padded(count: int) -> int:
     return -(-count // _ALIGN) * _ALIGN
 
 
+def outliers(D: int) -> int:
+    """Columns of a head that are multiplied with what rounding left of them: `reference_fp8.outlier_count`."""
+    return min(max(32, D // 64), D // 2) // 8 * 8
+
+
 def head_bytes(setting: Setting) -> int:
-    """Of the rounded head, with its mean and the scales of its rows and columns."""
+    """Of the rounded head, with its mean, the places of its outliers and the scales of its rows and columns."""
     if setting.fp8 == "none":
         return 0
-    V, D = padded(setting.spec.V), setting.spec.D
-    return 4 * D + (2 * V * D + 4 * (V + D) if setting.device == "cuda" else 4 * setting.spec.V * D)
+    V, D, J = padded(setting.spec.V), setting.spec.D, outliers(setting.spec.D)
+    rounded = V * (2 * D + 2 * J) + 4 * (V + D) if setting.device == "cuda" else 4 * setting.spec.V * (D + J)
+    return 4 * D + 8 * J + rounded
 
 
 class Fp8Products:

@@ -129,11 +129,16 @@ class Decoder:
         self.fp8: ops.Fp8 = "none"
         self._fp8_head: ops.Fp8Head | None = None
 
-    def use_fp8(self, fp8: ops.Fp8) -> None:
-        """Train with 8-bit operands in the products of the head, which is rounded now and must be frozen, or of all."""
+    @torch.no_grad()
+    def use_fp8(self, fp8: ops.Fp8, batch: Batch | None = None) -> None:
+        """Train with 8-bit operands in the products of the head, which is rounded now and must be frozen, or of all.
+
+        batch: text as it will be trained on, by which the head's outliers are chosen; else by the head alone.
+        """
         assert fp8 == "none" or not self.head_VD.requires_grad, "a head that learns is not what was rounded"
         if fp8 != "none" and self._fp8_head is None:
-            self._fp8_head = ops.Fp8Head.of(self.head_VD, self.spec.head_softcap)
+            hidden_ND = None if batch is None else self.hidden_states(batch)
+            self._fp8_head = ops.Fp8Head.of(self.head_VD, self.spec.head_softcap, hidden_ND)
         self.fp8 = fp8
 
     @property

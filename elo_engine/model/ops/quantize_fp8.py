@@ -106,13 +106,15 @@ class Fp8Head:
 
     Attributes:
         mean_D: what was taken off, fp32; zeros under a soft-cap.
-        rows_VD: for the logits, contracted over D; its scales, fp32 [V, 1].
+        outliers_J: the columns that are multiplied with what rounding left of them, `reference_fp8.outliers`.
+        rows_VC: for the logits, contracted over D and 2 J; its scales, fp32 [V, 1].
         columns_DV: for the gradient, contracted over V; its scales, fp32 [D, 1].
-        of_emulation: `rounded_head`, bf16 [V, D] twice, in place of all these.
+        of_emulation: `rounded_head`, bf16 [V, D + 2 J] and [V, D], in place of all these.
     """
 
     mean_D: Tensor
-    rows_VD: Tensor | None
+    outliers_J: Tensor
+    rows_VC: Tensor | None
     rows_scale_V1: Tensor | None
     columns_DV: Tensor | None
     columns_scale_D1: Tensor | None
@@ -120,17 +122,23 @@ class Fp8Head:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, head_VD: Tensor, softcap: float | None) -> Fp8Head:
-        """Round a head; it may be let go of for the products, not for its targets' rows."""
+    def of(cls, head_VD: Tensor, softcap: float | None, hidden_ND: Tensor | None = None) -> Fp8Head:
+        """Round a head; it may be let go of for the products, not for its targets' rows.
+
+        hidden_ND: what it will meet, such as a first micro-batch's; its outliers are chosen by it.
+        """
         mean_D = reference_fp8.mean_row(head_VD, softcap)
+        outliers_J = reference_fp8.outliers(head_VD, mean_D, hidden_ND)
         if fp8_emulated():
-            return cls(mean_D, None, None, None, None, reference_fp8.rounded_head(head_VD, mean_D))
+            emulation = reference_fp8.rounded_head(head_VD, mean_D, outliers_J)
+            return cls(mean_D, outliers_J, None, None, None, None, emulation)
         from elo_engine.kernels import quantize_fp8 as kernel
 
-        return cls(mean_D, *kernel.quantize_both_layouts(head_VD, mean_D))
+        return cls(mean_D, outliers_J, *kernel.quantize_both_layouts(head_VD, mean_D, outliers_J))
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        held = self.rows_VD, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1
-        return [self.mean_D, *(tensor for tensor in held if tensor is not None), *(self.of_emulation or ())]
+        held = self.rows_VC, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1
+        beside = [self.mean_D, self.outliers_J]
+        return [*beside, *(tensor for tensor in held if tensor is not None), *(self.of_emulation or ())]
