@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .arguments import check_device, check_vector
-from .linear_cross_entropy import IGNORED_LABEL, LAUNCH, _check_operands, _log1p, _softcap
+from .linear_cross_entropy import IGNORED_LABEL, LAUNCH, _check_operands, _loss, _others, _softcap
 from .quantize_fp8 import quantize_rows, scaled_product
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # a matrix in e4m3 and the scales of its rows
@@ -94,23 +94,11 @@ def _cross_entropy_fp8_kernel(
         if CAPPED:
             z, target_slope = _softcap(z, cap)
         target = target.to(tl.int32)
-        top = float("-inf")
-        sum_V = tl.zeros([BLOCK_V], dtype=tl.float32)
-        for start in range(0, V, BLOCK_V):
-            col_V = start + tl.arange(0, BLOCK_V)
-            x_V = tl.load(row_ptr + col_V, mask=col_V < stride_logits_n, other=0.0).to(tl.float32)
-            if CAPPED:
-                x_V, _ = _softcap(x_V, cap)
-            x_V = tl.where((col_V < V) & (col_V != target), x_V, float("-inf"))
-            new_top = tl.maximum(top, tl.max(x_V, axis=0))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            sum_V = sum_V * tl.exp(top - shift) + tl.exp(x_V - shift)
-            top = new_top
-        total = tl.sum(sum_V, axis=0)
+        top, total = _others(row_ptr, target, V, stride_logits_n, cap, CAPPED, BLOCK_V)
         odds = tl.log(total) + (top - z)
         odds += tl.where(known & (z < float("inf")), 0.0, float("nan"))
-        u = tl.exp(-tl.abs(odds))
-        tl.store(loss_ptr + row, tl.where(odds > 0.0, odds, 0.0) + _log1p(u))
+        loss, u = _loss(odds)
+        tl.store(loss_ptr + row, loss)
         if NEED_D_LOGITS:
             others = tl.where(odds > 0.0, 1.0, u) / (1.0 + u)
             tl.store(weight_ptr + row, -others * target_slope)

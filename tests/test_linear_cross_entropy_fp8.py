@@ -251,7 +251,7 @@ PLANTED = {
     "no scale": [("* (1.0 / 448.0))", ")")],
     "no target's term": [("rest_D + weight * head_D", "rest_D")],
     "the target in the product": [("(col_V < V) & (col_V != target), share_V", "(col_V < V), share_V")],
-    "the target in the sum": [("(col_V < V) & (col_V != target), x_V", "(col_V < V), x_V")],
+    "the target in the sum": [("_others(row_ptr, target, V", "_others(row_ptr, -1, V")],
     "padding in the product": [("tl.where((col_V < V) & (col_V != target), share_V, 0.0)",
                                 "tl.where(col_V != target, share_V, 448.0)")],
     "rows of another chunk": [("_launch((logits_RV[now], labels_N[part]", "_launch((logits_RV[now], labels_N[now]")],
