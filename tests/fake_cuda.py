@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-HERE = torch.device("cuda", 0)
+HERE = torch.device("cuda")  # without a number, as a run has it
 
 
 def on_device(value: Any) -> bool:
