@@ -24,7 +24,9 @@ import inspect
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -86,7 +88,10 @@ class FakeCuda(TorchDispatchMode):
             if not on_device(source) and source.dim() and not world.is_pinned(source):
                 world.waits.append(f"a copy of pageable memory: {place()}")
         with self.fake:
-            out = func(*args, **kwargs)
+            if func is aten._to_copy.default and not on_device(args[0]):  # of small ones the mode would keep the values
+                out = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=kwargs["device"])
+            else:
+                out = func(*args, **kwargs)
         if func.namespace != "prim" and not _is_view(func):  # a question about the tensor, or other bounds of it
             self._note(func, args, kwargs, out)
         return out
@@ -242,25 +247,40 @@ def install() -> None:
     torch.tensor = made
     product = torch._scaled_mm
 
-    def scaled_mm(*operands: Any, out: Tensor | None = None) -> Tensor:
+    def scaled_mm(*operands: Any, out: Tensor | None = None, **named: Any) -> Tensor:
         """torch's has no form without values and with an `out`."""
-        found: Tensor = product(*operands)
+        found: Tensor = product(*operands, **named)
         return found if out is None else out.copy_(found)
 
     torch._scaled_mm = scaled_mm
     FakeTensor.data_ptr = lambda self: 4096  # type: ignore[method-assign]
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # to tell storages apart
     FakeTensor.record_stream = lambda self, stream: world.memory(self).recorded.add(stream.name)  # type: ignore
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=140 << 30, major=9, minor=0, uuid="00", L2_cache_size=1 << 25)
     replaced: dict[str, Any] = {
         "Stream": Stream, "Event": Event, "stream": _stream, "synchronize": _synchronize,
         "current_stream": lambda device=None: world.current, "current_device": lambda: 0,
         "device_of": lambda tensor: contextlib.nullcontext(), "cudart": _Runtime, "device_count": lambda: 1,
-        "get_device_capability": lambda device=None: (9, 0), "get_device_name": lambda device=None: "fake",
-        "memory_allocated": lambda device=None: 0, "memory_reserved": lambda device=None: 0,
-        "mem_get_info": lambda device=None: (1 << 34, 1 << 35), "empty_cache": lambda: None, "_lazy_init": lambda: None,
+        "get_device_capability": lambda device=None: (card.major, card.minor), "is_available": lambda: True,
+        "get_device_name": lambda device=None: card.name, "get_device_properties": lambda device=None: card,
+        "is_bf16_supported": lambda including_emulation=True: True, "mem_get_info": lambda device=None: (1 << 36, 1 << 37),
+        "_lazy_init": lambda: None, "empty_cache": lambda: None, "reset_peak_memory_stats": lambda device=None: None,
+        **{name: lambda device=None: 1 << 20 for name in ("max_memory_allocated", "max_memory_reserved")},
+        **{name: lambda device=None: 0 for name in ("memory_allocated", "memory_reserved")},
     }  # fmt: skip
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
+
+
+class AtOnce(Executor):
+    """In place of a thread that reads ahead, which would be outside of the stand-in."""
+
+    def __init__(self, *of: Any) -> None: ...
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        made: Future[Any] = Future()
+        made.set_result(work(*args, **options))
+        return made
 
 
 @contextlib.contextmanager

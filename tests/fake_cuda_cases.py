@@ -13,13 +13,12 @@ if __name__ == "__main__" and len(sys.argv) > 1:
 import json
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from fake_cuda import HERE, fake_cuda, install
+from fake_cuda import HERE, AtOnce, fake_cuda, install
 from fake_streams import World
 from interleaved_cases import LAYERS, configured, fitted
 from safetensors.torch import save_file
@@ -150,15 +149,6 @@ def interleaved(**streaming: Any) -> Callable[[World], None]:
         world.waits = waits
 
     return run
-
-
-class AtOnce(Executor):
-    """A thread that reads ahead would be outside of the stand-in."""
-
-    def submit(self, work: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
-        made: Future[Any] = Future()
-        made.set_result(work(*args, **options))
-        return made
 
 
 def read(world: World) -> None:
