@@ -256,20 +256,23 @@ def install() -> None:
     FakeTensor.data_ptr = lambda self: 4096  # type: ignore[method-assign]
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # to tell storages apart
     FakeTensor.record_stream = lambda self, stream: world.memory(self).recorded.add(stream.name)  # type: ignore
-    card = SimpleNamespace(name="NVIDIA H200", total_memory=140 << 30, major=9, minor=0, uuid="00", L2_cache_size=1 << 25)
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=140 << 30, major=9, minor=0, uuid="00")
     replaced: dict[str, Any] = {
         "Stream": Stream, "Event": Event, "stream": _stream, "synchronize": _synchronize,
         "current_stream": lambda device=None: world.current, "current_device": lambda: 0,
         "device_of": lambda tensor: contextlib.nullcontext(), "cudart": _Runtime, "device_count": lambda: 1,
         "get_device_capability": lambda device=None: (card.major, card.minor), "is_available": lambda: True,
         "get_device_name": lambda device=None: card.name, "get_device_properties": lambda device=None: card,
-        "is_bf16_supported": lambda including_emulation=True: True, "mem_get_info": lambda device=None: (1 << 36, 1 << 37),
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "mem_get_info": lambda device=None: (1 << 36, 1 << 37),
         "_lazy_init": lambda: None, "empty_cache": lambda: None, "reset_peak_memory_stats": lambda device=None: None,
         **{name: lambda device=None: 1 << 20 for name in ("max_memory_allocated", "max_memory_reserved")},
         **{name: lambda device=None: 0 for name in ("memory_allocated", "memory_reserved")},
     }  # fmt: skip
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
+    torch._C._cuda_record_memory_history = lambda *of: None  # type: ignore[attr-defined]
+    torch.cuda.memory._dump_snapshot = lambda path: None
 
 
 class AtOnce(Executor):

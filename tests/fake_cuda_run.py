@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import sys
 
-ctypes.CDLL(sys.argv[1])  # before torch
+if __name__ == "__main__":
+    ctypes.CDLL(sys.argv[1])  # before torch
 
 import contextlib
 import io

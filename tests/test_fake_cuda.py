@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +38,33 @@ MAY_WAIT = {"interleaved", "read"}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What each case came to."""
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in's answers to autograd."""
     if torch.version.cuda or torch.version.hip:
         pytest.skip("torch is built for a GPU here, and the stand-in is for builds that are not")
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler for the stand-in's answers to autograd")
-    library, root = tmp_path_factory.mktemp("fake_cuda") / "fake_cuda.so", Path(torch.__file__).parent
+    made, root = tmp_path_factory.mktemp("fake_cuda") / "fake_cuda.so", Path(torch.__file__).parent
     subprocess.run(
         [compiler, "-std=c++20", "-O0", "-w", "-shared", "-fPIC", f"-I{root / 'include'}", HERE / "fake_cuda.cpp",
-         "-o", library, f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"], check=True,
+         "-o", made, f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"], check=True,
     )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, HERE / "fake_cuda_cases.py", library], stdout=subprocess.PIPE, text=True, check=True, cwd=HERE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
+    return made
+
+
+def answers(script: str, library: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What a script in a process of its own printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, HERE / script, library, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=HERE, env=environment)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def found(library: Path) -> dict[str, dict[str, Any]]:
+    """What each case came to."""
+    return {line["case"]: line for line in answers("fake_cuda_cases.py", library)}
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("planted")])
@@ -76,3 +87,24 @@ def test_a_planted_wait_is_seen(what: str, found: dict[str, dict[str, Any]]) -> 
 
 def test_no_planted_error_is_left_out() -> None:
     assert {f"planted: {what}" for what in [*SEEN, *SEEN_AS_WAITS]} == {n for n in CASES if n.startswith("planted")}
+
+
+def test_the_method_from_the_command_line(
+    library: Path, run_tree: dict[str, Any], write_config: Callable[..., Path]
+) -> None:
+    """Planned, trained resident and streamed, written and scored as on a card, with numbers that mean nothing."""
+    run_tree |= {"device": "cuda", "dtype": "auto"}
+    run_tree["detach"] = {"bridge": "linear", "bridge_tokens": 512}
+    run_tree["pretrain"] |= {"tokens": 256, "optimizer": {"state": "8bit"}}
+    run_tree["align"] |= {"tokens": 256, "engine": "streamed", "stream": {"inputs": "host"}}
+    run_tree["evaluate"]["every"] = 1
+    run_tree["snapshot"]["every"] = 1
+    calls = ["doctor"], ["run", str(write_config(run_tree))]
+    doctor, run = answers("fake_cuda_run.py", library, *map(json.dumps, calls))
+    assert doctor["status"] == run["status"] == 0
+    assert "gpu: NVIDIA H200" in doctor["said"] and "default: cuda, bf16" in doctor["said"]
+    folder = Path(run_tree["output"])
+    assert json.loads((folder / "STATUS").read_text())["state"] == "finished"
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in metrics if "step_s" in line] == ["pretrain"] * 2 + ["align"] * 2
+    assert json.loads((folder / "plan.json").read_text())["device"] == "cuda"
