@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda_cases import CASES
+
+from elo_engine import doctor
 
 pytest.importorskip("triton")
 
@@ -100,11 +103,22 @@ def test_the_method_from_the_command_line(
     run_tree["evaluate"]["every"] = 1
     run_tree["snapshot"]["every"] = 1
     calls = ["doctor"], ["run", str(write_config(run_tree))]
-    doctor, run = answers("fake_cuda_run.py", library, *map(json.dumps, calls))
-    assert doctor["status"] == run["status"] == 0
-    assert "gpu: NVIDIA H200" in doctor["said"] and "default: cuda, bf16" in doctor["said"]
+    said, run = answers("fake_cuda_run.py", library, *map(json.dumps, calls))
+    assert said["status"] == run["status"] == 0
+    assert all(part in said["said"] for part in ("gpu: NVIDIA H200", "default: cuda, bf16", "C compiler: "))
     folder = Path(run_tree["output"])
     assert json.loads((folder / "STATUS").read_text())["state"] == "finished"
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in metrics if "step_s" in line] == ["pretrain"] * 2 + ["align"] * 2
     assert json.loads((folder / "plan.json").read_text())["device"] == "cuda"
+
+
+def test_doctor_names_what_triton_cannot_launch_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: str(tmp_path))
+    assert "Python.h is missing, and Triton launches no kernel" in doctor._compiler()
+    (tmp_path / "Python.h").touch()
+    assert doctor._compiler() == "C compiler: /usr/bin/gcc (for the launchers of Triton's kernels)"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert doctor._compiler().startswith("! C compiler: none")
