@@ -113,7 +113,9 @@ def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.dev
         train(
             engine, Rows(), section,  # type: ignore[arg-type]
             steps=FOREVER, sequence_length=setting.sequence_length, progress=Progress(),
-            hooks=Hooks(on_step=on_step, should_stop=lambda: conductor.finished),
+            # something is due after every step, so that a GPU's is told before the next one is launched: it is one
+            # command's, and after `finish` there is none
+            hooks=Hooks(on_step=on_step, every={1: [lambda progress: None]}, should_stop=lambda: conductor.finished),
         )  # fmt: skip
     if streamed:
         engine.flush()  # the last step's updates

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +32,9 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         lines.append(
             f"gpu: {gpu['name']}, {human_bytes(gpu['memory_bytes'])}, sm_{gpu['compute_capability'].replace('.', '')}"
         )
-    if not environment["gpus"]:
+    if environment["gpus"]:
+        lines.append(_compiler())
+    else:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
         lines.append(f"! gpu: torch sees none (torch {torch.__version__} is {built}); everything runs on the CPU")
     lines.append(f"default: {device}, {why}")
@@ -52,6 +58,20 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         lines.append(f"{'' if there else '! '}{name}: {'installed' if there else 'not installed'} ({use})")
     environment["dtype"] = str(dtype).removeprefix("torch.")
     return environment, lines
+
+
+def _compiler() -> str:
+    """Whether Triton can make its kernels' launchers, which it compiles at their first use; without them no kernel
+    runs.
+    """
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if found is None:
+        return "! C compiler: none (CC, gcc, clang), and Triton launches no kernel without; install gcc"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton looks for it
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
+    if not header.is_file():
+        return f"! C compiler: {found}, but {header} is missing, and Triton launches no kernel without; get python3-dev"
+    return f"C compiler: {found} (for the launchers of Triton's kernels)"
 
 
 def _fp8(device: torch.device) -> str:

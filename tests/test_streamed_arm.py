@@ -16,6 +16,7 @@ from elo_engine.measure.setting import ArmName, Streaming
 from elo_engine.model.presets import preset_spec
 from elo_engine.stream import step as streamed_step
 from elo_engine.stream.device import DeviceUnits
+from elo_engine.train.loop import StepOutcome
 
 
 @pytest.mark.parametrize("streaming", [{}, {"inputs": "host"}, {"update": "at_once"}], ids=str)
@@ -24,6 +25,18 @@ def test_every_way_of_streaming_is_what_it_claims(streaming: dict[str, Any]) -> 
     found, _ = run_arm(made)
     evidence.require_engagement(made, found)
     assert found["held"]["weights"] > 0 and found["held"] == run_arm(made, "step\nfinish\n")[0]["held"]
+
+
+@pytest.mark.parametrize("arm", ["elo_pretrain", "elo_align"])
+def test_a_step_is_one_command_where_its_numbers_come_late(arm: ArmName, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the loop would launch the next step before it tells of one: the second command's step would
+    be timed with the first one's, and a third would follow `finish`.
+    """
+    monkeypatch.setattr(StepOutcome, "waits", property(lambda self: self._read is None))
+    made = setting(arm) if arm == "elo_pretrain" else setting(arm, recompute="none")
+    found, answers = run_arm(made, "step\nstep\nfinish\n")
+    evidence.require_engagement(made, found)
+    assert len(answers) == found["steps"] == 2
 
 
 def test_a_streamed_layer_that_is_left_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,6 +202,7 @@ class DeviceUnits:
             for grad, field in zip(leaving, fields, strict=True):
                 there[field.key].copy_(grad, non_blocking=True)
         if self._lanes.streams:
+            self.let_leave()  # others that are on their way, which nobody would wait for from here on
             self._leaving = made, leaving
         return norms
 

@@ -56,7 +56,8 @@ class Vocabulary:
         """
         device = self._store.device
         ids_U = torch.unique(ids.reshape(-1))  # in order, so that a slice's are next to each other
-        here_U = ids_U.to(device)
+        sent_U = ids_U.pin_memory() if device.type == "cuda" else ids_U  # from pageable memory the copy would wait
+        here_U = sent_U.to(device, non_blocking=True)
         table_UD = torch.empty((len(ids_U), self._store.spec.D), dtype=self._store.dtype, device=device)
         with self.slices(self.embedding, 0) as slices:
             for number, weights_SD in slices:
