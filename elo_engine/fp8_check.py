@@ -90,7 +90,7 @@ def begin_fp8(run: RunDir, model: Decoder, mixture: Mixture) -> None:
         return
     run.say(ops.describe_fp8(model.device))
     rows = mixture.rows(0, run.config.pretrain.rows_at_once)
-    model.use_fp8(kind, to_batch(rows, model.device, model.host_embedding_VD))
+    model.use_fp8(kind, to_batch(rows, model.device, model.host_embedding_VD), seed=run.config.seed)
     if any(run.folder("pretrain").glob("step-*")):
         return  # a run that goes on was checked when it began; the model's weights are still the source's here
     check = compare(model, rows)

@@ -23,6 +23,8 @@ from .arguments import check_device, check_rows, check_vector
 
 # The exponent of the largest number of each type; its mantissa is 1.75 in both.
 EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
+PIECE_BYTES = 1 << 25
+Layouts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 ALIGN = 16  # elements: inner dimensions and rows of results are multiples, as the libraries of products want them
 
 
@@ -217,17 +219,25 @@ def quantize_tensor(
 
 
 def quantize_both_layouts(
-    head_VD: torch.Tensor, mean_D: torch.Tensor, outliers_J: torch.Tensor, *, piece_bytes: int = 1 << 27
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    head_VD: torch.Tensor,
+    mean_D: torch.Tensor,
+    outliers_J: torch.Tensor,
+    *,
+    piece_bytes: int = PIECE_BYTES,
+    out: Layouts | None = None,
+) -> Layouts:
     """A head less `mean_D` (fp32) as e4m3 rows of the vocabulary, the right operand of the logits, and as e4m3 rows of
     the width, each row with its own scale.
 
     Args:
         outliers_J: as of `quantize_rows`; the rows of the vocabulary have them.
-        piece_bytes: of differences in fp32 that are there at a time.
+        piece_bytes: of differences in fp32 that are there at a time, up to three times.
+        out: what an earlier call with as many rows, columns and outliers returned, to be written over.
 
     Returns:
         rows_VC and scale_V1, C = D + 2 J; columns_DV and scale_D1; V rounded up to a multiple of 16 with zeros.
+
+    A head of 128256 x 4096: some 11 and 15 GB are moved, 6 ms at 4.3 TB/s; not timed on a card.
 
     Raises:
         ValueError: wrong shape, type, strides or device.
@@ -235,20 +245,26 @@ def quantize_both_layouts(
     check_rows("head_VD", head_VD)
     vocabulary, width = head_VD.shape
     check_vector("mean_D", mean_D, width)
-    padded, device = _round_up(vocabulary), head_VD.device
-    # zeroed as bytes: not every torch fills 8-bit floats
-    rows_VC, columns_DV = (
-        torch.zeros(shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-        for shape in ((padded, width + 2 * len(outliers_J)), (width, padded))
-    )
-    scale_V1 = torch.ones((padded, 1), dtype=torch.float32, device=device)
+    rows_VC, scale_V1, columns_DV, scale_D1 = _layouts(head_VD, len(outliers_J)) if out is None else out
     for part in _parts(vocabulary, piece_bytes // (4 * width)):
         piece_VD = head_VD[part].float() - mean_D
         scale_V1[part] = quantize_rows(piece_VD, out_NC=rows_VC[part], outliers_J=outliers_J, left=False)[1]
-    scale_D1 = torch.ones((width, 1), dtype=torch.float32, device=device)
     for part in _parts(width, piece_bytes // (4 * vocabulary)):
         piece_DV = (head_VD[:, part].float() - mean_D[part]).t().contiguous()
         scale_D1[part] = quantize_rows(piece_DV, out_NC=columns_DV[part, :vocabulary])[1]
+    return rows_VC, scale_V1, columns_DV, scale_D1
+
+
+def _layouts(head_VD: torch.Tensor, outliers: int) -> Layouts:
+    """Places for a head: zeros, with scales of one, behind its V rows."""
+    (vocabulary, width), device = head_VD.shape, head_VD.device
+    padded = _round_up(vocabulary)
+    # zeroed as bytes: not every torch fills 8-bit floats
+    rows_VC, columns_DV = (
+        torch.zeros(shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+        for shape in ((padded, width + 2 * outliers), (width, padded))
+    )
+    scale_V1, scale_D1 = (torch.ones((count, 1), dtype=torch.float32, device=device) for count in (padded, width))
     return rows_VC, scale_V1, columns_DV, scale_D1
 
 

@@ -45,7 +45,7 @@ def mean_of(head: Tensor, softcap: float | None = None) -> Tensor:
 
 
 def outliers_of(head: Tensor, mean: Tensor, hidden: Tensor | None = None) -> Tensor:
-    return reference_fp8.outliers(head, mean, hidden)
+    return reference_fp8.outliers(reference_fp8.column_deviations(head, mean), hidden)
 
 
 def layouts(head: Tensor, mean: Tensor, outliers: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

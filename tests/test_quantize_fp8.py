@@ -138,7 +138,7 @@ def test_what_is_not_finite_is_not_hidden(launch: Launcher, bad: float) -> None:
 def test_both_layouts_of_a_head(launch: Launcher, vocabulary: int) -> None:
     head = example(vocabulary, 64)
     mean = reference_fp8.mean_row(head, None)
-    outliers = reference_fp8.outliers(head, mean, None)
+    outliers = reference_fp8.outliers(reference_fp8.column_deviations(head, mean), None)
     # in pieces, the last one smaller
     made = launch(STEM, "quantize_both_layouts", head, mean, outliers, piece_bytes=4 * 64 * 37)
     rows, rows_scale, columns, columns_scale = (tensor for tensor in made if tensor is not None)
@@ -153,6 +153,11 @@ def test_both_layouts_of_a_head(launch: Launcher, vocabulary: int) -> None:
     ):
         true, true_scale = truth
         assert torch.equal(bits(found), bits(true)) and torch.equal(scale, true_scale)
+    # the same places, written over by another head
+    launch(STEM, "quantize_both_layouts", -2 * head.bfloat16(), mean, outliers, out=tuple(made))
+    again = launch(STEM, "quantize_both_layouts", -2 * head.bfloat16(), mean, outliers)
+    for written, true in zip(made, again, strict=True):
+        assert written is not None and true is not None and torch.equal(bits(written), bits(true))
 
 
 @pytest.mark.parametrize("by", ["rows", "tensor"])

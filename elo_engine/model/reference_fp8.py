@@ -109,23 +109,41 @@ def mean_row(head_VD: Tensor, softcap: float | None) -> Tensor:
     return mean_D if softcap is None else torch.zeros_like(mean_D)
 
 
+SHIFT = 0.5  # of a column's deviation, at most: the errors grow by 4 % with it (it adds SHIFT^2 / 3 to the square)
+
+
+def shifted_mean(mean_D: Tensor, deviation_D: Tensor, draw_D: Tensor) -> Tensor:
+    """What is taken off in one step. Any row will do, since it cancels; with another one in each step the head's
+    numbers are rounded elsewhere each time, so their errors are no property of the head that training could learn.
+
+    draw_D: uniform in [0, 1).
+    """
+    return mean_D + deviation_D * (2.0 * SHIFT * (draw_D - 0.5))
+
+
+def column_deviations(head_VD: Tensor, mean_D: Tensor) -> Tensor:
+    """Root mean square of each column of a head less `mean_D`, fp32 [D]."""
+    squares_D: Tensor = torch.linalg.vector_norm(head_VD, dim=0, dtype=torch.float32).square() / len(head_VD)
+    return (squares_D - mean_D.square()).clamp_min(0.0).sqrt()
+
+
 def outlier_count(width: int) -> int:
     """J of `outliers`: a 64th of the columns, at least 32, a multiple of 8 that is no more than half of them."""
     return min(max(32, width // 64), width // 2) // 8 * 8
 
 
-def outliers(head_VD: Tensor, mean_D: Tensor, hidden_ND: Tensor | None) -> Tensor:
+def outliers(deviation_D: Tensor, hidden_ND: Tensor | None) -> Tensor:
     """Columns whose terms in the logits are the largest, and so what rounding them adds: int64 [J], ascending.
 
     The error of a rounded number is some 2.6 % of it, so that of a column's terms goes with the root mean square of the
-    hidden state there times that of the head less its mean.
+    hidden state there times that of the head less its mean, `column_deviations`.
 
     hidden_ND: of text as it is trained on; without it, the head's columns alone say.
     """
-    spread_D = torch.linalg.vector_norm(head_VD, dim=0, dtype=torch.float32).square() / len(head_VD) - mean_D.square()
+    size_D = deviation_D
     if hidden_ND is not None:
-        spread_D = spread_D * torch.linalg.vector_norm(hidden_ND, dim=0, dtype=torch.float32).square()
-    return spread_D.topk(outlier_count(len(mean_D))).indices.sort().values
+        size_D = size_D * torch.linalg.vector_norm(hidden_ND, dim=0, dtype=torch.float32)
+    return size_D.topk(outlier_count(len(size_D))).indices.sort().values
 
 
 def rounded_head(head_VD: Tensor, mean_D: Tensor, outliers_J: Tensor) -> tuple[Tensor, Tensor]:
