@@ -165,6 +165,8 @@ def readme_faults(record: Record) -> list[str]:
         said.append(f"it has {result['rounds']} rounds of at least {FEWEST}")
     if settings.get("align_recompute", "auto") != "auto":
         said.append("alignment was told whether to recompute")
+    if settings.get("fp8", "none") != "none":
+        said.append("ELO pretraining multiplied 8-bit operands")
     if git.get("dirty"):
         said.append("the source tree had changes that are in no commit")
     return said

@@ -91,6 +91,8 @@ def _how(arms: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     said += [f"checkpointed (activations recomputed): {letters or 'no arm'}"] if known else []
     once = [f"({arm['letter']})" for arm in known if said_recompute(arm["options"]["recompute"]) == "selective"]
     said += [f"the MLP's first product made again: {', '.join(once)}"] if once else []
+    eight = [arm for arm in known if arm["options"].get("fp8", "none") != "none"]
+    said += [f"({arm['letter']}) with 8-bit operands (pretrain.fp8: {arm['options']['fp8']})" for arm in eight]
     for arm in known:
         if how := arm["options"].get("streaming"):
             store = "on disk" if how["store"] == "disk" else "in host memory"

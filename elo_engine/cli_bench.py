@@ -47,6 +47,7 @@ def speedup(
     streamed_inputs: Annotated[
         str, typer.Option(help="where (s) keeps its layers' inputs: auto (on the device if they fit), device or host")
     ] = "auto",
+    fp8: Annotated[str, typer.Option(help="products of (f) with 8-bit operands: none, head or all")] = "none",
     record: Record = True,
     records: Records = None,
 ) -> None:
@@ -56,7 +57,7 @@ def speedup(
     body(
         record, records, arms, model=model, device=device, dtype=dtype, sequence_length=sequence_length, rows=rows,
         elo_micro_batch=elo_micro_batch, micro_batch=micro_batch, state=state, minutes=minutes, rounds=rounds,
-        steps=steps, align_recompute=align_recompute, streamed_inputs=streamed_inputs,
+        steps=steps, align_recompute=align_recompute, streamed_inputs=streamed_inputs, fp8=fp8,
     )  # fmt: skip
 
 
