@@ -114,7 +114,8 @@ def choose(model: BenchModel, layers: tuple[int, ...], size: Size, wanted: tuple
     engine are where their plan does not fit otherwise. Streamed alignment always runs its layers again.
 
     Raises:
-        UsageError: rows of a step that are no whole number of micro-batches, or an unknown word for how (f), (g) or (s) run.
+        UsageError: rows of a step that are no whole number of micro-batches, or an unknown word for how (f), (g) or (s)
+            run.
     """
     for option, word, known in (
         ("--align-recompute", size.align_recompute, ("auto", *get_args(Recompute))),

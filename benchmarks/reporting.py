@@ -25,6 +25,7 @@ BEGIN, END = "<!-- speedup table: made by elo bench report -->", "<!-- end -->"
 HEADINGS = {
     "speedup": "Speedup", "memory": "Memory", "kernels": "Kernels", "loading": "Loading", "loss": "Loss against time",
     "quality": "Quality: what is learned, and what is kept", "fp8": "8-bit operands against bf16",
+    "card": "Everything asked of a card",
 }  # fmt: skip
 INTRODUCTION = """\
 # Benchmarks

@@ -203,6 +203,30 @@ def loading(context: typer.Context, as_pytest: AsPytest = False) -> None:
 
 @benches.command()
 @verb
+def card(
+    minutes: Annotated[float, typer.Option(min=0.1, help="for all parts together")] = 10.0,
+    only: Annotated[
+        str | None, typer.Option(help="of correct,speedup,graph,memory,bias,kernels,compile; default: all")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, or cpu with --scale tiny")] = "cuda",
+    scale: Annotated[str, typer.Option(help="full, or tiny: a trial of the command, in seconds")] = "full",
+    records: Annotated[
+        Path | None,
+        typer.Option("--record", "--records", help="folder of records; default: as of the others, of a trial --work"),
+    ] = None,
+    work: Annotated[Path, typer.Option(help="folder of logs, and of rows as they become known")] = Path("elo-card"),
+    finish: Annotated[
+        Path | None, typer.Option(help="run nothing: table and record of this run's folder, which was killed")
+    ] = None,
+) -> None:
+    """Every figure that is asked of a GPU and its verdict, within ten minutes; a part that fails costs only itself."""
+    from elo_engine.bench import card as body
+
+    body(records, work, finish, minutes=minutes, only=only, device=device, scale=scale)
+
+
+@benches.command()
+@verb
 def report(
     records: Records = None,
     check: Annotated[bool, typer.Option("--check", help="change nothing; fail where they differ")] = False,
