@@ -138,7 +138,7 @@ def run_parts(parts: list[Part], seconds: float, folder: Path, records: Path, sa
     # a bar of seconds: what is left of it is when all ends at the latest
     with console.progress_bar("card, seconds", int(seconds)) as update:
         for number, part in enumerate(parts):
-            left = seconds - (time.monotonic() - began)
+            left = seconds - (time.monotonic() - began) - part.leaves_s
             where = f"{number + 1} of {len(parts)}, {part.name}"
             if interrupted:
                 row = row_of(part, "not run", "interrupted before it")

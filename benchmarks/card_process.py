@@ -39,6 +39,7 @@ class Part:
             file that its figures go to, `{scratch}` an empty folder.
         limit_s: the most it may take of a run of ten minutes. least_s: with less left it is not begun.
         why_not: why it is not run on this card; empty where it is.
+        leaves_s: of the time, for what comes after its kind.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Part:
     least_s: float
     environment: dict[str, str] = field(default_factory=dict)
     why_not: str = ""
+    leaves_s: float = 0.0
 
     @property
     def slug(self) -> str:

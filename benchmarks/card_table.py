@@ -24,6 +24,7 @@ class Asked:
         part, figure: where it is found. label: what it is, with its unit.
         least, most: its bounds, themselves allowed; None: none on that side, and on both: it is only shown.
         why: where the bound comes from.
+        whole: a part that was cut short says nothing of it: of tests that were not run none has failed.
     """
 
     part: str
@@ -32,10 +33,13 @@ class Asked:
     least: float | None = None
     most: float | None = None
     why: str = ""
+    whole: bool = False
 
-    def verdict(self, value: float | None) -> Verdict:
-        """On a value; None: it was not measured. NaN meets nothing."""
+    def verdict(self, value: float | None, status: str = "ran") -> Verdict:
+        """On a value of a part that ended so; None: it was not measured. NaN meets nothing."""
         if value is None:
+            return "not run"
+        if self.whole and status != "ran" and self.verdict(value) == "met":
             return "not run"
         if self.least is None and self.most is None:
             return "not judged"
@@ -84,7 +88,8 @@ def asked(parts: list[str], headline: str | None, card: str) -> list[Asked]:
 
 
 def _correct(part: str) -> Iterator[Asked]:
-    yield Asked(part, "failed", "tests that need a card and fail", most=0, why="a kernel that is wrong is not timed")
+    yield Asked(part, "failed", "tests that need a card and fail", most=0,
+                why="a kernel that is wrong is not timed", whole=True)  # fmt: skip
     yield Asked(part, "passed", "tests that need a card and pass", least=1, why="else nothing was tested")
     yield Asked(part, "skipped", "tests that need a card and were skipped")
 
@@ -172,16 +177,18 @@ def judged(wanted: list[Asked], rows: list[dict[str, Any]], scale: str) -> list[
     for one in wanted:
         row = by_part.get(one.part)
         value = None if row is None else row["figures"].get(one.figure)
-        verdict, why = one.verdict(value), ""
+        verdict, why = one.verdict(value, "" if row is None else row["status"]), ""
         if value is None:
             why = _missing(one, row)
+        elif verdict == "not run":
+            why = f"not all of it: {row['why']}" if row else ""
         elif scale == "tiny":
             verdict, why = "not judged", TRIAL
         elif verdict == "not met":
             why = (row or {}).get("notes", {}).get(one.figure, "")
         found.append(
             {"part": one.part, "figure": one.figure, "label": one.label, "least": one.least, "most": one.most,
-             "bound_from": one.why, "measured": value, "verdict": verdict, "why": why}
+             "bound_from": one.why, "whole": one.whole, "measured": value, "verdict": verdict, "why": why}
         )  # fmt: skip
     return found
 
@@ -200,15 +207,17 @@ def wrong_verdicts(result: dict[str, Any]) -> Iterator[str]:
     """Where a record's verdict does not follow from its own figures, or says nothing of why there is none."""
     rows = {row["part"]: row for row in result["parts"]}
     for one in result["asked"]:
-        where, figures = f"asked, {one['label']}", rows.get(one["part"], {}).get("figures", {})
+        row = rows.get(one["part"], {"figures": {}, "status": ""})
+        where, figures = f"asked, {one['label']}", row["figures"]
         if one["measured"] != figures.get(one["figure"]):
             yield f"{where}: measured {one['measured']}, and its part has {figures.get(one['figure'])}"
-        right = Asked(one["part"], one["figure"], one["label"], one["least"], one["most"]).verdict(one["measured"])
-        if result["scale"] == "tiny" and one["measured"] is not None:
+        known = Asked(one["part"], one["figure"], one["label"], one["least"], one["most"], whole=one["whole"])
+        right = known.verdict(one["measured"], row["status"])
+        if result["scale"] == "tiny" and one["measured"] is not None and right != "not run":
             right = "not judged"
         if one["verdict"] != right:
             yield f"{where}: the verdict is {one['verdict']!r}, and {one['measured']} is {right!r}"
-        if one["measured"] is None and not one["why"]:
+        if one["verdict"] == "not run" and not one["why"]:
             yield f"{where}: it was not measured, and `why` says nothing"
     for row in rows.values():
         if row["status"] != "ran" and not row["why"]:

@@ -36,7 +36,9 @@ def files(tests: Path) -> list[Path]:
 
 
 def needs_card(item: Any) -> bool:
-    """Whether a test says that it runs on a card alone, or that here it runs on one."""
+    """Whether a test says that it runs on a card alone, or that here it runs on one; not in Triton's interpreter."""
+    if "interpreter" in item.name:
+        return False
     call = getattr(item, "callspec", None)
     if call is not None and "cuda" in map(str, call.params.values()):
         return True
@@ -52,8 +54,8 @@ def needs_card(item: Any) -> bool:
 class Watch:
     """Leaves the tests that need no card out, and writes what is known after every test that ended."""
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
+    def __init__(self, out: Path, order: list[Path]) -> None:
+        self._out, self._order = out, order
         self.found = {"passed": list[str](), "failed": list[str](), "skipped": list[str]()}
         self.reasons: list[str] = []
         self.broken: list[str] = []
@@ -61,7 +63,7 @@ class Watch:
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         kept = [item for item in items if needs_card(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+        items[:] = sorted(kept, key=lambda item: self._order.index(item.path))
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -99,7 +101,7 @@ def run(out: Path, chosen: list[Path]) -> Watch:
     """
     import pytest
 
-    watch = Watch(out)
+    watch = Watch(out, [path.resolve() for path in chosen])
     options = ["--import-mode=importlib", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     options += ["-p", "no:xdist"] if importlib.util.find_spec("xdist") else []
     status = int(pytest.main([*options, *map(str, chosen)], plugins=[watch]))

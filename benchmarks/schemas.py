@@ -113,7 +113,7 @@ _CARD_PART = _part(
     seconds=float, figures=dict[str, float], notes=dict[str, str],
 )  # fmt: skip
 _CARD_ASKED = _part(
-    {"least": float, "most": float, "measured": float}, part=str, figure=str, label=str, bound_from=str,
+    {"least": float, "most": float, "measured": float}, part=str, figure=str, label=str, bound_from=str, whole=bool,
     verdict=Literal["met", "not met", "not run", "not judged"], why=str,
 )
 
