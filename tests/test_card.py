@@ -143,6 +143,9 @@ def test_time_that_others_leave_over_is_for_those_that_follow(
     run_parts(parts, 600.0, tmp_path, tmp_path, quiet)
     assert allowed == pytest.approx([400.0, 550.0, 600.0], abs=1.0)  # the first two took no time
     allowed.clear()
+    run_parts([part("works", 400.0, leaves_s=250.0), part("works", 50.0)], 600.0, tmp_path, tmp_path, quiet)
+    assert allowed == pytest.approx([350.0, 600.0], abs=1.0)
+    allowed.clear()
     run_parts(parts, 1200.0, tmp_path, tmp_path, quiet)
     assert allowed == pytest.approx([800.0, 1100.0, 1200.0], abs=1.0)
 
