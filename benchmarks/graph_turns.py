@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +83,19 @@ def document_rows(setting: Setting, number: int) -> RowBatch:
 def run_steps(
     step: Steps, batches: Sequence[RowBatch], device: torch.device, *, first: bool
 ) -> tuple[list[float], float]:
-    """One turn -> seconds of its steps but the first, which nothing precedes, and the last step's loss."""
+    """One turn -> seconds of its steps, and the last step's loss. The first step and the last are not among them: none
+    is launched before the one, and none behind the other, so that of a step that waits for the host little is left.
+    """
     synchronize(device)
-    seconds, before, noted = list[float](), None, None
-    for number, rows in enumerate([*batches, None]):
-        launched = None if rows is None else step(rows, first and number == 0)
+    read, before = list[float](), None
+    for number, rows in enumerate(batches):
+        launched = step(rows, first and number == 0)
         if before is not None:
-            loss = before.loss_sum  # waits until that step is done
-            assert before.updated, "a step on random weights was not made"
-            now = time.perf_counter()
-            seconds += [] if noted is None else [now - noted]
-            noted = now
+            assert before.updated, "a step on random weights was not made"  # waits until that step is done
+            read.append(time.perf_counter())
         before = launched
-    return seconds, float(loss)
+    assert before is not None and before.updated
+    return [after - now for now, after in pairwise(read)], float(before.loss_sum)
 
 
 def take_turns(
