@@ -15,13 +15,12 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elo_engine.benchmarks.card_report import leave, refusing
+from elo_engine.benchmarks.card_report import Cases, refusing
 from elo_engine.errors import FailedError, RefusedError
 from elo_engine.measure.environment import choose_device
 from elo_engine.model import ops, reference_fp8
@@ -102,7 +101,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     given = parser.parse_args()
-    found, notes = dict[str, float](), dict[str, Any]()
+    cases = Cases(given.out)
     with refusing():
         device = choose_device(given.device)
         reason = reason_without(device)
@@ -113,14 +112,11 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         for model, N in HEADS:
             spec = preset_spec(model)
-            try:
-                figures = measure(spec.D, spec.V, N, device)
-            except torch.OutOfMemoryError as error:  # the next head is smaller
-                notes[f"{model}, share_of_bound"] = f"out of memory: {str(error).splitlines()[0]}"[:200]
-            else:
-                found |= {f"{model}, {name}": value for name, value in figures.items()}
+            with cases.case(model, f"{model}, share_of_bound"):
+                found = measure(spec.D, spec.V, N, device)
+                cases.figures |= {f"{model}, {name}": value for name, value in found.items()}
             torch.cuda.empty_cache()
-            leave(given.out, found, notes)
+        cases.require()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Predicted (docs/step.md): 1.4 times as fast at one row of 2048 of SmolLM2-135M, 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import statistics
 import time
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from elo_engine.benchmarks.card_report import leave, refusing
+from elo_engine.benchmarks.card_report import Cases, refusing
 from elo_engine.benchmarks.first_step import engine_of, setting_for
 from elo_engine.data import RowBatch
 from elo_engine.data.rows import flat_starts
@@ -159,13 +160,31 @@ def engines_of(setting: Setting, model: str, device: torch.device) -> tuple[dict
     return {"launched": steps(launched), "graph": steps(graphed)}, captured
 
 
+def measure(case: Case, device: torch.device, seconds: float) -> dict[str, float]:
+    """One case.
+
+    Raises:
+        RefusedError: padded packing is not to be had, or both engines do not fit. FailedError: as `take_turns` does.
+    """
+    setting = setting_for(case.model, case.length, device, case.rows, case.micro_batches)
+    why = ops.why_not_padded(torch.bfloat16, setting.spec.E, setting.spec.softcap)
+    need = predict_memory(setting).peak_bytes + predict_memory(replace(setting, graph=True)).peak_bytes
+    if why is None and need > device_room(device).bytes:
+        why = f"both engines need {need / 2**30:.1f} GiB"
+    if why is not None:
+        raise RefusedError(why)
+    engines, captured = engines_of(setting, case.model, device)
+    batches = [document_rows(setting, step) for step in range(BATCHES)]
+    return figures(case.name, take_turns(engines, batches, device, seconds, captured))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     given = parser.parse_args()
-    found, notes = dict[str, float](), dict[str, str]()
+    cases = Cases(given.out)
     with refusing():
         device = choose_device(given.device)
         if device.type != "cuda":
@@ -174,21 +193,13 @@ def main() -> None:
         ops.configure("auto", device)
         until = time.monotonic() + 60 * given.minutes
         for number, case in enumerate(CASES):
-            setting = setting_for(case.model, case.length, device, case.rows, case.micro_batches)
-            why = ops.why_not_padded(torch.bfloat16, setting.spec.E, setting.spec.softcap)
-            need = predict_memory(setting).peak_bytes + predict_memory(replace(setting, graph=True)).peak_bytes
-            if why is None and need > device_room(device).bytes:
-                why = f"both engines need {need / 2**30:.1f} GiB"
-            if why is not None:
-                notes[f"{case.name}, launched over graph"] = why
-            else:
-                engines, captured = engines_of(setting, case.model, device)
+            with cases.case(case.name, f"{case.name}, launched over graph"):
+                # half of a case's time for its turns: making the models and capturing takes some, too
                 seconds = max(1.0, 0.5 * (until - time.monotonic()) / (len(CASES) - number))
-                batches = [document_rows(setting, step) for step in range(BATCHES)]
-                found |= figures(case.name, take_turns(engines, batches, device, seconds, captured))
-                del engines, captured
-                torch.cuda.empty_cache()
-            leave(given.out, found, notes)
+                cases.figures |= measure(case, device, seconds)
+            gc.collect()
+            torch.cuda.empty_cache()
+        cases.require()
 
 
 if __name__ == "__main__":

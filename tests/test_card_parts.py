@@ -16,7 +16,7 @@ import torch
 from test_speedup import run_arm, setting
 
 from elo_engine.benchmarks import evidence, first_step, fp8_bias, graph_turns, speedup
-from elo_engine.benchmarks.card_report import leave, refusing
+from elo_engine.benchmarks.card_report import Cases, leave, refusing
 from elo_engine.benchmarks.contestants import Size, choose
 from elo_engine.benchmarks.models import open_model
 from elo_engine.errors import FailedError, RefusedError, UsageError
@@ -190,6 +190,22 @@ def test_what_a_part_leaves_is_whole_and_its_refusal_has_a_status(
     with pytest.raises(SystemExit) as stop, refusing():
         raise RefusedError("this card has none")
     assert stop.value.code == 3 and capsys.readouterr().out == "error: this card has none\n"
+
+
+def test_a_case_that_fails_is_its_note_and_the_others_go_on(tmp_path: Path) -> None:
+    cases = Cases(tmp_path / "out.json")
+    for name in ("large", "small"):
+        with cases.case(name, f"{name}, ms"):
+            if name == "large":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB\nmore")
+            cases.figures["small, ms"] = 2.0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["figures"] == {"small, ms": 2.0}
+    assert found["notes"] == {"large, ms": "OutOfMemoryError: CUDA out of memory. Tried to allocate 4 GiB"}
+    with pytest.raises(FailedError, match=r"^large: OutOfMemoryError"):
+        cases.require()
+    with pytest.raises(KeyboardInterrupt), cases.case("third", "third, ms"):
+        raise KeyboardInterrupt
 
 
 PLANTED_TESTS = """
