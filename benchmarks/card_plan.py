@@ -154,12 +154,13 @@ def _memory(machine: Machine) -> Iterator[Part]:
 
 
 def _tiny() -> Iterator[Part]:
-    """Every part at a size of seconds on a CPU: it shows that the parts run, and its figures say nothing."""
+    """Every part at a small size on a CPU: it shows that the parts run, and its figures say nothing."""
     size = ("--device", "cpu", "--sequence-length", str(TINY_LENGTH), "--state", "fp32", "--minutes", "{minutes}")
     yield _tests()
     yield Part(
         f"speedup {TINY}", "speedup",
-        _bench("speedup", "--model", TINY, "--arms", ARMS, "--rounds", "1", "--dtype", "fp32", *size), 240, 10,
+        _bench("speedup", "--model", TINY, "--arms", ARMS, "--rounds", "1", "--rows", "1", "--dtype", "fp32",
+               *size), 240, 10,
     )  # fmt: skip
     for fp8 in ("none", "head", "all"):
         command = _bench("speedup", "--model", TINY, "--arms", "f", "--fp8", fp8, "--rounds", "3", "--dtype", "bf16",

@@ -249,7 +249,7 @@ def card_conditions(result: dict[str, Any]) -> str:
     """What was asked, in words."""
     said = f"every figure that is asked of a card, in up to {result['minutes']:g} minutes"
     if result["scale"] == "tiny":
-        return f"{said}; {TRIAL}, whose sizes are those of seconds and whose figures say nothing"
+        return f"{said}; {TRIAL}, whose sizes are a CPU's and whose figures say nothing"
     model = result["headline"] or "no model"
     room = f"{result['free_bytes'] / 2**30:.1f} GiB free"
     return f"{said}; {room}, so {model} is compared with full continual pretraining"

@@ -209,12 +209,12 @@ def card(
         str | None, typer.Option(help="of correct,speedup,graph,memory,bias,kernels,compile; default: all")
     ] = None,
     device: Annotated[str, typer.Option(help="cuda, or cpu with --scale tiny")] = "cuda",
-    scale: Annotated[str, typer.Option(help="full, or tiny: a trial of the command, in seconds")] = "full",
+    scale: Annotated[str, typer.Option(help="full, or tiny: a trial of the command itself, in minutes on a CPU")] = "full",
     records: Annotated[
         Path | None,
         typer.Option("--record", "--records", help="folder of records; default: as of the others, of a trial --work"),
     ] = None,
-    work: Annotated[Path, typer.Option(help="folder of logs, and of rows as they become known")] = Path("elo-card"),
+    work: Annotated[Path, typer.Option(help="folder of logs, and of rows as they become known")] = Path("runs/card"),
     finish: Annotated[
         Path | None, typer.Option(help="run nothing: table and record of this run's folder, which was killed")
     ] = None,
