@@ -209,7 +209,7 @@ def card(
         str | None, typer.Option(help="of correct,speedup,graph,memory,bias,kernels,compile; default: all")
     ] = None,
     device: Annotated[str, typer.Option(help="cuda, or cpu with --scale tiny")] = "cuda",
-    scale: Annotated[str, typer.Option(help="full, or tiny: a trial of the command itself, in minutes on a CPU")] = "full",
+    scale: Annotated[str, typer.Option(help="full, or tiny: a trial, minutes on a CPU")] = "full",
     records: Annotated[
         Path | None,
         typer.Option("--record", "--records", help="folder of records; default: as of the others, of a trial --work"),
