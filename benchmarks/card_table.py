@@ -47,9 +47,9 @@ class Asked:
         return "met" if above and (self.most is None or value <= self.most) else "not met"
 
 
-# At rows of 8192 in bf16. Llama-3.1-8B: 60 % MFU, 117,000 tokens/s on an H200, are 76 % of what large products alone would
-# give (5.14 GFLOP a token, 790 TFLOP/s), where products, attention and unavoidable traffic allow 136,000. Of the others
-# 75 % of such ceilings, 323,000 and 2.2 million tokens/s, of 395,000 and 3.6 million that products alone would give.
+# At rows of 8192 in bf16. Llama-3.1-8B: 60 % MFU, 117,000 tokens/s on an H200, are 76 % of what large products alone
+# would give (5.14 GFLOP a token, 790 TFLOP/s), where products, attention and unavoidable traffic allow 136,000. Of the
+# others 75 % of such ceilings, 323,000 and 2.2 million tokens/s, of 395,000 and 3.6 million that products alone give.
 GOOD = "75 % of the ceiling counted for the model: products, attention and unavoidable traffic"
 RECORD = "60 % MFU on an H200, 86 % of the ceiling counted for the model"
 MFU = 0.60
