@@ -38,7 +38,13 @@ CASES: dict[str, dict[str, Any]] = {
     "norms of q and k": {"config": QWEN3},
     "norms behind": {"config": OLMO2},
     "untied head": {"config": LLAMA | {"tie_word_embeddings": False}},
+    "8-bit head": {"config": LLAMA, "fp8": "head"},
+    "whole model": {"config": LLAMA, "whole": True},
+    "whole model, untied": {"config": LLAMA | {"tie_word_embeddings": False}, "whole": True},
+    "whole model, one micro-batch": {"config": LLAMA, "whole": True, "micro_batch": 4},
+    "whole model, recomputed, 8-bit state": {"config": LLAMA, "whole": True, "recompute": "layer", "state": "8bit"},
 }
+WHOLE: dict[str, Any] = {"whole": True}
 
 
 class Trace(TorchDispatchMode):
@@ -93,6 +99,7 @@ class Fake:
         assert buffers is not None
         there = {"tokens": buffers._tokens_3N, "numbers": buffers._numbers, "result": engine._numbers_3}
         there |= {f"bounds {documents}": tensor for documents, tensor in buffers._offsets.items()}
+        there |= {} if buffers.distinct_U is None else {"distinct ids": buffers.distinct_U}
         there |= {f"weight {i}": tensor for i, tensor in enumerate(state.weights)}
         there |= {f"leaf {i}": leaf.tensor for i, leaf in enumerate(engine.model.leaves)}
         there |= {f"frozen {name}": tensor for name, tensor in engine.model.frozen().items()}
@@ -190,6 +197,7 @@ def test_what_is_captured_depends_on_nothing_of_the_step(case: str, on_meta: lis
     assert len(trace.seen) > 100 and sum("_kernel" in seen[0] for seen in trace.seen) > 20
     read = {x[3][0] for seen in trace.seen for x in seen[1:] if isinstance(x, tuple) and len(x) == 4}
     assert {"tokens", "numbers", "bounds 16", "result"} <= read, "the step is fed from the buffers"
+    assert ("distinct ids" in read) == ("whole" in CASES[case])
     assert on_meta == [3] * (EAGER_STEPS + 2), "its numbers are sent once a step, outside of the graph"
 
 
@@ -225,14 +233,37 @@ class TokensOfTheHost(StepBuffers):
         self.inverse = 1 / tokens_loss  # type: ignore[assignment]
 
 
+class ScaleOfTheHost(GraphedEngine):
+    """The head's gradient of the sum of losses, scaled as a launched step does it."""
+
+    def _make(self, room: Room, *, first: bool = False) -> None:
+        given = self.model.outer_gradients
+        self.model.outer_gradients = lambda scale: given(1 / self.tokens)  # type: ignore[method-assign]
+        super()._make(room, first=first)
+        self.model.outer_gradients = given  # type: ignore[method-assign]
+
+    def step(self, rows: RowBatch, tokens_loss: int, lr: float, **rest: Any) -> StepOutcome | None:
+        self.tokens = tokens_loss
+        return super().step(rows, tokens_loss, lr, **rest)
+
+
+class RowsOfTheText(StepBuffers):
+    """As a launched step finds them: as many as there are."""
+
+    def fill(self, rows: RowBatch, room: Room, given: Tensor, tokens_loss: int) -> None:
+        super().fill(rows, room, given, tokens_loss)
+        self.distinct_U = torch.zeros(len(np.unique(rows.ids_BT)), dtype=torch.int64, device="meta")
+
+
 @pytest.mark.parametrize(
     ("kind", "buffers", "case"),
     [
         (RateOfTheHost, StepBuffers, {}), (KeyOfTheHost, StepBuffers, {"state": "8bit"}),
         (GraphedEngine, BoundsOfTheText, {}), (GraphedEngine, LongestOfTheText, {}),
-        (GraphedEngine, TokensOfTheHost, {}),
+        (GraphedEngine, TokensOfTheHost, {}), (ScaleOfTheHost, StepBuffers, WHOLE),
+        (GraphedEngine, RowsOfTheText, WHOLE),
     ],
-    ids=["learning rate", "key", "documents", "longest", "tokens with a loss"],
+    ids=["learning rate", "key", "documents", "longest", "tokens with a loss", "scale", "rows of the embedding"],
 )  # fmt: skip
 def test_a_number_of_the_step_that_is_baked_in_would_be_seen(
     kind: type[GraphedEngine], buffers: type[StepBuffers], case: dict[str, Any], on_meta: list[int],
@@ -313,6 +344,33 @@ def test_a_capture_that_fails_is_told_and_the_step_is_made(on_meta: list[int]) -
     assert engine.optimizer.attempts == EAGER_STEPS + 2
 
 
+def test_a_capture_that_fails_half_way_holds_nothing_of_the_step(on_meta: list[int]) -> None:
+    """When its memory is given back, the sum of the head's gradient is no more there than the others."""
+    held: list[Any] = []
+
+    class HalfWay(Fake):
+        def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
+            assert self.engine is not None
+            self.engine.model.observers = {3: lambda hidden: hidden.sum().item()}
+            try:
+                return super().capture(body, state)
+            finally:
+                running.clear()
+                held.append(self.engine.model._outer)
+                self.engine.model.observers = {}
+
+        def let_go(self) -> None:
+            assert self.engine is not None
+            held.append(self.engine.model._outer)
+            held.extend(gradient for _, gradient in self.engine.optimizer.gradients())
+
+    said: list[str] = []
+    engine = make_graphed(HalfWay(), said, config=LLAMA, whole=True)
+    warm(engine)
+    assert step(engine, rows(30)) and "capturing them failed" in said[0]
+    assert held[0] is not None and len(held) > 10 and all(one is None for one in held[1:])
+
+
 def failed_while_ending() -> RuntimeError:
     """What torch raises where an error has invalidated the capture: one of its own, with the first one behind it."""
     error = RuntimeError("operation failed due to a previous error during capture")
@@ -352,21 +410,20 @@ def test_graphs_are_let_go_of_and_captured_anew(on_meta: list[int]) -> None:
     assert fake.done[EAGER_STEPS:] == ["capture 0", "replay 0", "let go", "capture 1", "replay 1"] and len(said) == 1
 
 
-def test_what_learns_the_embedding_is_not_taken(on_meta: list[int]) -> None:
-    with pytest.raises(AssertionError, match="a row for each token that occurs"):
-        make_graphed(Fake(), config=LLAMA, whole=True)
-
-
-def test_nothing_grows_with_the_steps(on_meta: list[int]) -> None:
-    """Buffers are made once for each room."""
-    fake = Fake()
-    engine = make_graphed(fake, config=LLAMA)
+@pytest.mark.parametrize("whole", [False, True])
+def test_nothing_grows_with_the_steps(whole: bool, on_meta: list[int]) -> None:
+    """Buffers are made once for each room, and stay where they are."""
+    engine = make_graphed(Fake(), config=LLAMA, whole=whole)
     warm(engine)
     step(engine, rows(9, documents=9))
     buffers = engine._buffers
-    assert buffers is not None
-    places = {id(tensor) for tensor in (buffers._tokens_3N, buffers._numbers, *buffers._offsets.values())}
+    assert buffers is not None and (buffers.distinct_U is not None) == whole
+
+    def places() -> set[int]:
+        return {id(x) for x in (buffers._tokens_3N, buffers._numbers, buffers.distinct_U, *buffers._offsets.values())}
+
+    before = places()
     for seed in range(4):
         step(engine, rows(seed, documents=1 + 3 * seed))
-    assert {id(tensor) for tensor in (buffers._tokens_3N, buffers._numbers, *buffers._offsets.values())} == places
+    assert places() == before
     assert sorted(buffers._offsets) == [16, 32] and buffers.shape == (ROWS, T)
