@@ -10,6 +10,7 @@
 #   make soak     2,000 steps with kills, and memory and descriptors watched; minutes
 #   make scale    corpora of gigabytes, 100,000 tensors, 200 shards: time and memory; SCALE="--corpus-mb 500" is shorter
 #   make bench    the pipeline speedup of this machine, within ten minutes; BENCH="--model llama-3.2-1b" passes options on
+#   make card     every figure that is asked of a GPU, within ten minutes; CARD="--minutes 60" passes options on
 #   make setup    .venv with the `elo` command, for use by hand: .venv/bin/elo --help
 # PYTHON=python3.12 chooses the interpreter of a new .venv; CONSTRAINTS=/dev/null takes the newest versions allowed.
 
@@ -24,7 +25,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test test-oldest lint audit faults fuzz fuzz-readers soak scale bench clean
+.PHONY: setup demo test test-oldest lint audit faults fuzz fuzz-readers soak scale bench card clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.stamp
@@ -94,6 +95,9 @@ scale: .venv/.stamp-test
 
 bench: .venv/.stamp-bench
 	$(BIN)/elo bench speedup $(BENCH)
+
+card: .venv/.stamp-bench .venv/.stamp-test
+	$(BIN)/elo bench card $(CARD)
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info elo_engine/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,7 +1,7 @@
 """One arm of the comparison, in a process of its own: `python -m elo_engine.benchmarks.arm SPEC.json`.
 
 SPEC: `model` (name or folder), `arm`, `layers`, `sequence_length`, `micro_batch`, `micro_batches`, `dtype`, `state`,
-`recompute`, `streaming`, `device`, `lr`, and `cap_bytes` (memory beyond it is refused). The first line printed
+`recompute`, `streaming`, `device`, `fp8`, `lr`, and `cap_bytes` (memory beyond it is refused). The first line printed
 describes the arm, then commands are served as `conductor` says, and the last line holds the evidence. An arm that runs
 out of memory prints `{"failed": "out of memory: ..."}`.
 """
@@ -30,7 +30,7 @@ FOREVER = 1_000_000_000
 
 def setting_of(spec: dict[str, Any], model: BenchModel) -> Setting:
     """The setting that a SPEC describes."""
-    keys = ("arm", "sequence_length", "micro_batch", "micro_batches", "dtype", "state", "recompute", "device")
+    keys = ("arm", "sequence_length", "micro_batch", "micro_batches", "dtype", "state", "recompute", "device", "fp8")
     given = {key: spec[key] for key in keys} | {"streaming": Streaming(**spec["streaming"])}
     return Setting(spec=model.spec, layers=tuple(spec["layers"]), **given)
 
@@ -45,6 +45,7 @@ def resident_engine(
     decoder = engine_model(
         model, setting.layers, shallow=setting.arm in SHALLOW, recompute=setting.recompute, device=device, dtype=dtype
     )
+    decoder.use_fp8(setting.fp8)
     return ResidentEngine(decoder, MasterAdamW(decoder, section.optimizer), section.rows_at_once), (
         decoder.trainable() | decoder.frozen()
     )

@@ -17,7 +17,7 @@ from typing import Any
 from elo_engine.benchmarks.contest import Contest, ceilings, engine_dtype, here, measure, show
 from elo_engine.errors import FailedError, UsageError
 
-STEMS = ("linear_cross_entropy", "rms_norm", "rotary", "swiglu", "adamw", "attention")
+STEMS = ("linear_cross_entropy", "linear_fp8", "rms_norm", "rotary", "swiglu", "adamw", "attention")
 LOADING = ("reader",)
 
 

@@ -25,6 +25,7 @@ BEGIN, END = "<!-- speedup table: made by elo bench report -->", "<!-- end -->"
 HEADINGS = {
     "speedup": "Speedup", "memory": "Memory", "kernels": "Kernels", "loading": "Loading", "loss": "Loss against time",
     "quality": "Quality: what is learned, and what is kept", "fp8": "8-bit operands against bf16",
+    "card": "Everything asked of a card",
 }  # fmt: skip
 INTRODUCTION = """\
 # Benchmarks
@@ -165,6 +166,8 @@ def readme_faults(record: Record) -> list[str]:
         said.append(f"it has {result['rounds']} rounds of at least {FEWEST}")
     if settings.get("align_recompute", "auto") != "auto":
         said.append("alignment was told whether to recompute")
+    if settings.get("fp8", "none") != "none":
+        said.append("ELO pretraining multiplied 8-bit operands")
     if git.get("dirty"):
         said.append("the source tree had changes that are in no commit")
     return said

@@ -117,6 +117,10 @@ def _take_turns(turns: _Visits, schedule: Schedule, result: Run, there: list[Con
             coming = [later for later in (*present[place + 1 :], *after) if not result.taken[later.name].failed]
             try:
                 this[one.name] = turns.turn(one, coming[0] if coming else None)
+            except KeyboardInterrupt:
+                if not result.rounds and this:  # of a first round what there is: no other has it
+                    result.rounds.append(this)
+                raise
             except ArmFailed as error:
                 taken.failed, taken.turn_s = str(error), 0.0
                 say(f"{one.name}: {taken.failed}")

@@ -3,7 +3,7 @@
 Themes: `speedup` (the arms' steps), `memory` (predicted and measured peaks, the frontier under caps), `kernels` (the
 contests of contest.py), `loading` (as bench_loading.py writes it), `loss` (held-out loss of the whole model against
 seconds of training), `quality` (held-out loss of methods side by side, over seeds), `fp8` (8-bit operands against
-bf16).
+bf16), `card` (every figure asked of a GPU, with bound and verdict).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from elo_engine.benchmarks.card_table import wrong_verdicts
 from elo_engine.config import Recompute
 from elo_engine.errors import FailedError
 from elo_engine.measure.components import PeakWhat, component_faults
@@ -106,6 +107,15 @@ _FP8_CHECK = _part(
     arm=str, seed=int, loss_bf16_nats=float, loss_fp8_nats=float, relative=float, cosine=float, worst=str,
     worst_relative=float,
 )  # fmt: skip
+_CARD_PART = _part(
+    {"allowed_s": float, "exit_status": int, "record": str},
+    part=str, group=str, status=Literal["ran", "failed", "timed out", "cannot run", "not run", "interrupted"], why=str,
+    seconds=float, figures=dict[str, float], notes=dict[str, str],
+)  # fmt: skip
+_CARD_ASKED = _part(
+    {"least": float, "most": float, "measured": float}, part=str, figure=str, label=str, bound_from=str, whole=bool,
+    verdict=Literal["met", "not met", "not run", "not judged"], why=str,
+)
 
 SCHEMAS = {
     "speedup": _part(
@@ -130,6 +140,10 @@ SCHEMAS = {
     "fp8": _part(
         conditions=str, device=_DEVICE, emulated=bool, compared=list[_FP8_ARM], checks=list[_FP8_CHECK],
         curves=list[_part(arm=str, seed=int, step=list[int], loss_nats=list[float])],
+    ),
+    "card": _part(
+        {"headline": str}, device=_DEVICE, scale=Literal["full", "tiny"], minutes=float, free_bytes=int,
+        parts=list[_CARD_PART], asked=list[_CARD_ASKED],
     ),
 }  # fmt: skip
 
@@ -247,9 +261,13 @@ def _quality(result: dict[str, Any]) -> list[str]:
     return list(_quality_faults(result))
 
 
+def _card(result: dict[str, Any]) -> list[str]:
+    return list(wrong_verdicts(result))
+
+
 _FAULTS = {
     "speedup": _speedup_faults, "memory": _memory_faults, "kernels": _kernel_faults, "loss": _loss_faults,
-    "quality": _quality,
+    "quality": _quality, "card": _card,
 }  # fmt: skip
 
 

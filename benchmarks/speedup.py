@@ -40,6 +40,7 @@ from elo_engine.benchmarks.models import open_model
 from elo_engine.benchmarks.processes import ceilings_of
 from elo_engine.benchmarks.schemas import measured_peak
 from elo_engine.errors import FailedError, Interrupted, UsageError
+from elo_engine.fp8_check import fp8_sizes
 from elo_engine.measure.components import by_component
 from elo_engine.measure.environment import choose_device, choose_dtype, device_name
 from elo_engine.measure.flops import arm_flops
@@ -47,6 +48,7 @@ from elo_engine.measure.machine import device_room
 from elo_engine.measure.meter import spread
 from elo_engine.measure.planner import STREAMED, predict_memory
 from elo_engine.measure.setting import SHALLOW, ArmName, Setting
+from elo_engine.model import ops
 from elo_engine.model.spec import ModelSpec
 
 SPLIT = 0.9  # of the tokens, in ELO pretraining (paper section 4)
@@ -75,6 +77,7 @@ class Options:
     steps: int = 3
     align_recompute: str = "auto"
     streamed_inputs: str = "auto"
+    fp8: str = "none"
 
 
 def size_of(options: Options) -> Size:
@@ -97,6 +100,7 @@ def size_of(options: Options) -> Size:
         memory_bytes=device_room(device).bytes,
         align_recompute=options.align_recompute,
         streamed_inputs=options.streamed_inputs,
+        fp8=options.fp8,
     )
 
 
@@ -114,6 +118,7 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
         raise UsageError(f"--sequence-length {size.sequence_length}: {model.name} has {spec.max_positions} positions")
     layers = (0, spec.layers - 1)
     contestants = choose(model, layers, size, options.arms or default_arms(size.device))
+    _require_fp8(size, spec)
     say(f"{model.name}, {size.device}, {size.dtype}, rows of {size.sequence_length}: measuring the ceilings")
     ceilings = ceilings_of(size.device, size.dtype)
     together = together_fit(contestants, size.memory_bytes)
@@ -132,6 +137,7 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
         "state": size.state, "learning_rate": LEARNING_RATE, "arms_alive_together": together,
         "steps_a_visit": None if together else options.steps, "interrupted": run.interrupted,
         "align_recompute": size.align_recompute, "streamed_inputs": size.streamed_inputs,
+        "fp8": size.fp8,
     }  # fmt: skip
     if not any(run.rounds) and not run.refused:
         if run.interrupted:
@@ -160,6 +166,13 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
     return result, raw, settings
 
 
+def _require_fp8(size: Size, spec: ModelSpec) -> None:
+    """RefusedError where (f) is to multiply 8-bit operands and cannot, before any process is started."""
+    if size.fp8 != "none":
+        dtype = torch.bfloat16 if size.dtype == "bf16" else torch.float32
+        ops.require_fp8(size.fp8, torch.device(size.device), dtype, fp8_sizes(size.fp8, spec))  # type: ignore[arg-type]
+
+
 def model_json(name: str, spec: ModelSpec) -> dict[str, Any]:
     """A model's shapes in a result."""
     return {
@@ -176,7 +189,12 @@ def check_starts(contestants: list[Contestant], run: measuring.Run, dtype: str) 
     Raises:
         FailedError: two do not.
     """
-    there = [one.name for one in contestants if not one.why_not and run.taken[one.name].losses]
+    # 8-bit operands round, and what that does to a loss is for `elo_engine/fp8_check.py`
+    there = [
+        one.name
+        for one in contestants
+        if not one.why_not and run.taken[one.name].losses and one.setting.fp8 == "none"
+    ]
     said = []
     for what, group in (
         ("whole model", [arm for arm in there if arm not in SHALLOW]),
@@ -215,7 +233,7 @@ def arm_result(one: Contestant, run: measuring.Run, ceilings: dict[str, float], 
     setting = one.setting
     options = {
         "recompute": setting.recompute, "state": setting.state, "micro_batch": setting.micro_batch,
-        "micro_batches": setting.micro_batches, "layers": list(setting.layers),
+        "micro_batches": setting.micro_batches, "layers": list(setting.layers), "fp8": setting.fp8,
     }  # fmt: skip
     if one.name == STREAMED:
         options["streaming"] = dict(vars(setting.streaming))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from elo_engine.benchmarks.card_table import card_conditions, card_tables
 from elo_engine.benchmarks.contestants import BASELINES
 from elo_engine.benchmarks.fp8_report import fp8_tables
 from elo_engine.benchmarks.intervals import USUAL, percent
@@ -91,6 +92,8 @@ def _how(arms: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     said += [f"checkpointed (activations recomputed): {letters or 'no arm'}"] if known else []
     once = [f"({arm['letter']})" for arm in known if said_recompute(arm["options"]["recompute"]) == "selective"]
     said += [f"the MLP's first product made again: {', '.join(once)}"] if once else []
+    eight = [arm for arm in known if arm["options"].get("fp8", "none") != "none"]
+    said += [f"({arm['letter']}) with 8-bit operands (pretrain.fp8: {arm['options']['fp8']})" for arm in eight]
     for arm in known:
         if how := arm["options"].get("streaming"):
             store = "on disk" if how["store"] == "disk" else "in host memory"
@@ -104,6 +107,7 @@ def conditions(result: dict[str, Any], config: dict[str, Any], environment: dict
     """One paragraph: what ran on what, how long, with which versions, at which commit."""
     said = [result["conditions"]] if result["theme"] in ("loss", "quality", "fp8") else []
     settings = config.get("settings") or {}
+    said += [card_conditions(result)] if result["theme"] == "card" else []
     if model := result.get("model"):
         count = model["parameters"]
         size = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{number(count / 1e6)} million"
@@ -275,6 +279,7 @@ def tables(result: dict[str, Any]) -> list[str]:
     made = {
         "speedup": speedup_tables, "memory": memory_tables, "kernels": kernel_tables, "loading": loading_tables,
         "loss": loss_tables, "quality": quality_tables, "fp8": fp8_tables,
+        "card": card_tables,
     }  # fmt: skip
     return made[result["theme"]](result)
 

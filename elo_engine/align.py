@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from elo_engine import console
+from elo_engine import console, graphs
 from elo_engine.calibrate import Calibration, obtain_bridge
 from elo_engine.checkpoint import CheckpointIndex, open_checkpoint
 from elo_engine.config import RunConfig
@@ -35,7 +35,6 @@ from elo_engine.summary import stage_summary
 from elo_engine.train import world
 from elo_engine.train.interleaved import InterleavedEngine
 from elo_engine.train.optim import MasterAdamW
-from elo_engine.train.resident import ResidentEngine
 
 
 def align(run: RunDir, source: Source) -> dict[str, Any]:
@@ -115,6 +114,7 @@ def _load(
     with console.bytes_bar("load the whole model") as bar:
         progress = run.beating("loading", bar)
         if choice is None:
+            graphs.launched(config, "align", graphs.SEVERAL, source.device, run.say)
             from elo_engine.model.sharded import load_sharded  # torch.distributed is for those who use it
             from elo_engine.train.sharded import ShardedAdamW, ShardedEngine
 
@@ -136,7 +136,9 @@ def _load(
             log_model(run, set(model.trainable()), set(model.frozen()), index)
             if turns:
                 return InterleavedEngine(model, source.layers, config, bridges=bridges, statistics=statistics)
-            return ResidentEngine(model, MasterAdamW(model, section.optimizer, seed=config.seed), section.rows_at_once)
+            optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)
+            return graphs.resident_engine(config, "align", model, optimizer, run.say)
+        graphs.launched(config, "align", graphs.LAYER_BY_LAYER, source.device, run.say)
         engine = open_streamed(
             spec, source.dtype, section, source.device, choice.streaming, config.data.sequence_length,
             seed=config.seed, folder=run.path, apart=source.layers if turns else (), kind=WholeTurn if turns else None,

@@ -123,6 +123,22 @@ def loading(arguments: list[str], as_pytest: bool) -> None:
     bench_loading.main(arguments, _command())
 
 
+def card(records: Path | None, work: Path, unfinished: Path | None, **options: Any) -> None:
+    """Run every part, or read what a run that was killed has left; print the table, keep the record."""
+    from elo_engine.benchmarks.card import Options, finish, run_command
+
+    if unfinished is not None:
+        _show(*finish(unfinished))
+        return
+    chosen = Options(**options)
+    # what a trial finds is no measurement, and no place of its own is found for it
+    kept = None if records is None and chosen.scale != "full" else records_folder(records)
+    result, path, interrupted = run_command(chosen, work, kept, _command(), _say)
+    _show(result, path)
+    if interrupted:
+        raise Interrupted(f"interrupted; what was measured until then is above and in {path}")
+
+
 def report(records: Path | None, check: bool) -> None:
     """Make docs/benchmarks.md and the README's table from the records; `check`: say what differs and fail."""
     from elo_engine.benchmarks.reporting import report_command

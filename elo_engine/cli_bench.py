@@ -47,6 +47,7 @@ def speedup(
     streamed_inputs: Annotated[
         str, typer.Option(help="where (s) keeps its layers' inputs: auto (on the device if they fit), device or host")
     ] = "auto",
+    fp8: Annotated[str, typer.Option(help="products of (f) with 8-bit operands: none, head or all")] = "none",
     record: Record = True,
     records: Records = None,
 ) -> None:
@@ -56,7 +57,7 @@ def speedup(
     body(
         record, records, arms, model=model, device=device, dtype=dtype, sequence_length=sequence_length, rows=rows,
         elo_micro_batch=elo_micro_batch, micro_batch=micro_batch, state=state, minutes=minutes, rounds=rounds,
-        steps=steps, align_recompute=align_recompute, streamed_inputs=streamed_inputs,
+        steps=steps, align_recompute=align_recompute, streamed_inputs=streamed_inputs, fp8=fp8,
     )  # fmt: skip
 
 
@@ -198,6 +199,30 @@ def loading(context: typer.Context, as_pytest: AsPytest = False) -> None:
     from elo_engine.bench import loading as body
 
     body(context.args, as_pytest)
+
+
+@benches.command()
+@verb
+def card(
+    minutes: Annotated[float, typer.Option(min=0.1, help="for all parts together")] = 10.0,
+    only: Annotated[
+        str | None, typer.Option(help="of correct,speedup,graph,memory,bias,kernels,compile; default: all")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, or cpu with --scale tiny")] = "cuda",
+    scale: Annotated[str, typer.Option(help="full, or tiny: a trial, minutes on a CPU")] = "full",
+    records: Annotated[
+        Path | None,
+        typer.Option("--record", "--records", help="folder of records; default: as of the others, of a trial --work"),
+    ] = None,
+    work: Annotated[Path, typer.Option(help="folder of logs, and of rows as they become known")] = Path("runs/card"),
+    finish: Annotated[
+        Path | None, typer.Option(help="run nothing: table and record of this run's folder, which was killed")
+    ] = None,
+) -> None:
+    """Every figure that is asked of a GPU and its verdict, within ten minutes; a part that fails costs only itself."""
+    from elo_engine.bench import card as body
+
+    body(records, work, finish, minutes=minutes, only=only, device=device, scale=scale)
 
 
 @benches.command()

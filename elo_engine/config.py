@@ -144,6 +144,8 @@ class StageConfig(_Section):
     recompute: Recompute | Literal["auto"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    # a step is one CUDA graph; auto: where it can be, and it says why not elsewhere; docs/step.md on the default
+    graph: Graph = "off"
 
     @property
     def rows_at_once(self) -> int:
@@ -163,8 +165,6 @@ class PretrainConfig(StageConfig):
 
     # the frozen one of a model with an untied head; host: a GPU is sent each micro-batch's rows of it alone
     embedding: Literal["device", "host"] = "device"
-    # a step is one CUDA graph; auto: where it can be, and it says why not elsewhere; docs/step.md on the default
-    graph: Graph = "off"
     # products of operands rounded to 8-bit floats, on a card that has them: the frozen head's, or the layers' too
     fp8: Literal["none", "head", "all"] = "none"
 
@@ -359,8 +359,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 # A run folder can be moved, and what is kept where changes no number in fp32; a change of engine in bf16,
 # or to slices of the vocabulary, is recorded.
 _MAY_CHANGE = (
-    "output", "hard_links", "pretrain.graph", "align.engine", "align.stream.store", "align.stream.inputs",
-    "align.stream.vocabulary",
+    "output", "hard_links", "pretrain.graph", "align.graph", "align.engine", "align.stream.store",
+    "align.stream.inputs", "align.stream.vocabulary",
 )  # fmt: skip
 # What no snapshot can be continued with, whoever asks: it holds other tensors.
 NEVER_CHANGE = ("detach.layers", "align.when", "pretrain.optimizer.state", "align.optimizer.state")

@@ -126,7 +126,7 @@ def choose(
 
 def streamed_setting(resident: Setting, streaming: Streaming) -> Setting:
     """The same alignment with a few layers on the device; they are always run again in the backward pass."""
-    return replace(resident, arm=STREAMED, streaming=streaming, recompute="layer")
+    return replace(resident, arm=STREAMED, streaming=streaming, recompute="layer", graph=False)
 
 
 def _streaming(

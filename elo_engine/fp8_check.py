@@ -69,13 +69,17 @@ def _order(value: float) -> float:
 def refuse_without_fp8(config: RunConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
     """RefusedError where `pretrain.fp8` cannot run: device, type or shapes. Nothing where it is not asked for."""
     kind = fp8(config)
-    if kind == "none":
-        return
+    if kind != "none":
+        ops.require_fp8(kind, device, dtype, fp8_sizes(kind, spec))
+
+
+def fp8_sizes(kind: ops.Fp8, spec: ModelSpec) -> dict[str, int]:
+    """Dimensions that products of this kind sum over, by name."""
     sizes = {"width": spec.D}
     if kind == "all":
         sizes |= {"MLP width": spec.F, "width of the query heads": spec.H * spec.E,
                   "width of the packed projection": (spec.H + 2 * spec.K) * spec.E}  # fmt: skip
-    ops.require_fp8(kind, device, dtype, sizes)
+    return sizes
 
 
 def begin_fp8(run: RunDir, model: Decoder, mixture: Mixture) -> None:

@@ -1,4 +1,4 @@
-"""Whether the steps of ELO pretraining are CUDA graphs (`pretrain.graph`), and why not.
+"""Whether the steps of a stage are CUDA graphs (`pretrain.graph`, `align.graph`), and why not.
 
 What the configuration and the model's shapes say is known to a plan, for any card; what this machine has only to the
 stage when it begins.
@@ -7,13 +7,14 @@ stage when it begins.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from elo_engine.config import RunConfig
+from elo_engine.config import RunConfig, StageConfig
 from elo_engine.errors import RefusedError, UsageError
 from elo_engine.measure.memory_shapes import step_buffer_bytes
+from elo_engine.measure.planner import STREAMED
 from elo_engine.measure.setting import Setting
 from elo_engine.model import ops
 from elo_engine.model.decoder import Decoder
@@ -23,10 +24,22 @@ from elo_engine.train.graphed import CudaCaptures, GraphedEngine
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
 
-_OFF = "set pretrain.graph: off, or auto"
+Stage = Literal["pretrain", "align"]
+
+LAYER_BY_LAYER = "the streamed engine brings layer after layer to the device, as the host tells it"
+SEVERAL = "several processes add up their gradients between the passes and the update"
 
 
-def why_not(config: RunConfig, spec: ModelSpec, device: str, auto_dtype: str) -> str | None:
+def _section(config: RunConfig, stage: Stage) -> StageConfig:
+    section: StageConfig = getattr(config, stage)
+    return section
+
+
+def _refusal(stage: Stage, reason: str) -> str:
+    return f"{stage}.graph: on, but {reason}; set {stage}.graph: off, or auto"
+
+
+def why_not(config: RunConfig, stage: Stage, spec: ModelSpec, device: str, auto_dtype: str) -> str | None:
     """What keeps a step from being captured on any machine with such a device; None: nothing.
 
     auto_dtype: what `dtype: auto` means there.
@@ -37,65 +50,88 @@ def why_not(config: RunConfig, spec: ModelSpec, device: str, auto_dtype: str) ->
     if not bf16:
         return "flash attention takes bf16, and in fp32 attention goes document by document, as the host tells it"
     if config.align.when == "interleaved":
-        return "align.when: interleaved takes turns with the whole model, whose embedding's gradient has no fixed shape"
-    if config.pretrain.embedding == "host":
+        return "align.when: interleaved takes turns of two kinds on one optimizer state, with numbers of the host"
+    if stage == "align" and config.align.engine == "streamed":
+        return LAYER_BY_LAYER
+    if stage == "pretrain" and config.pretrain.embedding == "host":
         return "pretrain.embedding: host would need the rows of a whole step on the device at once"
-    if config.pretrain.optimizer.kept_master(bf16=True) == "24":
+    if _section(config, stage).optimizer.kept_master(bf16=True) == "24":
         return "optimizer.master: 24 draws its random numbers on the host, piece by piece"
     if any(rope.kind == "longrope" and rope.short < T for rope in spec.ropes):
         return "longrope chooses its angles by the length of each document, on the host"
     return None
 
 
-def planned(config: RunConfig, spec: ModelSpec, device: str, auto_dtype: str) -> bool:
-    """Whether steps will be graphs, as far as a plan can know.
+def planned(config: RunConfig, stage: Stage, spec: ModelSpec, device: str, auto_dtype: str) -> bool:
+    """Whether steps will be graphs, as far as a plan can know: of alignment, where the whole model is on the device.
 
     Raises:
-        UsageError: `pretrain.graph: on` where they cannot be.
+        UsageError: `graph: on` where they cannot be.
     """
-    if config.pretrain.graph == "off":
+    how = _section(config, stage).graph
+    if how == "off":
         return False
-    reason = why_not(config, spec, device, auto_dtype)
-    if reason is not None and config.pretrain.graph == "on":
-        raise UsageError(f"pretrain.graph: on, but {reason}; {_OFF}")
+    reason = why_not(config, stage, spec, device, auto_dtype)
+    if reason is not None and how == "on":
+        raise UsageError(_refusal(stage, reason))
     return reason is None
 
 
-def graph_plan(config: RunConfig, setting: Setting) -> dict[str, Any]:
+def graph_plan(config: RunConfig, stage: Stage, setting: Setting) -> dict[str, Any]:
     """For a plan: whether steps are graphs as far as it can know, the buffers they are fed from, which are among the
-    activations, and why not.
+    activations, why not, and what is refused: graphs that must be, of an engine that was chosen because of the memory.
     """
-    off = "pretrain.graph: off" if config.pretrain.graph == "off" else None
-    why = off or why_not(config, setting.spec, setting.device, setting.dtype)
-    return {"used": setting.graph, "buffer_bytes": step_buffer_bytes(setting), "why_not": why}
+    how = _section(config, stage).graph
+    streamed = LAYER_BY_LAYER if setting.arm == STREAMED else None
+    why = f"{stage}.graph: off" if how == "off" else None
+    why = why or why_not(config, stage, setting.spec, setting.device, setting.dtype) or streamed
+    refusal = None
+    if streamed is not None and how == "on":
+        refusal = _refusal(stage, f"{streamed}, and the whole model does not fit")
+    return {"used": setting.graph, "buffer_bytes": step_buffer_bytes(setting), "why_not": why, "refusal": refusal}
 
 
-def pretrain_engine(
-    config: RunConfig, model: Decoder, optimizer: MasterAdamW, say: Callable[[str], None]
-) -> ResidentEngine:
-    """The engine of ELO pretraining, graphs or not, and why on a GPU not.
+def launched(
+    config: RunConfig, stage: Stage, reason: str | None, device: torch.device, say: Callable[[str], None]
+) -> None:
+    """The steps of a stage are launched kernel by kernel, for this reason: said where graphs were wanted.
 
     Raises:
-        RefusedError: `pretrain.graph: on`, and this machine cannot.
+        RefusedError: `graph: on`, and there is a reason.
     """
-    how, micro_batch = config.pretrain.graph, config.pretrain.rows_at_once
-    device, dtype = model.device, "bf16" if model.dtype == torch.bfloat16 else "fp32"
-    reason = why_not(config, model.spec, device.type, dtype) or why_not_here(model)
+    how = _section(config, stage).graph
     if how == "on" and reason is not None:
-        raise RefusedError(f"pretrain.graph: on, but {reason}; {_OFF}")
+        raise RefusedError(_refusal(stage, reason))
+    if how == "auto" and device.type == "cuda" and reason is not None:
+        say(f"{stage}: steps are launched kernel by kernel: {reason}")
+
+
+def resident_engine(
+    config: RunConfig, stage: Stage, model: Decoder, optimizer: MasterAdamW, say: Callable[[str], None]
+) -> ResidentEngine:
+    """The engine of a stage whose model is on the device, graphs or not, and why on a GPU not.
+
+    Raises:
+        RefusedError: `graph: on`, and this machine cannot.
+    """
+    section = _section(config, stage)
+    how, micro_batch = section.graph, section.rows_at_once
+    device, dtype = model.device, "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    reason = why_not(config, stage, model.spec, device.type, dtype) or why_not_here(model)
+    launched(config, stage, reason, device, say)
     if how == "off" or reason is not None:
-        if how == "auto" and device.type == "cuda":
-            say(f"pretrain: steps are launched kernel by kernel: {reason}")
         return ResidentEngine(model, optimizer, micro_batch)
 
     def told(text: str) -> None:
-        say(f"pretrain: {text}")
+        say(f"{stage}: {text}")
 
-    return GraphedEngine(model, optimizer, micro_batch, CudaCaptures(device), told, must=how == "on")
+    return GraphedEngine(
+        model, optimizer, micro_batch, CudaCaptures(device), told, must=how == "on", key=f"{stage}.graph"
+    )
 
 
 def why_not_here(model: Decoder) -> str | None:
     """What keeps a step from being captured on this machine, in this process."""
     if world.size() > 1:
-        return "several processes add up their gradients between the passes and the update"
+        return SEVERAL
     return ops.why_not_padded(model.dtype, model.spec.E, model.spec.softcap)

@@ -48,7 +48,7 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         bridges=len(gaps(spec.layers, layers)) if stage == "pretrain" and config.detach.bridge == "linear" else 0,
         turns=turns,
         host_embedding=stage == "pretrain" and host_embedding(config, spec) and device == "cuda",
-        graph=stage == "pretrain" and graphs.planned(config, spec, device, auto_dtype),
+        graph=graphs.planned(config, stage, spec, device, auto_dtype),
         fp8=fp8(config) if stage == "pretrain" else "none",
     )
 

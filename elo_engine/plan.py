@@ -120,7 +120,8 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
     stages = {stage: _stage(config, stage, planning, target) for stage in STAGES}
     stages["align"]["engine"] = _engine(choice)
     stages["pretrain"]["bridge"] = bridge_plan(config, pretrain)
-    stages["pretrain"]["graph"] = graph_plan(config, pretrain)
+    for stage, setting in settings.items():
+        stages[stage]["graph"] = graph_plan(config, stage, setting)
     share = config.pretrain.tokens / (config.pretrain.tokens + config.align.tokens)
     plan: dict[str, Any] = {
         "model": {"family": spec.family, "layers": spec.layers, "parameters": spec.parameters, "tied": spec.tied},

@@ -65,7 +65,8 @@ def stage_refusal(plan: dict[str, Any], stage: StageName) -> str | None:
             f"there are {human_bytes(rooms['disk']['bytes'])} ({rooms['disk']['what']}). "
             "align.stream.store=memory takes none; or choose an output on another disk"
         )
-    return None
+    refusal: str | None = part.get("graph", {}).get("refusal")  # of an engine that was chosen because of the memory
+    return refusal
 
 
 def refusals(plan: dict[str, Any], stage: str | None = None) -> list[str]:

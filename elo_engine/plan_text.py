@@ -76,13 +76,14 @@ def _bridge_lines(plan: dict[str, Any]) -> list[str]:
 
 
 def _graph_lines(plan: dict[str, Any]) -> list[str]:
-    """On a GPU, whether pretraining's steps are CUDA graphs."""
-    graph = plan["pretrain"]["graph"]
-    if plan["device"] != "cuda":
-        return []
-    if not graph["used"]:
-        return [f"pretrain's steps are launched kernel by kernel: {graph['why_not']}"]
-    return [f"pretrain's steps are CUDA graphs, fed from {human_bytes(graph['buffer_bytes'])} that stay on the device"]
+    """On a GPU, whether steps are CUDA graphs."""
+    lines = []
+    for stage in _STAGES if plan["device"] == "cuda" else ():
+        graph = plan[stage]["graph"]
+        fed = f"{human_bytes(graph['buffer_bytes'])} that stay on the device"
+        how = f"CUDA graphs, fed from {fed}" if graph["used"] else f"launched kernel by kernel: {graph['why_not']}"
+        lines.append(f"{stage}'s steps are {how}")
+    return lines
 
 
 def _closing(plan: dict[str, Any]) -> list[str]:

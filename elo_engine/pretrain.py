@@ -13,7 +13,7 @@ from elo_engine.corpora import make_mixture, open_heldout
 from elo_engine.detach import Source, detach
 from elo_engine.evaluate import Scorer, batch_tokens
 from elo_engine.fp8_check import begin_fp8, refuse_without_fp8
-from elo_engine.graphs import pretrain_engine
+from elo_engine.graphs import resident_engine
 from elo_engine.measure.expected import StageMemory
 from elo_engine.out_of_memory import explained
 from elo_engine.plan import require_memory, setting_of, settle
@@ -45,7 +45,7 @@ def pretrain(run: RunDir, source: Source) -> dict[str, Any]:
         del bridge, bridges
         begin_fp8(run, model, mixture)
         optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)
-        engine = pretrain_engine(config, model, optimizer, run.say)
+        engine = resident_engine(config, "pretrain", model, optimizer, run.say)
         scorers: dict[str, Scorer] = {"shallow": engine.scorer}
         if heldout is not None and config.evaluate.whole:
             whole = whole_model_scorer(source.index, model)

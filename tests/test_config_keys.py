@@ -49,6 +49,7 @@ STAGE = {
     "optimizer.clip": Case(
         "{stage}.optimizer.clip=0.001", "{stage}", "weights {stage}", ("{stage}.optimizer.eps=0.1",)
     ),
+    "graph": Case("{stage}.graph=on", "plan", "status"),  # there is no GPU in this plan
     "schedule.warmup": Case("{stage}.schedule.warmup=0.9", "{stage}", "metric {stage} 1 lr"),
     "schedule.decay": Case("{stage}.schedule.decay=constant", "{stage}", "metric {stage} 3 lr"),
     "schedule.final": Case("{stage}.schedule.final=0.9", "{stage}", "metric {stage} 3 lr"),
@@ -71,7 +72,6 @@ CASES = {
     "detach.bridge_tokens": Case("detach.bridge_tokens=640", "pretrain", "weights pretrain", ("detach.bridge=linear",)),
     "detach.ridge": Case("detach.ridge=5", "pretrain", "weights pretrain", ("detach.bridge=linear",)),
     "pretrain.embedding": Case("pretrain.embedding=host", "plan", "status"),  # the model here is tied
-    "pretrain.graph": Case("pretrain.graph=on", "plan", "status"),  # there is no GPU in this plan
     "pretrain.fp8": Case("pretrain.fp8=head", "plan", "plan pretrain memory"),
     "align.engine": Case("align.engine=streamed", "plan", "plan align engine"),
     "align.stream.store": Case("align.stream.store=disk", "plan", "plan align engine", STREAMED),

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from elo_engine.data.rows import RowBatch
-from elo_engine.errors import FailedError
 from elo_engine.model.ops.adamw import AdamwState, addresses_noted
 from elo_engine.train import graphed
 from elo_engine.train.graphed import EAGER_STEPS, GraphedEngine
@@ -38,7 +37,13 @@ CASES: dict[str, dict[str, Any]] = {
     "norms of q and k": {"config": QWEN3},
     "norms behind": {"config": OLMO2},
     "untied head": {"config": LLAMA | {"tie_word_embeddings": False}},
+    "8-bit head": {"config": LLAMA, "fp8": "head"},
+    "whole model": {"config": LLAMA, "whole": True},
+    "whole model, untied": {"config": LLAMA | {"tie_word_embeddings": False}, "whole": True},
+    "whole model, one micro-batch": {"config": LLAMA, "whole": True, "micro_batch": 4},
+    "whole model, recomputed, 8-bit state": {"config": LLAMA, "whole": True, "recompute": "layer", "state": "8bit"},
 }
+WHOLE: dict[str, Any] = {"whole": True}
 
 
 class Trace(TorchDispatchMode):
@@ -93,6 +98,7 @@ class Fake:
         assert buffers is not None
         there = {"tokens": buffers._tokens_3N, "numbers": buffers._numbers, "result": engine._numbers_3}
         there |= {f"bounds {documents}": tensor for documents, tensor in buffers._offsets.items()}
+        there |= {} if buffers.distinct_U is None else {"distinct ids": buffers.distinct_U}
         there |= {f"weight {i}": tensor for i, tensor in enumerate(state.weights)}
         there |= {f"leaf {i}": leaf.tensor for i, leaf in enumerate(engine.model.leaves)}
         there |= {f"frozen {name}": tensor for name, tensor in engine.model.frozen().items()}
@@ -190,6 +196,7 @@ def test_what_is_captured_depends_on_nothing_of_the_step(case: str, on_meta: lis
     assert len(trace.seen) > 100 and sum("_kernel" in seen[0] for seen in trace.seen) > 20
     read = {x[3][0] for seen in trace.seen for x in seen[1:] if isinstance(x, tuple) and len(x) == 4}
     assert {"tokens", "numbers", "bounds 16", "result"} <= read, "the step is fed from the buffers"
+    assert ("distinct ids" in read) == ("whole" in CASES[case])
     assert on_meta == [3] * (EAGER_STEPS + 2), "its numbers are sent once a step, outside of the graph"
 
 
@@ -225,14 +232,37 @@ class TokensOfTheHost(StepBuffers):
         self.inverse = 1 / tokens_loss  # type: ignore[assignment]
 
 
+class ScaleOfTheHost(GraphedEngine):
+    """The head's gradient of the sum of losses, scaled as a launched step does it."""
+
+    def _make(self, room: Room, *, first: bool = False) -> None:
+        given = self.model.outer_gradients
+        self.model.outer_gradients = lambda scale: given(1 / self.tokens)  # type: ignore[method-assign]
+        super()._make(room, first=first)
+        self.model.outer_gradients = given  # type: ignore[method-assign]
+
+    def step(self, rows: RowBatch, tokens_loss: int, lr: float, **rest: Any) -> StepOutcome | None:
+        self.tokens = tokens_loss
+        return super().step(rows, tokens_loss, lr, **rest)
+
+
+class RowsOfTheText(StepBuffers):
+    """As a launched step finds them: as many as there are."""
+
+    def fill(self, rows: RowBatch, room: Room, given: Tensor, tokens_loss: int) -> None:
+        super().fill(rows, room, given, tokens_loss)
+        self.distinct_U = torch.zeros(len(np.unique(rows.ids_BT)), dtype=torch.int64, device="meta")
+
+
 @pytest.mark.parametrize(
     ("kind", "buffers", "case"),
     [
         (RateOfTheHost, StepBuffers, {}), (KeyOfTheHost, StepBuffers, {"state": "8bit"}),
         (GraphedEngine, BoundsOfTheText, {}), (GraphedEngine, LongestOfTheText, {}),
-        (GraphedEngine, TokensOfTheHost, {}),
+        (GraphedEngine, TokensOfTheHost, {}), (ScaleOfTheHost, StepBuffers, WHOLE),
+        (GraphedEngine, RowsOfTheText, WHOLE),
     ],
-    ids=["learning rate", "key", "documents", "longest", "tokens with a loss"],
+    ids=["learning rate", "key", "documents", "longest", "tokens with a loss", "scale", "rows of the embedding"],
 )  # fmt: skip
 def test_a_number_of_the_step_that_is_baked_in_would_be_seen(
     kind: type[GraphedEngine], buffers: type[StepBuffers], case: dict[str, Any], on_meta: list[int],
@@ -301,44 +331,6 @@ def test_a_stop_is_asked_for_before_a_step_and_changes_nothing(on_meta: list[int
     assert fake.done == done and engine.optimizer.attempts == attempts and len(on_meta) == EAGER_STEPS + 1
 
 
-def test_a_capture_that_fails_is_told_and_the_step_is_made(on_meta: list[int]) -> None:
-    fake, said = Fake(fails=RuntimeError("operation not permitted when stream is capturing")), list[str]()
-    engine = make_graphed(fake, said, config=LLAMA)
-    warm(engine)
-    for seed in range(2):
-        assert step(engine, rows(30 + seed))
-    made = ["capture 0", "let go", "eager", "eager"]
-    assert fake.done == ["eager"] * EAGER_STEPS + made, "its memory is given back, and it is not tried again"
-    assert len(said) == 1 and "kernel by kernel" in said[0] and "not permitted" in said[0]
-    assert engine.optimizer.attempts == EAGER_STEPS + 2
-
-
-def failed_while_ending() -> RuntimeError:
-    """What torch raises where an error has invalidated the capture: one of its own, with the first one behind it."""
-    error = RuntimeError("operation failed due to a previous error during capture")
-    error.__context__ = torch.OutOfMemoryError("out of memory")
-    return error
-
-
-@pytest.mark.parametrize("must", [True, False])
-def test_what_went_wrong_first_is_told(must: bool, on_meta: list[int]) -> None:
-    said = list[str]()
-    engine = make_graphed(Fake(fails=failed_while_ending()), said, must=must, config=LLAMA)
-    warm(engine)
-    if must:
-        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
-            step(engine, rows(30))
-    else:
-        assert step(engine, rows(30)) and "failed (out of memory)" in said[0]
-
-
-def test_a_capture_that_fails_where_it_must_not_is_an_error(on_meta: list[int]) -> None:
-    engine = make_graphed(Fake(fails=RuntimeError("no")), must=True, config=LLAMA)
-    warm(engine)
-    with pytest.raises(FailedError, match=r"pretrain.graph: on, but the step cannot be captured: no; set"):
-        step(engine, rows(30))
-
-
 def test_graphs_are_let_go_of_and_captured_anew(on_meta: list[int]) -> None:
     """Before an evaluation: their memory serves nothing else. No eager step is made again, nothing is told twice."""
     fake, said = Fake(), list[str]()
@@ -352,21 +344,20 @@ def test_graphs_are_let_go_of_and_captured_anew(on_meta: list[int]) -> None:
     assert fake.done[EAGER_STEPS:] == ["capture 0", "replay 0", "let go", "capture 1", "replay 1"] and len(said) == 1
 
 
-def test_what_learns_the_embedding_is_not_taken(on_meta: list[int]) -> None:
-    with pytest.raises(AssertionError, match="a row for each token that occurs"):
-        make_graphed(Fake(), config=LLAMA, whole=True)
-
-
-def test_nothing_grows_with_the_steps(on_meta: list[int]) -> None:
-    """Buffers are made once for each room."""
-    fake = Fake()
-    engine = make_graphed(fake, config=LLAMA)
+@pytest.mark.parametrize("whole", [False, True])
+def test_nothing_grows_with_the_steps(whole: bool, on_meta: list[int]) -> None:
+    """Buffers are made once for each room, and stay where they are."""
+    engine = make_graphed(Fake(), config=LLAMA, whole=whole)
     warm(engine)
     step(engine, rows(9, documents=9))
     buffers = engine._buffers
-    assert buffers is not None
-    places = {id(tensor) for tensor in (buffers._tokens_3N, buffers._numbers, *buffers._offsets.values())}
+    assert buffers is not None and (buffers.distinct_U is not None) == whole
+
+    def places() -> set[int]:
+        return {id(x) for x in (buffers._tokens_3N, buffers._numbers, buffers.distinct_U, *buffers._offsets.values())}
+
+    before = places()
     for seed in range(4):
         step(engine, rows(seed, documents=1 + 3 * seed))
-    assert {id(tensor) for tensor in (buffers._tokens_3N, buffers._numbers, *buffers._offsets.values())} == places
+    assert places() == before
     assert sorted(buffers._offsets) == [16, 32] and buffers.shape == (ROWS, T)

@@ -321,5 +321,5 @@ def test_the_tree_is_read_as_it_is_written() -> None:
     assert tree_entries(readme) == {"elo_engine", "Makefile", "setup.py", ".ci"}
     assert {
         "setup", "demo", "test", "test-oldest", "lint", "audit", "faults", "fuzz", "fuzz-readers", "soak", "scale",
-        "bench", "clean",
+        "bench", "card", "clean",
     } == make_targets()  # fmt: skip

@@ -182,7 +182,7 @@ def test_the_host_never_waits_in_a_step(case: str, launched: list[str], sent: li
 @pytest.mark.parametrize("case", [case for case in CASES if "whole" not in case])
 def test_shapes_and_launches_do_not_depend_on_the_text(case: str, launched: list[str], sent: list[int]) -> None:
     """Of ELO pretraining, for one number of documents: what a CUDA graph would have to ask for. (The whole model's
-    embedding gradient has a row for each token that occurs.)
+    embedding gradient has a row for each token that occurs, unless the step is a graph: tests/test_graphed.py.)
     """
     engine = make(**CASES[case])
     step(engine, rows(0))  # whole rows: the rotary tables have all positions from here on

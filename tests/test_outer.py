@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from planner_cases import llama
@@ -22,6 +23,7 @@ from elo_engine.model.decoder import Batch, Decoder
 from elo_engine.model.layers import Packing, RopeTable, decoder_layer, layer_gradient
 from elo_engine.model.spec import ModelSpec
 from elo_engine.train.optim import MasterAdamW
+from elo_engine.train.step_buffers import distinct_ids
 
 CPU = torch.device("cpu")
 B, T = 4, 16
@@ -131,6 +133,42 @@ def test_all_gradients_of_a_step_have_one_type(spec: ModelSpec) -> None:
         head = outer(decoder(spec, "bf16"), parts)["embedding" if spec.tied else "head"]
         taken = found[names.EMBEDDING if spec.tied else names.HEAD]
         assert taken is not None and torch.equal(taken, head.to(dtype))
+
+
+def bits(gradient: Tensor) -> Tensor:
+    return gradient.contiguous().view(torch.int32 if gradient.dtype == torch.float32 else torch.int16)
+
+
+@TYPES
+@BOTH
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rows_of_ids_that_do_not_occur_change_no_bit(spec: ModelSpec, dtype: str, parts: int) -> None:
+    """As many rows as the step has tokens, and one over the tokens as a number of the device: a graph's step."""
+    plain = outer(decoder(spec, dtype), parts)
+
+    def padded(ids_BT: Tensor) -> dict[str, Tensor]:
+        model = decoder(spec, dtype)
+        ids_U = torch.from_numpy(distinct_ids(ids_BT.numpy(), spec.V, B * T))
+        assert len(ids_U) == B * T > 1 + len(rows().unique())
+        model.begin_step(ids_U, distinct=True)
+        run(model, parts, aside=False)
+        found = model.outer_gradients(torch.ones(()) / (B * (T - 1)))
+        return {"embedding" if tensor is model.embedding_VD else "head": gradient for tensor, gradient in found}
+
+    found = padded(rows())
+    assert found.keys() == plain.keys() and all(torch.equal(bits(found[name]), bits(plain[name])) for name in plain)
+    assert not torch.equal(padded(rows() + 60)["embedding"], plain["embedding"]), "rows of other ids are seen"
+
+
+@pytest.mark.parametrize(("V", "tokens"), [(300, 64), (50, 64), (64, 64), (40, 64)])
+def test_distinct_ids_are_those_that_occur_and_the_smallest_others(V: int, tokens: int) -> None:
+    chance = np.random.default_rng(V)
+    for most in (1, 7, V):
+        ids_BT = chance.integers(V - most, V, (4, tokens // 4))
+        found = distinct_ids(ids_BT, V, min(V, tokens))
+        occur = np.unique(ids_BT)
+        others = np.setdiff1d(np.arange(V), occur)[: min(V, tokens) - len(occur)]
+        assert found.tolist() == sorted([*occur, *others]) and len(found) == min(V, tokens)
 
 
 class Dense(TorchDispatchMode):

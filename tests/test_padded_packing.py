@@ -154,6 +154,8 @@ def test_padded_and_not_is_the_same_training(untied: Path, path: str) -> None:
 def test_one_over_the_tokens_is_what_dividing_by_them_gives() -> None:
     """For numbers of tokens up to 2^20, and some beyond: the first factor of the backward pass has the same bits."""
     tokens = torch.cat((torch.arange(1, 2**20), torch.randint(2**20, 2**24, (2**16,))))
+    # and of the head's gradient, which a launched step scales by the number in double precision, rounded once more
+    assert torch.equal((1 / tokens.double()).float(), torch.ones(len(tokens)) / tokens)
     loss = torch.ones(len(tokens), requires_grad=True)
     (loss / tokens).sum().backward()
     assert loss.grad is not None and torch.equal(loss.grad, torch.ones(len(tokens)) / tokens)

@@ -137,6 +137,21 @@ def test_ctrl_c_keeps_the_rounds_that_are_whole(monkeypatch: pytest.MonkeyPatch,
     assert run.interrupted and len(run.rounds) == 2
 
 
+def test_ctrl_c_in_the_first_round_keeps_the_visits_that_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other round has them, and a run that is ended at its limit would otherwise have measured nothing."""
+    step = Scripted.step
+
+    def raising(self: Scripted, command: str = "step") -> Any:
+        if len({process.contestant.name for process in Scripted.made if process.steps}) == 3:
+            raise KeyboardInterrupt
+        return step(self, command)
+
+    monkeypatch.setattr(Scripted, "step", raising)
+    run = visits(monkeypatch, ("", 0))
+    assert run.interrupted and [len(turn) for turn in run.rounds] == [2]
+    assert sum(bool(taken.last) for taken in run.taken.values()) == 2
+
+
 def interrupted_at(step: Callable[..., Any], count: int) -> Callable[..., Any]:
     def raising(self: Scripted, command: str = "step") -> Any:
         if self.steps + 1 == count:

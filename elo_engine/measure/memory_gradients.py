@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from elo_engine.measure.ledger import Held, Ledger
+from elo_engine.measure.memory_shapes import outer_rows
 from elo_engine.measure.setting import Setting
 
 GRAD = "gradients"
@@ -48,15 +49,15 @@ class Gradients:
 
 class OuterSums:
     """Gradients of embedding and head of a whole model, which `model/outer.py` adds up beside autograd: an fp32 matrix
-    for the head from the first loss of a step on, fp32 rows for the embedding from its first backward pass on. A step
-    has no more different ids than tokens, nor than the vocabulary: that many rows are counted, an upper bound.
+    for the head from the first loss of a step on, fp32 rows for the embedding from its first backward pass on, as many
+    as `outer_rows`.
     """
 
     def __init__(self, setting: Setting, ledger: Ledger) -> None:
         spec = setting.spec
         self._setting, self._ledger = setting, ledger
         self._size, self._tokens = spec.V * spec.D, setting.tokens_per_step
-        self._U = min(spec.V, self._tokens)
+        self._U = outer_rows(setting)
         self._sum: Held | None = None
         self._rows: list[Held] = []
 
@@ -71,7 +72,8 @@ class OuterSums:
         if not self._rows:
             if setting.device == "cpu":  # a GPU's are found on the host
                 ledger.spike("activations", _UNIQUE * 8 * self._tokens)
-            self._rows = [ledger.add("activations", 8 * self._U), ledger.add(GRAD, 4 * self._U * setting.spec.D)]
+            ids = 0 if setting.graph else 8 * self._U  # of a graph they are the step's, and stay
+            self._rows = [ledger.add("activations", ids), ledger.add(GRAD, 4 * self._U * setting.spec.D)]
         wide = 4 * setting.N * setting.spec.D if setting.width == 2 else 0
         ledger.spike("activations", 8 * setting.N + wide)  # where the rows are, and the gradient in fp32
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elo_engine.measure.setting import Setting
+from elo_engine.measure.setting import SHALLOW, Setting
 from elo_engine.model.spec import ModelSpec
 
 SCALE_GROUP = 256  # parameters that share an 8-bit state's scale, in this engine and in bitsandbytes
@@ -26,11 +26,21 @@ def padded_documents(setting: Setting) -> int:
 
 
 def step_buffer_bytes(setting: Setting) -> int:
-    """What a step that is a CUDA graph is fed from: ids, labels, positions of all its tokens, bounds of documents."""
+    """What a step that is a CUDA graph is fed from: ids, labels, positions of all its tokens, bounds of documents, and
+    the ids that the embedding's gradient has rows for where it learns.
+    """
     if not setting.graph:
         return 0
     offsets = 4 * setting.micro_batches * (padded_documents(setting) + 1)
-    return 3 * 8 * setting.tokens_per_step + offsets + 4 * _NUMBERS
+    distinct = 0 if setting.arm in SHALLOW else 8 * outer_rows(setting)
+    return 3 * 8 * setting.tokens_per_step + offsets + 4 * _NUMBERS + distinct
+
+
+def outer_rows(setting: Setting) -> int:
+    """Rows of the embedding's gradient: a step has no more different ids than tokens, nor than the vocabulary. Without
+    graphs an upper bound, which is counted.
+    """
+    return min(setting.spec.V, setting.tokens_per_step)
 
 
 def split_spike(largest: int) -> int:

@@ -217,15 +217,15 @@ class Decoder:
         for gap, bridge in bridges.items():
             self._bridges[gap].copy_(bridge)
 
-    def begin_step(self, ids: Tensor) -> None:
+    def begin_step(self, ids: Tensor, *, distinct: bool = False) -> None:
         """Collect the gradients of embedding and head outside autograd from here on, for one optimizer step that is fed
-        these token ids; `outer_gradients` hands them out and ends it. Nothing where the outer weights are frozen, or
-        where the definitions compute (`kernels: reference`).
+        these token ids, as `TokenRows` takes them; `outer_gradients` hands them out and ends it. Nothing where the
+        outer weights are frozen, or where the definitions compute (`kernels: reference`).
         """
         if self.embedding_VD.requires_grad and not ops.use_reference():
-            self._outer = OuterGradients(self.embedding_VD, self.head_VD, ids)
+            self._outer = OuterGradients(self.embedding_VD, self.head_VD, ids, distinct=distinct)
 
-    def outer_gradients(self, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+    def outer_gradients(self, scale: float | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Embedding and head, each with its gradient of the step in fp32; none where autograd has them, or nobody.
 
         scale: what the losses were multiplied with before the backward pass.

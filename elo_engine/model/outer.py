@@ -25,10 +25,12 @@ class TokenRows:
 
     Args:
         ids: every token id of the step, in any shape, on any device.
+        distinct: they are what has a row: ids in rising order, each once, those of the step among them, on the device.
+            The row of one that does not occur stays zero.
     """
 
-    def __init__(self, ids: Tensor, D: int, device: torch.device) -> None:
-        ids_U = torch.unique(ids.reshape(-1))
+    def __init__(self, ids: Tensor, D: int, device: torch.device, *, distinct: bool = False) -> None:
+        ids_U = ids if distinct else torch.unique(ids.reshape(-1))
         if device.type == "cuda" and not ids_U.is_cuda:
             ids_U = ids_U.pin_memory()  # from pageable memory the copy would wait for the device
         self.ids_U = ids_U.to(device, non_blocking=True)
@@ -45,12 +47,12 @@ class OuterGradients:
 
     Args:
         embedding_VD, head_VD: the weights; one tensor where they are tied.
-        ids: as of `TokenRows`.
+        ids, distinct: as of `TokenRows`.
     """
 
-    def __init__(self, embedding_VD: Tensor, head_VD: Tensor, ids: Tensor) -> None:
+    def __init__(self, embedding_VD: Tensor, head_VD: Tensor, ids: Tensor, *, distinct: bool = False) -> None:
         self._embedding_VD, self._head_VD = embedding_VD, head_VD
-        self._ids = ids
+        self._ids, self._distinct = ids, distinct
         self._rows: TokenRows | None = None
         self._adds = 0
         self._sum_VD: Tensor | None = None
@@ -65,17 +67,19 @@ class OuterGradients:
     def add_rows(self, ids_N: Tensor, d_hidden_ND: Tensor) -> None:
         """The gradient by the embedded tokens of a micro-batch."""
         if self._rows is None:
-            self._rows = TokenRows(self._ids, self._embedding_VD.shape[1], self._embedding_VD.device)
+            D, device = self._embedding_VD.shape[1], self._embedding_VD.device
+            self._rows = TokenRows(self._ids, D, device, distinct=self._distinct)
         self._rows.add(ids_N, d_hidden_ND)
         self._adds += 1
 
     @torch.no_grad()
-    def finish(self, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+    def finish(self, scale: float | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The weights with their gradients, fp32 [V, D], one after the other, and the end of this object. After a
         single micro-batch, when the gradients of other weights have the weights' type, an embedding that is not tied
         has it too: no matrix of it is made in fp32.
 
-        scale: of the losses, which the rows have in them and the head's sum has not.
+        scale: of the losses, which the rows have in them and the head's sum has not; fp32 [] on the device where a step
+        that is repeated finds its own there.
         """
         tied = self._embedding_VD is self._head_VD
         if self._sum_VD is not None:

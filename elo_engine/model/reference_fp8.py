@@ -21,6 +21,7 @@ from torch import Tensor
 
 IGNORED = -100
 ROWS = 1024  # of logits at a time
+PIECE = 512  # rows of a head whose rounding stays in cache
 COLUMNS = 2048  # of a tile between the two products, so that its passes stay in cache
 
 
@@ -150,9 +151,20 @@ def rounded_head(head_VD: Tensor, mean_D: Tensor, outliers_J: Tensor) -> tuple[T
     """What a head in 8 bits keeps of `head - mean`: rows with a scale each and what is set behind them of `outliers_J`,
     [V, D + 2 J], as right operand; and [V, D] with a scale for each column. bf16.
     """
-    centred_VD = head_VD.float() - mean_D
-    by_row_VC = rounded_rows(centred_VD, E4M3, outliers_J, left=False)
-    return by_row_VC, rounded_rows(centred_VD.t()).t().contiguous()
+    (V, D), dtype, device = head_VD.shape, torch.bfloat16, head_VD.device
+    by_row_VC = torch.empty(V, D + 2 * len(outliers_J), dtype=dtype, device=device)
+    by_column_VD = torch.empty(V, D, dtype=dtype, device=device)
+    largest_D = torch.zeros(D, device=device)
+    parts = [slice(start, start + PIECE) for start in range(0, V, PIECE)]
+    for part in parts:
+        centred_PD = head_VD[part].float() - mean_D
+        torch.maximum(largest_D, centred_PD.abs().amax(0), out=largest_D)
+        by_row_VC[part] = rounded_rows(centred_PD, E4M3, outliers_J, left=False)
+    scale_D = scale_of(largest_D, E4M3)
+    for part in parts:
+        centred_PD = head_VD[part].float() - mean_D
+        by_column_VD[part] = decoded(_cast(centred_PD.div_(scale_D), E4M3)).mul_(scale_D)
+    return by_row_VC, by_column_VD
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""A step of ELO pretraining as one CUDA graph: what the host launched kernel by kernel is captured once and launched
-whole, so a GPU waits for no launch within a step.
+"""A step as one CUDA graph: what the host launched kernel by kernel is captured once and launched whole, so a GPU waits
+for no launch within a step. Of ELO pretraining, and of the whole model where it is on the device.
 
 Captured is the whole optimizer step: all micro-batches forward and backward, the clip and AdamW. It reads nothing but
 `StepBuffers`, which each step fills before it; weights, moments and the powers of the betas are updated where they lie.
@@ -143,26 +143,25 @@ def _cause(error: BaseException) -> BaseException:
 
 
 class GraphedEngine(ResidentEngine):
-    """`ResidentEngine` for frozen embedding and head, with the steps as graphs.
+    """`ResidentEngine` with the steps as graphs.
 
     A graph has room for a number of documents a micro-batch and of tokens a document, `StepBuffers.room`: one graph for
     each pair of powers of two that the text asks for, all of them in the memory of one.
 
     Args:
         model: without observers. say: told once what is captured, and once why nothing is.
-        must: a capture that fails is an error; else the steps go on as they were.
+        must: a capture that fails is an error, which names `key`; else the steps go on as they were.
     """
 
     optimizer: MasterAdamW
 
     def __init__(
         self, model: Decoder, optimizer: MasterAdamW, micro_batch: int, captures: Captures,
-        say: Callable[[str], None], *, must: bool = False,
+        say: Callable[[str], None], *, must: bool = False, key: str = "pretrain.graph",
     ) -> None:  # fmt: skip
         super().__init__(model, optimizer, micro_batch)
-        assert not model.embedding_VD.requires_grad, "the embedding's gradient has a row for each token that occurs"
         assert not model.observers and model.host_embedding_VD is None
-        self._captures, self._say, self._must = captures, say, must
+        self._captures, self._say, self._must, self._key = captures, say, must, key
         self._eager_left, self._told = EAGER_STEPS, False
         self._graphs: dict[Room, Callable[[], None]] | None = {}  # None: capturing has failed
         self._buffers: StepBuffers | None = None
@@ -176,7 +175,8 @@ class GraphedEngine(ResidentEngine):
             return None
         if self._buffers is None:
             count, length = rows.ids_BT.shape
-            self._buffers = StepBuffers(count, length, self._micro_batch, self.device)
+            learnt = self.model.spec.V if self.model.embedding_VD.requires_grad else None
+            self._buffers = StepBuffers(count, length, self._micro_batch, self.device, learnt)
         self.model.round_fp8(self.optimizer.attempts)
         room = self._buffers.room(rows)
         self._buffers.fill(rows, room, self.optimizer.next_given(lr), tokens_loss)
@@ -210,12 +210,13 @@ class GraphedEngine(ResidentEngine):
                 raise cause from None  # explained where it arrives
             if self._must:
                 raise FailedError(
-                    f"pretrain.graph: on, but the step cannot be captured: {cause}; set pretrain.graph: off, or auto, "
-                    "which goes on without"
+                    f"{self._key}: on, but the step cannot be captured: {cause}; set {self._key}: off, or auto, which "
+                    "goes on without"
                 ) from error
             self._say(f"steps are launched kernel by kernel from here on: capturing them failed ({cause})")
             self._graphs = None
         if self._graphs is None:
+            self.model.drop_step()
             self.optimizer.zero_grad()
             self._captures.let_go()  # here, where the error holds no tensors any more
             return None
@@ -233,12 +234,15 @@ class GraphedEngine(ResidentEngine):
         model, optimizer, buffers = self.model, self.optimizer, self._buffers
         assert buffers is not None
         optimizer.zero_grad()
+        if buffers.distinct_U is not None:
+            model.begin_step(buffers.distinct_U, distinct=True)
         loss_sum = torch.zeros((), dtype=torch.float32, device=model.device)
         for batch in buffers.batches(room):
             loss = model.loss_sum(batch)
             # The same bits as those of (loss / tokens).backward(scale): its first factor is this one.
             loss.backward(scale_of(loss) * buffers.inverse)
             loss_sum += loss.detach()
+        optimizer.take(model.outer_gradients(buffers.inverse))
         if first:
             check_first_gradients(model, optimizer)
         result = optimizer.step_given(buffers.given)
