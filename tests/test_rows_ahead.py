@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from elo_engine.config import OptimizerConfig, StageConfig
 from elo_engine.data import Mixture, RowBatch, RowsAhead, TokenStore
 from elo_engine.errors import FailedError, NonFiniteError
+from elo_engine.train import loop
 from elo_engine.train.loop import Hooks, Progress, StepOutcome, train
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
@@ -164,3 +166,51 @@ def test_losses_that_are_not_finite_stop_a_step_later(tied: Path, mixture: Mixtu
     with pytest.raises(NonFiniteError, match="4 times in a row"):
         run(engine, mixture, Hooks(), progress)
     assert progress.step == 6 and late[-2:] == ["launched 7", "read 6"]
+
+
+@pytest.mark.parametrize(("launch_s", "device_s"), [(1.0, 0.01), (0.01, 1.0), (1.0, 1.0)])
+def test_a_step_is_timed_by_what_it_took(
+    launch_s: float, device_s: float, mixture: Mixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that waits for launches, one that is behind them, and neither, on a clock that only they move: every
+    step took a second, also before and after what is due between two, which is nobody's.
+    """
+    now, device_until = [0.0], [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Sent(StepOutcome):
+        """Its numbers are there when the device is."""
+
+        def __init__(self) -> None:
+            super().__init__(torch.tensor([1.0, 1.0, 1.0]))
+            # it begins when it is free and something is launched, and ends a little after the last launch at least
+            device_until[0] = max(device_until[0], now[0]) + device_s
+            now[0] += launch_s
+            device_until[0] = max(device_until[0], now[0] + min(device_s, 0.01))
+            self.at, self.launched_at = device_until[0], now[0]
+
+        @property
+        def waits(self) -> bool:
+            return self._read is None
+
+        @property
+        def arrived(self) -> bool:
+            return now[0] >= self.at
+
+        def _numbers(self) -> tuple[float, float, bool]:
+            now[0] = max(now[0], self.at)
+            return super()._numbers()
+
+    class Launches:
+        device = torch.device("cpu")
+
+        def step(self, *args: Any, **named: Any) -> StepOutcome:
+            return Sent()
+
+    def evaluated(progress: Progress) -> None:
+        now[0] += 50.0
+
+    told: list[float] = []
+    hooks = Hooks(on_step=lambda progress, metrics: told.append(metrics["step_s"]), every={4: [evaluated]})
+    run(Launches(), mixture, hooks, Progress())  # type: ignore[arg-type]
+    assert len(told) == STEPS and max(told[1:]) < 1.05 and min(told[1:]) > 0.95, told

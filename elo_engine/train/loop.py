@@ -70,10 +70,14 @@ class StepOutcome:
 
     Args:
         numbers_3: loss sum, norm, and 1 where the step was made, in fp32 on the device.
+
+    Attributes:
+        launched_at: when all of the step was launched, on the clock of `time.perf_counter`.
     """
 
     def __init__(self, numbers_3: torch.Tensor) -> None:
         self._sent_3, self._arrived = numbers_3, None
+        self.launched_at = time.perf_counter()
         self._read: tuple[float, float, bool] | None = None
         if numbers_3.is_cuda:
             self._sent_3 = torch.empty(3, pin_memory=True)  # into pageable memory the copy would wait
@@ -85,6 +89,11 @@ class StepOutcome:
     def waits(self) -> bool:
         """Whether asking would wait for the device."""
         return self._read is None and self._arrived is not None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the device has made the step; does not wait for it."""
+        return self._arrived is None or bool(self._arrived.query())
 
     def _numbers(self) -> tuple[float, float, bool]:
         if self._read is None:
@@ -310,13 +319,17 @@ class _Book:
     def __init__(self, mixture: Mixture, progress: Progress, hooks: Hooks, steps: int) -> None:
         self._progress, self._hooks, self._steps = progress, hooks, steps
         self._guards = Guards(mixture, progress)
-        self._entered = 0.0  # when the last step was entered and all that was due after it was done
+        self._ended = 0.0  # the last step, and all that was due after it
 
     def enter(self, made: _Made) -> None:
         """Read the step's numbers, waiting for the device if need be."""
         progress, turn, outcome = self._progress, made.turn, made.outcome
+        # A device that had made the step before it was asked ended no later than that; it waits for launches then, and
+        # the time since was the next one's.
+        at_launch = outcome.launched_at if outcome.waits and outcome.arrived else None
         loss_mean = outcome.loss_sum / max(1, made.tokens_loss)
-        seconds = time.perf_counter() - max(made.started, self._entered)
+        ended = time.perf_counter() if at_launch is None else at_launch
+        seconds = ended - max(made.started, self._ended)
         progress.step += 1
         progress.tokens_total += made.tokens
         progress.tokens_loss += made.tokens_loss
@@ -339,6 +352,7 @@ class _Book:
             }  # fmt: skip
         self._hooks.on_step(progress, metrics)
         self._guards.require(turn, outcome, loss_mean)
-        for callback in self._hooks.due(progress.step, self._steps):
+        due = self._hooks.due(progress.step, self._steps)
+        for callback in due:
             callback(progress)
-        self._entered = time.perf_counter()
+        self._ended = time.perf_counter() if due else ended
