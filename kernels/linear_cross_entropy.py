@@ -281,16 +281,10 @@ def cross_entropy_forward(
 
 @torch.no_grad()
 def linear_cross_entropy_forward(
-    hidden_ND: torch.Tensor,
-    head_VD: torch.Tensor,
-    labels_N: torch.Tensor,
-    *,
-    softcap: float | None = None,
-    need_d_hidden: bool = True,
-    need_d_head: bool = False,
-    chunk_rows: int | None = None,
+    hidden_ND: torch.Tensor, head_VD: torch.Tensor, labels_N: torch.Tensor, *, softcap: float | None = None,
+    need_d_hidden: bool = True, need_d_head: bool = False, chunk_rows: int | None = None,
     d_head_out_VD: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """Cross-entropy of linear(hidden, head) and the gradients of the SUM of the losses; autograd is not involved.
 
     Gradients are scaled by nothing: the division by the number of tokens that carry a loss is the caller's, who alone
@@ -372,13 +366,10 @@ def _launch(tensors: tuple[torch.Tensor, ...], owned: int, softcap: float | None
             *tensors,
             *(matrix.stride(0) for matrix in (logits_RV, hidden_RD, head_VD)),
             *(vocabulary, owned, width, float(softcap or 1.0)),
-            IGNORED=IGNORED_LABEL,
-            CAPPED=softcap is not None,
-            NEED_D_LOGITS=need_d_logits,
+            IGNORED=IGNORED_LABEL, CAPPED=softcap is not None, NEED_D_LOGITS=need_d_logits,
             BLOCK_V=LAUNCH.block_v if vocabulary > LAUNCH.least_v else LAUNCH.least_v,
-            BLOCK_D=LAUNCH.block_d,
-            num_warps=LAUNCH.num_warps,
-        )
+            BLOCK_D=LAUNCH.block_d, num_warps=LAUNCH.num_warps,
+        )  # fmt: skip
 
 
 def _check_operands(
