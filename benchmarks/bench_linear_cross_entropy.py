@@ -94,12 +94,12 @@ def _engine(inputs: Any) -> Run:
 
 
 def _engine_fp8(inputs: Any) -> Run:
-    """Products of 8-bit operands; rounding the head, once a run, is not timed."""
+    """Products of 8-bit operands; rounding the head, once a step, is not timed."""
     hidden_ND, head_VD, labels_N = inputs
     reason = reason_without(hidden_ND.device)
     if reason is not None:
         raise Missing(reason)
-    head = ops.Fp8Head.of(head_VD, None)
+    head = ops.Fp8Head(head_VD, None, hidden_ND)
     return forward_backward(
         lambda *_: ops.linear_cross_entropy_fp8(hidden_ND, head_VD, head, labels_N), [hidden_ND], None
     )

@@ -83,15 +83,18 @@ def measure(D: int, V: int, N: int, device: torch.device) -> dict[str, float]:
     hidden_ND, head_VD = drawn(N, D, V, device)
     mean_D = reference_fp8.mean_row(head_VD, None)
     labels_N, bound_N = labels_and_bound(hidden_ND, (head_VD.float() - mean_D).bfloat16())
-    rows_VD, rows_scale_V1, columns_DV, columns_scale_D1 = quantize_fp8.quantize_both_layouts(head_VD, mean_D)
+    outliers_J = reference_fp8.outliers(reference_fp8.column_deviations(head_VD, mean_D), hidden_ND)
+    rows_VC, rows_scale_V1, columns_DV, columns_scale_D1 = quantize_fp8.quantize_both_layouts(
+        head_VD, mean_D, outliers_J
+    )
     found_N, _ = linear_cross_entropy_fp8_forward(
-        hidden_ND, head_VD, (rows_VD, rows_scale_V1), (columns_DV, columns_scale_D1), mean_D, labels_N,
+        hidden_ND, head_VD, (rows_VC, rows_scale_V1), (columns_DV, columns_scale_D1), mean_D, outliers_J, labels_N,
         need_d_hidden=False,
     )  # fmt: skip
-    del rows_VD, columns_DV
-    by_row_VD, by_column_VD = reference_fp8.rounded_head(head_VD, mean_D)
+    del rows_VC, columns_DV
+    rounded = reference_fp8.rounded_head(head_VD, mean_D, outliers_J)
     true_N, _ = reference_fp8.linear_cross_entropy_fp8(
-        hidden_ND, head_VD, by_row_VD, by_column_VD, mean_D, labels_N, need_d_hidden=False
+        hidden_ND, head_VD, *rounded, mean_D, outliers_J, labels_N, need_d_hidden=False
     )
     return compared(found_N, true_N, bound_N)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elo_engine.config import RunConfig
-from elo_engine.data import Mixture
+from elo_engine.data import Mixture, RowBatch
 from elo_engine.errors import RefusedError
 from elo_engine.fp8_plan import fp8
 from elo_engine.model import ops
@@ -93,10 +93,11 @@ def begin_fp8(run: RunDir, model: Decoder, mixture: Mixture) -> None:
     if kind == "none":
         return
     run.say(ops.describe_fp8(model.device))
-    model.use_fp8(kind)
+    rows = mixture.rows(0, run.config.pretrain.rows_at_once)
+    model.use_fp8(kind, to_batch(rows, model.device, model.host_embedding_VD), seed=run.config.seed)
     if any(run.folder("pretrain").glob("step-*")):
         return  # a run that goes on was checked when it began; the model's weights are still the source's here
-    check = compare(model, mixture, run.config.pretrain.rows_at_once)
+    check = compare(model, rows)
     held = sum(tensor.nbytes for tensor in model.fp8_tensors)
     run.metric(
         {
@@ -120,11 +121,10 @@ def begin_fp8(run: RunDir, model: Decoder, mixture: Mixture) -> None:
         )
 
 
-def compare(model: Decoder, mixture: Mixture, micro_batch: int) -> Check:
-    """Both losses and all gradients of the mixture's first rows. No optimizer may hold the model's leaves yet: its
-    hooks would take the gradients. Those in bf16 wait on the host.
+def compare(model: Decoder, rows: RowBatch) -> Check:
+    """Both losses and all gradients of these rows. No optimizer may hold the model's leaves yet: its hooks would take
+    the gradients. Those in bf16 wait on the host.
     """
-    rows = mixture.rows(0, micro_batch)
     batch = to_batch(rows, model.device, model.host_embedding_VD)
     kind, count = model.fp8, max(1, rows.tokens_loss)
     losses, kept = [], list[Tensor]()

@@ -130,6 +130,32 @@ def _softcap(x, cap):
 
 
 @triton.jit
+def _others(row_ptr, target, V, V_OWNED, cap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr):
+    # The largest logit of a row but the target's, and the sum of exp(logit - largest) of those.
+    top = float("-inf")
+    sum_V = tl.zeros([BLOCK_V], dtype=tl.float32)
+    for start in range(0, V, BLOCK_V):
+        col_V = start + tl.arange(0, BLOCK_V)
+        x_V = tl.load(row_ptr + col_V, mask=col_V < V_OWNED, other=0.0).to(tl.float32)
+        if CAPPED:
+            x_V, _ = _softcap(x_V, cap)
+        x_V = tl.where((col_V < V) & (col_V != target), x_V, float("-inf"))
+        new_top = tl.maximum(top, tl.max(x_V, axis=0))
+        # While everything seen is -inf, subtracting the maximum would be -inf - -inf = NaN.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        sum_V = sum_V * tl.exp(top - shift) + tl.exp(x_V - shift)
+        top = new_top
+    return top, tl.sum(sum_V, axis=0)
+
+
+@triton.jit
+def _loss(odds):
+    # softplus, and exp(-|odds|), of which the share of the others is made.
+    u = tl.exp(-tl.abs(odds))
+    return tl.where(odds > 0.0, odds, 0.0) + _log1p(u), u
+
+
+@triton.jit
 def _cross_entropy_forward_kernel(
     logits_ptr,
     labels_ptr,
@@ -177,27 +203,14 @@ def _cross_entropy_forward_kernel(
             z, target_slope = _softcap(z, cap)
         target = target.to(tl.int32)
 
-        top = float("-inf")
-        sum_V = tl.zeros([BLOCK_V], dtype=tl.float32)
-        for start in range(0, V, BLOCK_V):
-            col_V = start + tl.arange(0, BLOCK_V)
-            x_V = tl.load(row_ptr + col_V, mask=col_V < V_OWNED, other=0.0).to(tl.float32)
-            if CAPPED:
-                x_V, _ = _softcap(x_V, cap)
-            x_V = tl.where((col_V < V) & (col_V != target), x_V, float("-inf"))
-            new_top = tl.maximum(top, tl.max(x_V, axis=0))
-            # While everything seen is -inf, subtracting the maximum would be -inf - -inf = NaN.
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            sum_V = sum_V * tl.exp(top - shift) + tl.exp(x_V - shift)
-            top = new_top
-        total = tl.sum(sum_V, axis=0)
+        top, total = _others(row_ptr, target, V, V_OWNED, cap, CAPPED, BLOCK_V)
 
         # Not (top + log) - z: with logits of 10,000 the rounding of the log-sum-exp alone would be 0.0005 in the loss.
         odds = tl.log(total) + (top - z)
         # A target of +inf would otherwise be a perfect prediction.
         odds += tl.where(known & (z < float("inf")), 0.0, float("nan"))
-        u = tl.exp(-tl.abs(odds))
-        tl.store(loss_ptr + row, tl.where(odds > 0.0, odds, 0.0) + _log1p(u))
+        loss, u = _loss(odds)
+        tl.store(loss_ptr + row, loss)
 
         if NEED_D_LOGITS:
             # The sums above have synchronised the block: every thread has read what the others overwrite now.
@@ -268,16 +281,10 @@ def cross_entropy_forward(
 
 @torch.no_grad()
 def linear_cross_entropy_forward(
-    hidden_ND: torch.Tensor,
-    head_VD: torch.Tensor,
-    labels_N: torch.Tensor,
-    *,
-    softcap: float | None = None,
-    need_d_hidden: bool = True,
-    need_d_head: bool = False,
-    chunk_rows: int | None = None,
+    hidden_ND: torch.Tensor, head_VD: torch.Tensor, labels_N: torch.Tensor, *, softcap: float | None = None,
+    need_d_hidden: bool = True, need_d_head: bool = False, chunk_rows: int | None = None,
     d_head_out_VD: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """Cross-entropy of linear(hidden, head) and the gradients of the SUM of the losses; autograd is not involved.
 
     Gradients are scaled by nothing: the division by the number of tokens that carry a loss is the caller's, who alone
@@ -359,13 +366,10 @@ def _launch(tensors: tuple[torch.Tensor, ...], owned: int, softcap: float | None
             *tensors,
             *(matrix.stride(0) for matrix in (logits_RV, hidden_RD, head_VD)),
             *(vocabulary, owned, width, float(softcap or 1.0)),
-            IGNORED=IGNORED_LABEL,
-            CAPPED=softcap is not None,
-            NEED_D_LOGITS=need_d_logits,
+            IGNORED=IGNORED_LABEL, CAPPED=softcap is not None, NEED_D_LOGITS=need_d_logits,
             BLOCK_V=LAUNCH.block_v if vocabulary > LAUNCH.least_v else LAUNCH.least_v,
-            BLOCK_D=LAUNCH.block_d,
-            num_warps=LAUNCH.num_warps,
-        )
+            BLOCK_D=LAUNCH.block_d, num_warps=LAUNCH.num_warps,
+        )  # fmt: skip
 
 
 def _check_operands(

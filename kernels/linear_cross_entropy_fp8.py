@@ -2,7 +2,9 @@
 
 Shapes as in linear_cross_entropy.py, whose chunks of rows, log-sum-exp without the target and softplus these are. What
 differs: both products take e4m3 operands, so the kernel between them reads bf16 logits and writes e4m3 gradients beside
-them. The head is rounded without the mean of its rows, which adds the same to all logits of a token. The target takes
+them. The head is rounded without the mean of its rows, which adds the same to all logits of a token; J columns, those
+whose terms are the largest, are multiplied with what rounding left of either operand as well (`quantize_rows`), 2 J
+more columns of the first product, since a few columns can bring most of its error (docs/fp8.md). The target takes
 no part in either product: its logit is an fp32 dot product of the rounded operands (of others, what rounding adds to
 all other logits would not cancel), and its term of the gradient, -sigmoid(o - z) (head[target] - mean), is added
 afterwards, of bf16 in fp32. Without it the largest gradient of a row is known when the row has been read once, exp(0) =
@@ -11,9 +13,9 @@ scale, and no pass looks for a maximum. Probabilities below 2^-19 of the row's
 largest (but for the target) become 0: at most V 2^-19 of it all together, 9 % for V = 49152, and in docs/fp8.md 0.1 %.
 With a soft-cap the gradient's largest is that times the slope of the cap there, so as many bits are left unused.
 
-Counted a token: 4 D V operations of 8 bits; 4 V bytes of logits read, V written, V read by the product, and 8 D for the
-hidden row and the target's. For 4096 x 4096 x 128256 on an H200: 8.61 TFLOP at 1.6 times 790 TFLOP/s are 6.8 ms, and
-4 V + 2 V bytes a row (3.2 GB) 0.73 ms at 4.3 TB/s: 7.5 ms predicted against 11.6 in bf16, not measured.
+Counted a token: (4 D + 4 J) V operations of 8 bits; 4 V bytes of logits read, V written, V read by the product, and 8 D
+for the hidden row and the target's. For 4096 x 4096 x 128256 and J 64 on an H200: 8.74 TFLOP at 1.6 times 790 TFLOP/s
+are 6.9 ms, and 4 V + 2 V bytes a row (3.2 GB) 0.73 ms at 4.3 TB/s: 7.6 ms predicted against 11.6 in bf16, not measured.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ import triton
 import triton.language as tl
 
 from .arguments import check_device, check_vector
-from .linear_cross_entropy import IGNORED_LABEL, LAUNCH, _check_operands, _log1p, _softcap
+from .linear_cross_entropy import IGNORED_LABEL, LAUNCH, _check_operands, _loss, _others, _softcap
 from .quantize_fp8 import quantize_rows, scaled_product
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # a matrix in e4m3 and the scales of its rows
 
 
 def workspace_bytes(
-    rows: int, width: int, vocabulary: int, *, need_d_hidden: bool = True, chunk_rows: int | None = None
+    rows: int, width: int, vocabulary: int, outliers: int, *, need_d_hidden: bool = True, chunk_rows: int | None = None
 ) -> int:
     """All that `linear_cross_entropy_fp8_forward` allocates, its results and a chunk's rounded hidden rows among it.
 
@@ -39,7 +41,7 @@ def workspace_bytes(
     """
     chunk = LAUNCH.chunk(rows, vocabulary, 3 if need_d_hidden else 2, chunk_rows)
     found = chunk * LAUNCH.stride(vocabulary) * (3 if need_d_hidden else 2) + 4 * rows
-    found += chunk * (width + 4)  # the rounded hidden rows and their scales
+    found += chunk * (width + 2 * outliers + 4)  # the rounded hidden rows and their scales
     return found + (2 * rows * width + 8 * chunk if need_d_hidden else 0)
 
 
@@ -92,23 +94,11 @@ def _cross_entropy_fp8_kernel(
         if CAPPED:
             z, target_slope = _softcap(z, cap)
         target = target.to(tl.int32)
-        top = float("-inf")
-        sum_V = tl.zeros([BLOCK_V], dtype=tl.float32)
-        for start in range(0, V, BLOCK_V):
-            col_V = start + tl.arange(0, BLOCK_V)
-            x_V = tl.load(row_ptr + col_V, mask=col_V < stride_logits_n, other=0.0).to(tl.float32)
-            if CAPPED:
-                x_V, _ = _softcap(x_V, cap)
-            x_V = tl.where((col_V < V) & (col_V != target), x_V, float("-inf"))
-            new_top = tl.maximum(top, tl.max(x_V, axis=0))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            sum_V = sum_V * tl.exp(top - shift) + tl.exp(x_V - shift)
-            top = new_top
-        total = tl.sum(sum_V, axis=0)
+        top, total = _others(row_ptr, target, V, stride_logits_n, cap, CAPPED, BLOCK_V)
         odds = tl.log(total) + (top - z)
         odds += tl.where(known & (z < float("inf")), 0.0, float("nan"))
-        u = tl.exp(-tl.abs(odds))
-        tl.store(loss_ptr + row, tl.where(odds > 0.0, odds, 0.0) + _log1p(u))
+        loss, u = _loss(odds)
+        tl.store(loss_ptr + row, loss)
         if NEED_D_LOGITS:
             others = tl.where(odds > 0.0, 1.0, u) / (1.0 + u)
             tl.store(weight_ptr + row, -others * target_slope)
@@ -164,6 +154,7 @@ def linear_cross_entropy_fp8_forward(
     rows: Pair,
     columns: Pair,
     mean_D: torch.Tensor,
+    outliers_J: torch.Tensor,
     labels_N: torch.Tensor,
     *,
     softcap: float | None = None,
@@ -174,9 +165,10 @@ def linear_cross_entropy_fp8_forward(
 
     Args:
         hidden_ND, head_VD: bf16; rows contiguous, any row stride. D is a multiple of 16.
-        rows, columns: `quantize_both_layouts` of the head: [V, D] and its scales, [D, V] and its scales, V rounded up
-            to a multiple of 16.
-        mean_D: fp32, what they are without.
+        rows, columns: `quantize_both_layouts` of the head: [V, D + 2 J] and its scales, [D, V] and its scales, V
+            rounded up to a multiple of 16.
+        mean_D: fp32, what they are without. outliers_J: int64, the columns that are multiplied with their rests; J is a
+            multiple of 8.
         labels_N: int64 or int32, in [0, V) or -100 for a token without a loss.
         softcap: logits become softcap * tanh(logits / softcap) first (Gemma 2).
         chunk_rows: at most so many rows of logits at a time; by default `LAUNCH.chunk_bytes` of them and gradients.
@@ -189,11 +181,12 @@ def linear_cross_entropy_fp8_forward(
         ValueError: wrong shape, type, strides or device.
     """
     _check_operands(hidden_ND, head_VD, labels_N, softcap)
-    _check_layouts(hidden_ND, head_VD, rows, columns)
+    _check_layouts(hidden_ND, head_VD, rows, columns, outliers_J)
     check_vector("mean_D", mean_D, hidden_ND.shape[1])
     check_device(
-        hidden_ND=hidden_ND, head_VD=head_VD, labels_N=labels_N, rows=rows[0], columns=columns[0], mean_D=mean_D
-    )
+        hidden_ND=hidden_ND, head_VD=head_VD, labels_N=labels_N, rows=rows[0], columns=columns[0], mean_D=mean_D,
+        outliers_J=outliers_J,
+    )  # fmt: skip
     (count, width), vocabulary = hidden_ND.shape, len(head_VD)
     device, owned = hidden_ND.device, LAUNCH.stride(vocabulary)
     chunk = LAUNCH.chunk(count, vocabulary, 3 if need_d_hidden else 2, chunk_rows)
@@ -209,7 +202,7 @@ def linear_cross_entropy_fp8_forward(
     for start in range(0, count, chunk):
         part = slice(start, min(count, start + chunk))
         now = slice(0, part.stop - start)
-        left = quantize_rows(hidden_ND[part])
+        left = quantize_rows(hidden_ND[part], outliers_J=outliers_J)
         scaled_product(left, rows, torch.bfloat16, out_MN=logits_RV[now])
         gradient = tuple(tensor[now] for tensor in made)
         _launch((logits_RV[now], labels_N[part], *left, *rows, loss_N[part]), gradient, len(head_VD), softcap)
@@ -253,13 +246,19 @@ def _add_target(
         )  # fmt: skip
 
 
-def _check_layouts(hidden_ND: torch.Tensor, head_VD: torch.Tensor, rows: Pair, columns: Pair) -> None:
+def _check_layouts(
+    hidden_ND: torch.Tensor, head_VD: torch.Tensor, rows: Pair, columns: Pair, outliers_J: torch.Tensor
+) -> None:
     if hidden_ND.dtype != torch.bfloat16:
         raise ValueError(f"hidden_ND: dtype {hidden_ND.dtype}; 8-bit products are rounded from and to torch.bfloat16")
     (vocabulary, width), owned = head_VD.shape, LAUNCH.stride(len(head_VD))
     if width % 16:
         raise ValueError(f"hidden_ND: {width} columns; the libraries of 8-bit products want a multiple of 16")
-    wanted = {"rows": (rows, (owned, width)), "columns": (columns, (width, owned))}
+    if outliers_J.dtype != torch.int64 or outliers_J.dim() != 1 or len(outliers_J) % 8:
+        raise ValueError(
+            f"outliers_J: {tuple(outliers_J.shape)} of {outliers_J.dtype}; pass a multiple of 8 columns as torch.int64"
+        )
+    wanted = {"rows": (rows, (owned, width + 2 * len(outliers_J))), "columns": (columns, (width, owned))}
     for name, ((matrix, scale), shape) in wanted.items():
         if matrix.shape != shape or matrix.dtype != torch.float8_e4m3fn or not matrix.is_contiguous():
             raise ValueError(

@@ -129,7 +129,7 @@ def _fp8(floats: str) -> list[Specimen]:
     pointers = {"q_ptr": "fp8e4nv", "transposed_ptr": "fp8e4nv", "scale_ptr": "fp32", "largest_ptr": "fp32"}
     pointers |= {"labels_ptr": "i64", "loss_ptr": "fp32", "weight_ptr": "fp32", "mean_ptr": "fp32"}
     pointers |= {"q_hidden_ptr": "fp8e4nv", "q_rows_ptr": "fp8e4nv", "hidden_scale_ptr": "fp32"}
-    pointers |= {"rows_scale_ptr": "fp32"}
+    pointers |= {"rows_scale_ptr": "fp32", "outliers_ptr": "i64"}
 
     def fp8(name: str, kernel: Any, warps: int, *ragged: str, scalars: dict[str, str] | None = None,
             **constants: Any) -> Specimen:  # fmt: skip
@@ -143,7 +143,10 @@ def _fp8(floats: str) -> list[Specimen]:
 
     rows: dict[str, Any] = {"IGNORED": linear_cross_entropy.IGNORED_LABEL, "BLOCK_D": loss.block_d}
     return [
-        fp8("fp8 rows", quantize_fp8._quantize_rows_kernel, launch.num_warps, EXPONENT=8, BLOCK_D=launch.block_d),
+        fp8("fp8 rows", quantize_fp8._quantize_rows_kernel, launch.num_warps, EXPONENT=8, BLOCK_D=launch.block_d,
+            LEFT=True, BLOCK_J=0, outliers_ptr=None),
+        fp8("fp8 rows, rests behind", quantize_fp8._quantize_rows_kernel, launch.num_warps, EXPONENT=8,
+            BLOCK_D=launch.block_d, LEFT=True, BLOCK_J=64),
         both("fp8 matrix", PLAIN=True, TRANSPOSED=False, transposed_ptr=None),
         both("fp8 matrix, transposed", PLAIN=False, TRANSPOSED=True, q_ptr=None),
         both("fp8 matrix, both ways", PLAIN=True, TRANSPOSED=True),

@@ -139,7 +139,7 @@ def test_refused(launch: Launcher) -> None:
             "new_top = tl.minimum(tl.max(x_V, axis=0), -90.0)",
         ),
         ("strided", "sum_V * tl.exp(top - shift) + ", "sum_V + "),
-        ("strided", "            top = new_top\n", ""),
+        ("strided", "        top = new_top\n", ""),
         ("strided", "tl.where(odds > 0.0, odds, 0.0) + _log1p(u)", "odds + _log1p(u)"),
         ("strided", "u = tl.exp(-tl.abs(odds))", "u = tl.exp(odds)"),
         ("strided", "tl.where(odds > 0.0, 1.0, u) / (1.0 + u)", "tl.where(odds > 0.0, 1.0, u)"),

@@ -90,6 +90,22 @@ def test_rows_by_the_kernel(launch: Launcher, shape: tuple[int, int], dtype: tor
     assert torch.equal(scale, true_scale) and torch.equal(bits(q), bits(true))
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_rests_behind_the_rows(launch: Launcher, left: bool) -> None:
+    """To the bit, into rows of a larger stride; q + rest is off by 2^-8 of the number at most."""
+    x, outliers = example(5, 100), torch.tensor([3, 17, 18, 40, 64, 77, 98, 99])
+    whole = torch.zeros(5, 128, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    _, scale = launch(STEM, "quantize_rows", x, outliers_J=outliers, left=left, out_NC=whole[:, :116])
+    true, true_scale = reference_fp8.quantize_rows(x, E4M3, outliers, left=left)
+    assert torch.equal(scale, true_scale) and torch.equal(bits(whole[:, :116]), bits(true))
+    assert not bits(whole[:, 116:]).any()
+    q, rest = (true[:, at : at + 8].double() * true_scale.double() for at in ((100, 108) if left else (108, 100)))
+    assert torch.equal(q, true[:, outliers].double() * true_scale.double())
+    flushed = x.double().abs().amax(1, keepdim=True) * FLUSHED[E4M3]
+    wanted = x[:, outliers].double()
+    assert bool(((q + rest - wanted).abs() <= wanted.abs() * 2.0**-8 + flushed).all())
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("shape", [(5, 100), (200, 150), (32, 64), (130, 16)])
 @pytest.mark.parametrize(("plain", "transposed"), [(True, False), (False, True), (True, True)])
@@ -122,17 +138,26 @@ def test_what_is_not_finite_is_not_hidden(launch: Launcher, bad: float) -> None:
 def test_both_layouts_of_a_head(launch: Launcher, vocabulary: int) -> None:
     head = example(vocabulary, 64)
     mean = reference_fp8.mean_row(head, None)
-    made = launch(STEM, "quantize_both_layouts", head, mean, piece_bytes=4 * 64 * 37)  # in pieces, the last one smaller
+    outliers = reference_fp8.outliers(reference_fp8.column_deviations(head, mean), None)
+    # in pieces, the last one smaller
+    made = launch(STEM, "quantize_both_layouts", head, mean, outliers, piece_bytes=4 * 64 * 37)
     rows, rows_scale, columns, columns_scale = (tensor for tensor in made if tensor is not None)
     head = head.float() - mean
     padded = -(-vocabulary // 16) * 16
-    assert rows.shape == (padded, 64) and columns.shape == (64, padded) and not bits(rows)[vocabulary:].any()
+    assert rows.shape == (padded, 128) and columns.shape == (64, padded) and not bits(rows)[vocabulary:].any()
     assert rows_scale.shape == (padded, 1) and columns_scale.shape == (64, 1)
     assert not bits(columns[:, vocabulary:]).any() and bool((rows_scale[vocabulary:] == 1).all())
-    for found, scale, truth in ((rows[:vocabulary], rows_scale[:vocabulary], head),
-                                (columns[:, :vocabulary], columns_scale, head.t())):  # fmt: skip
-        true, true_scale = reference_fp8.quantize_rows(truth)
+    for found, scale, truth in (
+        (rows[:vocabulary], rows_scale[:vocabulary], reference_fp8.quantize_rows(head, E4M3, outliers, left=False)),
+        (columns[:, :vocabulary], columns_scale, reference_fp8.quantize_rows(head.t())),
+    ):
+        true, true_scale = truth
         assert torch.equal(bits(found), bits(true)) and torch.equal(scale, true_scale)
+    # the same places, written over by another head
+    launch(STEM, "quantize_both_layouts", -2 * head.bfloat16(), mean, outliers, out=tuple(made))
+    again = launch(STEM, "quantize_both_layouts", -2 * head.bfloat16(), mean, outliers)
+    for written, true in zip(made, again, strict=True):
+        assert written is not None and true is not None and torch.equal(bits(written), bits(true))
 
 
 @pytest.mark.parametrize("by", ["rows", "tensor"])
@@ -153,6 +178,8 @@ def test_the_product_of_what_was_rounded(launch: Launcher, by: str) -> None:
 @pytest.mark.parametrize(
     ("function", "old", "new"),
     [
+        ("quantize_rows", "behind_ptr, q_J if LEFT else rest_J", "behind_ptr, rest_J if LEFT else q_J"),
+        ("quantize_rows", "scaled_J - q_J.to(tl.float32)", "scaled_J"),
         ("quantize_rows", "0x1FFFFF", "0x0FFFFF"),
         ("quantize_rows", "(127 - power) << 23", "(126 - power) << 23"),
         ("quantize_tensor", "- 127 - EXPONENT", "- 128 - EXPONENT"),
@@ -162,8 +189,9 @@ def test_a_planted_error_is_seen(launch: Launcher, function: str, old: str, new:
     x = torch.linspace(1, 2, 256).mul(torch.logspace(0, 5, 64, base=2.0)[:, None]).bfloat16()
     x[:, 0] = torch.linspace(7.2, 7.9, 64).bfloat16() * 32  # mantissas above 1.75
     kwargs: dict[str, Any] = {"planted": [(old, new)]}
-    q, *_, scale = launch(STEM, function, x, **kwargs)
-    true, true_scale = getattr(reference_fp8, function)(x)
+    outliers: dict[str, Any] = {"outliers_J": torch.arange(8)} if function == "quantize_rows" else {}
+    q, *_, scale = launch(STEM, function, x, **kwargs, **outliers)
+    true, true_scale = getattr(reference_fp8, function)(x, **outliers)
     assert not torch.equal(bits(q), bits(true)) or not torch.equal(scale, true_scale)
 
 
@@ -173,7 +201,7 @@ def test_a_planted_error_is_seen(launch: Launcher, function: str, old: str, new:
         ((torch.zeros(4),), {}, "x_ND: expected rows x columns"),
         ((torch.zeros(6, 4).t(),), {}, "x_ND: strides"),
         ((torch.zeros(4, 6), torch.int8), {}, "dtype: torch.int8; pass torch.float8_e4m3fn or torch.float8_e5m2"),
-        ((torch.zeros(4, 6),), {"out_ND": torch.zeros(4, 5)}, "out_ND: .*pass .4, 6. of torch.float8_e4m3fn"),
+        ((torch.zeros(4, 6),), {"out_NC": torch.zeros(4, 5)}, "out_NC: .*pass .4, 6. of torch.float8_e4m3fn"),
     ],
 )
 def test_refused(launch: Launcher, args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> None:

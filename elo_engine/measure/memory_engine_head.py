@@ -8,6 +8,7 @@ import torch
 
 from elo_engine.measure.environment import has_bf16
 from elo_engine.measure.ledger import Held, Ledger
+from elo_engine.measure.memory_fp8 import outliers
 from elo_engine.measure.setting import Setting
 
 LOSS = "loss workspace"
@@ -37,7 +38,7 @@ def forward(setting: Setting, ledger: Ledger, *, learns: bool) -> Held:
     losses, d_hidden = ledger.add(LOSS, 4 * N), ledger.add(LOSS, N * spec.D * w)
     if setting.device == "cuda" and setting.fp8 != "none":
         chunk = gpu_chunk(N, spec.V, 3)  # logits in bf16 and gradients in 8 bits; rounded hidden rows, and row scales
-        ledger.spike(LOSS, chunk * (3 * _round_up(spec.V, _ALIGN) + spec.D + 12))
+        ledger.spike(LOSS, chunk * (3 * _round_up(spec.V, _ALIGN) + spec.D + 2 * outliers(spec.D) + 12))
     elif setting.device == "cuda":
         ledger.spike(LOSS, gpu_chunk(N, spec.V, w) * _round_up(spec.V, _ALIGN) * w)
     elif spec.head_softcap is not None:

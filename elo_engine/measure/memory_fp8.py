@@ -10,7 +10,7 @@ from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.setting import Setting
 
 ACT = "activations"
-_ALIGN = 16  # kernels.quantize_fp8.ALIGN
+_ALIGN, _PIECE_BYTES = 16, 1 << 25  # kernels.quantize_fp8.ALIGN and PIECE_BYTES
 
 
 def padded(count: int) -> int:
@@ -18,12 +18,25 @@ def padded(count: int) -> int:
     return -(-count // _ALIGN) * _ALIGN
 
 
+def outliers(D: int) -> int:
+    """Columns of a head that are multiplied with what rounding left of them: `reference_fp8.outlier_count`."""
+    return min(max(32, D // 64), D // 2) // 8 * 8
+
+
 def head_bytes(setting: Setting) -> int:
-    """Of the rounded head, with its mean and the scales of its rows and columns."""
+    """Of the rounded head, with its mean, what it was made with and the scales of its rows and columns."""
     if setting.fp8 == "none":
         return 0
-    V, D = padded(setting.spec.V), setting.spec.D
-    return 4 * D + (2 * V * D + 4 * (V + D) if setting.device == "cuda" else 4 * setting.spec.V * D)
+    V, D, J = padded(setting.spec.V), setting.spec.D, outliers(setting.spec.D)
+    rounded = V * (2 * D + 2 * J) + 4 * (V + D) if setting.device == "cuda" else 4 * setting.spec.V * (D + J)
+    return 12 * D + 8 * J + rounded
+
+
+def enter_head(setting: Setting, ledger: Ledger) -> None:
+    """The rounded head, and the pieces in fp32 of which it is made anew at each step's beginning."""
+    ledger.add("weights", head_bytes(setting))
+    if setting.fp8 != "none" and setting.device == "cuda":
+        ledger.spike(ACT, 3 * min(_PIECE_BYTES, 4 * setting.spec.V * setting.spec.D))
 
 
 class Fp8Products:

@@ -129,16 +129,27 @@ class Decoder:
         self.fp8: ops.Fp8 = "none"
         self._fp8_head: ops.Fp8Head | None = None
 
-    def use_fp8(self, fp8: ops.Fp8) -> None:
-        """Train with 8-bit operands in the products of the head, which is rounded now and must be frozen, or of all."""
+    @torch.no_grad()
+    def use_fp8(self, fp8: ops.Fp8, batch: Batch | None = None, *, seed: int = 0) -> None:
+        """Train with 8-bit operands in the products of the head, which must be frozen, or of all.
+
+        batch: text as it will be trained on, by which the head's outliers are chosen; else by the head alone. seed: as
+        of `ops.Fp8Head`.
+        """
         assert fp8 == "none" or not self.head_VD.requires_grad, "a head that learns is not what was rounded"
         if fp8 != "none" and self._fp8_head is None:
-            self._fp8_head = ops.Fp8Head.of(self.head_VD, self.spec.head_softcap)
+            hidden_ND = None if batch is None else self.hidden_states(batch)
+            self._fp8_head = ops.Fp8Head(self.head_VD, self.spec.head_softcap, hidden_ND, seed=seed)
         self.fp8 = fp8
+
+    def round_fp8(self, step: int) -> None:
+        """Before a step is trained: round the head for it; nothing where its products are of bf16."""
+        if self.fp8 != "none" and self._fp8_head is not None:
+            self._fp8_head.round(step)
 
     @property
     def fp8_tensors(self) -> list[Tensor]:
-        """The head in 8 bits, both layouts and their scales."""
+        """The head in 8 bits, both layouts, their scales, and what they were made with."""
         return [] if self._fp8_head is None else self._fp8_head.tensors
 
     def _set_bridges(self, bridges: Mapping[Gap, Bridge]) -> None:

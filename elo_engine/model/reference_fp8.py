@@ -21,6 +21,7 @@ from torch import Tensor
 
 IGNORED = -100
 ROWS = 1024  # of logits at a time
+PIECE = 512  # rows of a head whose rounding stays in cache
 COLUMNS = 2048  # of a tile between the two products, so that its passes stay in cache
 
 
@@ -49,10 +50,25 @@ def scale_of(largest: Tensor, kind: Format) -> Tensor:
     return torch.where(largest > 0, scale, 2.0**-100).where(largest.isfinite(), torch.nan)
 
 
-def quantize_rows(x_ND: Tensor, kind: Format = E4M3) -> tuple[Tensor, Tensor]:
-    """-> the rows in 8 bits, and their scales, fp32 [N, 1]: x is about q * scale."""
+def quantize_rows(
+    x_ND: Tensor, kind: Format = E4M3, outliers_J: Tensor | None = None, *, left: bool = True
+) -> tuple[Tensor, Tensor]:
+    """-> the rows in 8 bits, and their scales, fp32 [N, 1]: x is about q * scale.
+
+    outliers_J: columns of which what rounding left over is rounded too and set behind the rows, [N, D + 2 J]: [q, q of
+        those, rest of those] in a product's left operand, [q, rest, q] in its right. Then left @ right^T has of these
+        columns q q' + q rest' + rest q', which is their exact product but for rest rest', 2^-8 of it.
+    """
     scale_N1 = scale_of(x_ND.float().abs().amax(1, keepdim=True), kind)
-    return _cast(x_ND.float() / scale_N1, kind), scale_N1
+    scaled_ND = x_ND.float() / scale_N1
+    q_ND = _cast(scaled_ND, kind)
+    if outliers_J is None:
+        return q_ND, scale_N1
+    scaled_NJ = scaled_ND[:, outliers_J]
+    q_NJ = _cast(scaled_NJ, kind)
+    rest_NJ = _cast(scaled_NJ - q_NJ.float(), kind)
+    behind = (q_NJ, rest_NJ) if left else (rest_NJ, q_NJ)
+    return torch.cat([part.view(torch.uint8) for part in (q_ND, *behind)], 1).view(kind.dtype), scale_N1
 
 
 def quantize_tensor(x_ND: Tensor, kind: Format = E4M3) -> tuple[Tensor, Tensor]:
@@ -71,9 +87,11 @@ def decoded(q: Tensor) -> Tensor:
     return q.to(torch.float16).to(torch.bfloat16)
 
 
-def rounded_rows(x_ND: Tensor, kind: Format = E4M3) -> Tensor:
+def rounded_rows(
+    x_ND: Tensor, kind: Format = E4M3, outliers_J: Tensor | None = None, *, left: bool = True
+) -> Tensor:
     """What `quantize_rows` keeps of x, in bf16."""
-    q_ND, scale_N1 = quantize_rows(x_ND, kind)
+    q_ND, scale_N1 = quantize_rows(x_ND, kind, outliers_J, left=left)
     return decoded(q_ND).mul_(scale_N1)
 
 
@@ -92,16 +110,67 @@ def mean_row(head_VD: Tensor, softcap: float | None) -> Tensor:
     return mean_D if softcap is None else torch.zeros_like(mean_D)
 
 
-def rounded_head(head_VD: Tensor, mean_D: Tensor) -> tuple[Tensor, Tensor]:
-    """What a head in 8 bits keeps of `head - mean`, with a scale for each row and with one for each column, bf16."""
-    centred_VD = head_VD.float() - mean_D
-    return rounded_rows(centred_VD), rounded_rows(centred_VD.t()).t().contiguous()
+SHIFT = 0.5  # of a column's deviation, at most: the errors grow by 4 % with it (it adds SHIFT^2 / 3 to the square)
+
+
+def shifted_mean(mean_D: Tensor, deviation_D: Tensor, draw_D: Tensor) -> Tensor:
+    """What is taken off in one step. Any row will do, since it cancels; with another one in each step the head's
+    numbers are rounded elsewhere each time, so their errors are no property of the head that training could learn.
+
+    draw_D: uniform in [0, 1).
+    """
+    return mean_D + deviation_D * (2.0 * SHIFT * (draw_D - 0.5))
+
+
+def column_deviations(head_VD: Tensor, mean_D: Tensor) -> Tensor:
+    """Root mean square of each column of a head less `mean_D`, fp32 [D]."""
+    squares_D: Tensor = torch.linalg.vector_norm(head_VD, dim=0, dtype=torch.float32).square() / len(head_VD)
+    return (squares_D - mean_D.square()).clamp_min(0.0).sqrt()
+
+
+def outlier_count(width: int) -> int:
+    """J of `outliers`: a 64th of the columns, at least 32, a multiple of 8 that is no more than half of them."""
+    return min(max(32, width // 64), width // 2) // 8 * 8
+
+
+def outliers(deviation_D: Tensor, hidden_ND: Tensor | None) -> Tensor:
+    """Columns whose terms in the logits are the largest, and so what rounding them adds: int64 [J], ascending.
+
+    The error of a rounded number is some 2.6 % of it, so that of a column's terms goes with the root mean square of the
+    hidden state there times that of the head less its mean, `column_deviations`.
+
+    hidden_ND: of text as it is trained on; without it, the head's columns alone say.
+    """
+    size_D = deviation_D
+    if hidden_ND is not None:
+        size_D = size_D * torch.linalg.vector_norm(hidden_ND, dim=0, dtype=torch.float32)
+    return size_D.topk(outlier_count(len(size_D))).indices.sort().values
+
+
+def rounded_head(head_VD: Tensor, mean_D: Tensor, outliers_J: Tensor) -> tuple[Tensor, Tensor]:
+    """What a head in 8 bits keeps of `head - mean`: rows with a scale each and what is set behind them of `outliers_J`,
+    [V, D + 2 J], as right operand; and [V, D] with a scale for each column. bf16.
+    """
+    (V, D), dtype, device = head_VD.shape, torch.bfloat16, head_VD.device
+    by_row_VC = torch.empty(V, D + 2 * len(outliers_J), dtype=dtype, device=device)
+    by_column_VD = torch.empty(V, D, dtype=dtype, device=device)
+    largest_D = torch.zeros(D, device=device)
+    parts = [slice(start, start + PIECE) for start in range(0, V, PIECE)]
+    for part in parts:
+        centred_PD = head_VD[part].float() - mean_D
+        torch.maximum(largest_D, centred_PD.abs().amax(0), out=largest_D)
+        by_row_VC[part] = rounded_rows(centred_PD, E4M3, outliers_J, left=False)
+    scale_D = scale_of(largest_D, E4M3)
+    for part in parts:
+        centred_PD = head_VD[part].float() - mean_D
+        by_column_VD[part] = decoded(_cast(centred_PD.div_(scale_D), E4M3)).mul_(scale_D)
+    return by_row_VC, by_column_VD
 
 
 @torch.no_grad()
 def linear_cross_entropy_fp8(
-    hidden_ND: Tensor, head_VD: Tensor, by_row_VD: Tensor, by_column_VD: Tensor, mean_D: Tensor, labels_N: Tensor, *,
-    softcap: float | None = None, need_d_hidden: bool = True,
+    hidden_ND: Tensor, head_VD: Tensor, by_row_VC: Tensor, by_column_VD: Tensor, mean_D: Tensor, outliers_J: Tensor,
+    labels_N: Tensor, *, softcap: float | None = None, need_d_hidden: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Losses of a frozen head whose products are of 8-bit operands, and the gradient of their SUM by the hidden states.
 
@@ -114,7 +183,7 @@ def linear_cross_entropy_fp8(
 
     Args:
         hidden_ND, head_VD: bf16.
-        by_row_VD, by_column_VD, mean_D: `rounded_head` of the head and of `mean_row`.
+        by_row_VC, by_column_VD: `rounded_head` of the head, of `mean_row` and of `outliers`.
     Returns:
         losses fp32 [N], 0 where the label is -100; d_hidden bf16, zeros in those rows.
     """
@@ -123,9 +192,9 @@ def linear_cross_entropy_fp8(
     for start in range(0, len(hidden_ND), ROWS):
         part = slice(start, start + ROWS)
         target_R1, kept_R = labels_N[part].clamp_min(0)[:, None], labels_N[part] != IGNORED
-        rounded_RD = rounded_rows(hidden_ND[part])
-        logits_RV = F.linear(rounded_RD, by_row_VD)
-        z_R = torch.linalg.vecdot(rounded_RD.float(), by_row_VD[target_R1[:, 0]].float())
+        rounded_RC = rounded_rows(hidden_ND[part], E4M3, outliers_J)
+        logits_RV = F.linear(rounded_RC, by_row_VC)
+        z_R = torch.linalg.vecdot(rounded_RC.float(), by_row_VC[target_R1[:, 0]].float())
         z_R, slope_R = _capped(z_R, softcap)
         top_R, total_R = _others(logits_RV, target_R1, softcap)
         odds_R = top_R + total_R.log() - z_R

@@ -177,6 +177,7 @@ class GraphedEngine(ResidentEngine):
             count, length = rows.ids_BT.shape
             learnt = self.model.spec.V if self.model.embedding_VD.requires_grad else None
             self._buffers = StepBuffers(count, length, self._micro_batch, self.device, learnt)
+        self.model.round_fp8(self.optimizer.attempts)
         room = self._buffers.room(rows)
         self._buffers.fill(rows, room, self.optimizer.next_given(lr), tokens_loss)
         replay = None if first or self._eager_left > 0 else self._graph(room)

@@ -102,6 +102,11 @@ class _OneKind(Optimizer):
     def __init__(self, shared: SharedAdamW, whole: bool) -> None:
         self.shared, self._whole = shared, whole
 
+    @property
+    def attempts(self) -> int:
+        """Steps of either kind that were begun before."""
+        return max(group.attempts for group in self.shared._groups)
+
     def zero_grad(self) -> None:
         """Drop the gradients."""
         self.shared._grads.clear()

@@ -26,6 +26,10 @@ from elo_engine.train.loop import StepOutcome, micro_batches, to_batch
 class Optimizer(Protocol):
     """What an engine asks of `MasterAdamW`, which see."""
 
+    @property
+    def attempts(self) -> int:
+        """Steps that were begun before."""
+
     def zero_grad(self) -> None: ...
 
     def take(self, outer: Iterator[tuple[Tensor, Tensor]]) -> None: ...
@@ -79,6 +83,7 @@ class ResidentEngine:
         """See `Engine`; but for the first step the host does not wait for the device."""
         model, optimizer = self.model, self.optimizer
         optimizer.zero_grad()
+        model.round_fp8(optimizer.attempts)
         rows = world.share(rows)
         model.begin_step(torch.from_numpy(rows.ids_BT))
         loss_sum = torch.zeros((), dtype=torch.float32, device=model.device)

@@ -18,13 +18,14 @@ def _compute(
 ) -> tuple[Tensor, Tensor | None]:
     if head.of_emulation is not None:
         return reference_fp8.linear_cross_entropy_fp8(
-            hidden_ND, head_VD, *head.of_emulation, head.mean_D, labels_N, softcap=softcap, need_d_hidden=need
-        )
+            hidden_ND, head_VD, *head.of_emulation, head.mean_D, head.outliers_J, labels_N, softcap=softcap,
+            need_d_hidden=need,
+        )  # fmt: skip
     from elo_engine.kernels import linear_cross_entropy_fp8 as kernel
 
     return kernel.linear_cross_entropy_fp8_forward(  # type: ignore[no-any-return]
-        hidden_ND, head_VD, (head.rows_VD, head.rows_scale_V1), (head.columns_DV, head.columns_scale_D1), head.mean_D,
-        labels_N, softcap=softcap, need_d_hidden=need,
+        hidden_ND, head_VD, (head.rows_VC, head.rows_scale_V1), (head.columns_DV, head.columns_scale_D1), head.mean_D,
+        head.outliers_J, labels_N, softcap=softcap, need_d_hidden=need,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Where products of 8-bit operands run, and a frozen head that is rounded to 8 bits once.
+"""Where products of 8-bit operands run, and a frozen head that is rounded to 8 bits.
 
 On a card they are `torch._scaled_mm`'s, of operands that `kernels/quantize_fp8.py` makes. Elsewhere there are none, and
 nothing stands in for them unless it is asked for by name: `kernels: reference`, or ELO_FP8=emulated in the environment,
@@ -8,8 +8,7 @@ rounds to 8 bits and multiplies in bf16 (`reference_fp8.py`), which shows what t
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from elo_engine.errors import RefusedError
 from elo_engine.model import reference_fp8
 from elo_engine.model.ops import choice
+from elo_engine.model.reference_adamw import step_key
 
 Fp8 = Literal["none", "head", "all"]
 EMULATE = "ELO_FP8"
@@ -99,38 +99,80 @@ def require_fp8(fp8: Fp8, device: torch.device, dtype: torch.dtype, sizes: dict[
         raise RefusedError(f"pretrain.fp8: {fp8} needs triton to round on a GPU; pip install triton, or {use}")
 
 
-@dataclass(frozen=True)
 class Fp8Head:
     """A frozen head in 8 bits without the mean of its rows, in both layouts, each row of either with its own scale. V
     is rounded up to a multiple of 16 by rows of zeros.
 
+    It is rounded anew for each step, without another row that is near the mean: what 8 bits change is then noise of a
+    step, where of a head that is rounded once it is part of the head, which training leans on (docs/fp8.md). Under a
+    soft-cap no row may be taken off, and it is rounded once.
+
+    Args:
+        head_VD: frozen, and kept: each rounding reads it, and the targets' rows are of it.
+        hidden_ND: what it will meet, such as a first micro-batch's; its outliers are chosen by it.
+        seed: of what is taken off besides the mean; equal seeds draw equal numbers at equal steps.
+
     Attributes:
-        mean_D: what was taken off, fp32; zeros under a soft-cap.
-        rows_VD: for the logits, contracted over D; its scales, fp32 [V, 1].
+        mean_D: what is taken off, fp32; zeros under a soft-cap.
+        outliers_J: the columns that are multiplied with what rounding left of them, `reference_fp8.outliers`.
+        rows_VC: for the logits, contracted over D and 2 J; its scales, fp32 [V, 1].
         columns_DV: for the gradient, contracted over V; its scales, fp32 [D, 1].
-        of_emulation: `rounded_head`, bf16 [V, D] twice, in place of all these.
+        of_emulation: `rounded_head`, bf16 [V, D + 2 J] and [V, D], in place of all these.
     """
 
-    mean_D: Tensor
-    rows_VD: Tensor | None
-    rows_scale_V1: Tensor | None
-    columns_DV: Tensor | None
-    columns_scale_D1: Tensor | None
-    of_emulation: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
     @torch.no_grad()
-    def of(cls, head_VD: Tensor, softcap: float | None) -> Fp8Head:
-        """Round a head; it may be let go of for the products, not for its targets' rows."""
-        mean_D = reference_fp8.mean_row(head_VD, softcap)
+    def __init__(
+        self, head_VD: Tensor, softcap: float | None, hidden_ND: Tensor | None = None, *, seed: int = 0
+    ) -> None:
+        self._head_VD, self._seed, self._moves = head_VD.detach(), seed, softcap is None
+        self._centre_D = reference_fp8.mean_row(self._head_VD, softcap)
+        self._deviation_D = reference_fp8.column_deviations(self._head_VD, self._centre_D)
+        self.outliers_J = reference_fp8.outliers(self._deviation_D, hidden_ND)
+        self.mean_D = self._shifted(0)
+        self.rows_VC: Tensor | None = None
+        self.rows_scale_V1: Tensor | None = None
+        self.columns_DV: Tensor | None = None
+        self.columns_scale_D1: Tensor | None = None
+        self.of_emulation: tuple[Tensor, Tensor] | None = None
         if fp8_emulated():
-            return cls(mean_D, None, None, None, None, reference_fp8.rounded_head(head_VD, mean_D))
-        from elo_engine.kernels import quantize_fp8 as kernel
+            self.of_emulation = reference_fp8.rounded_head(self._head_VD, self.mean_D, self.outliers_J)
+        else:
+            made = self._kernels().quantize_both_layouts(self._head_VD, self.mean_D, self.outliers_J)
+            self.rows_VC, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1 = made
 
-        return cls(mean_D, *kernel.quantize_both_layouts(head_VD, mean_D))
+    @torch.no_grad()
+    def round(self, step: int) -> None:
+        """Round it for a step, in the same memory and without a wait; nothing under a soft-cap."""
+        if not self._moves:
+            return
+        self.mean_D.copy_(self._shifted(step))
+        if self.of_emulation is not None:
+            made = reference_fp8.rounded_head(self._head_VD, self.mean_D, self.outliers_J)
+            for held, new in zip(self.of_emulation, made, strict=True):
+                held.copy_(new)
+        else:
+            out = self.rows_VC, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1
+            self._kernels().quantize_both_layouts(self._head_VD, self.mean_D, self.outliers_J, out=out)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that it holds."""
-        held = self.rows_VD, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1
-        return [self.mean_D, *(tensor for tensor in held if tensor is not None), *(self.of_emulation or ())]
+        """All that it holds beside the head."""
+        held = self.rows_VC, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1
+        beside = [self._centre_D, self._deviation_D, self.mean_D, self.outliers_J]
+        return [*beside, *(tensor for tensor in held if tensor is not None), *(self.of_emulation or ())]
+
+    def _shifted(self, step: int) -> Tensor:
+        if not self._moves:
+            return self._centre_D.clone()
+        device = self._centre_D.device
+        draw_D = torch.empty(len(self._centre_D), pin_memory=device.type == "cuda")
+        draw_D.uniform_(generator=torch.Generator().manual_seed(step_key(self._seed, step)))
+        return reference_fp8.shifted_mean(
+            self._centre_D, self._deviation_D, draw_D.to(device, non_blocking=True)
+        )
+
+    @staticmethod
+    def _kernels() -> Any:
+        from elo_engine.kernels import quantize_fp8
+
+        return quantize_fp8
