@@ -249,8 +249,14 @@ def test_interrupted_it_exits_130_and_has_the_record(
 ) -> None:
     def interrupted(parts: list[Part], seconds: float, folder: Path, *more: Any) -> bool:
         append(folder / ROWS, row_of(parts[0], "interrupted", "interrupted"))
+        assert 60 * 10 - 60 < seconds < 60 * 10 - card_process.GRACE_S - 0.3, "the probe's time is of the ten minutes"
         return True
 
+    def slow(device: str, right: Any = card.probe) -> Any:
+        time.sleep(0.3)
+        return right(device)
+
+    monkeypatch.setattr(card, "probe", slow)
     monkeypatch.setattr(card, "run_parts", interrupted)
     arguments = ("bench", "card", "--device", "cpu", "--scale", "tiny", "--only", "bias", "--work", str(tmp_path))
     status, said = elo(*arguments)
