@@ -157,7 +157,10 @@ def run_parts(parts: list[Part], seconds: float, folder: Path, records: Path, sa
                 longest, end = console.format_seconds(allowed), console.format_seconds(coming)
                 say(f"{where}: up to {longest}; all ends within {end}")
                 tick = partial(_tick, update, began, where)
-                row, interrupted = run_part(part, allowed, folder, records, tick)
+                try:
+                    row, interrupted = run_part(part, allowed, folder, records, tick)
+                except OSError as error:  # no memory for another process, a folder that is gone
+                    row = row_of(part, "failed", f"it could not be run: {error}")
             took = f" after {row['seconds']:.0f} s" if row["seconds"] else ""
             say(f"  {part.name}: {row['status']}{took}" + (f": {row['why']}" if row["why"] else ""))
             append(folder / ROWS, row)

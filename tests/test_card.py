@@ -127,6 +127,21 @@ def test_a_failure_costs_its_own_part_alone(part: Callable[..., Part], tmp_path:
     assert "1 of 5, correct dies: up to" in said[0] and "all ends within" in said[0]
 
 
+def test_a_part_that_cannot_be_begun_costs_its_own_row(
+    part: Callable[..., Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(one: Part, *more: Any, right: Any = card.run_part) -> Any:
+        if one.name == "correct dies":
+            raise OSError(12, "Cannot allocate memory")
+        return right(one, *more)
+
+    monkeypatch.setattr(card, "run_part", begun)
+    assert not run_parts([part("dies"), part("works")], 600.0, tmp_path, tmp_path, quiet)
+    first, second = read_rows(tmp_path / ROWS)
+    assert first["status"] == "failed" and "could not be run: [Errno 12] Cannot allocate memory" in first["why"]
+    assert second["status"] == "ran"
+
+
 def test_time_that_others_leave_over_is_for_those_that_follow(
     part: Callable[..., Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
