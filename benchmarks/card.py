@@ -23,7 +23,7 @@ from typing import Any
 from elo_engine import console
 from elo_engine.benchmarks import card_plan
 from elo_engine.benchmarks.card_plan import Machine
-from elo_engine.benchmarks.card_process import Part, row_of, run_part
+from elo_engine.benchmarks.card_process import GRACE_S, Part, row_of, run_part
 from elo_engine.benchmarks.card_table import asked, judged, with_ratios
 from elo_engine.benchmarks.recording import card_name, write_record
 from elo_engine.errors import FailedError, RefusedError, UsageError
@@ -99,6 +99,7 @@ def run_command(
     Raises:
         UsageError: an unknown part, scale or device. RefusedError: no GPU.
     """
+    began = time.monotonic()  # what the probe takes is of the time, and so is what ends the last part
     if options.scale not in SCALES:
         raise UsageError(f"--scale {options.scale!r}: it is one of {', '.join(SCALES)}")
     if options.device not in ("cpu", "cuda"):
@@ -119,8 +120,10 @@ def run_command(
     (folder / CARD).write_text(json.dumps(about, indent=1), encoding="utf-8")
     say(f"{machine.name}, {machine.free_bytes / 2**30:.1f} GiB free: {len(parts)} parts in up to "
         f"{options.minutes:g} minutes; every row goes to {folder / ROWS}")  # fmt: skip
+    given = 60 * options.minutes
     try:
-        interrupted = run_parts(parts, 60 * options.minutes, folder, records, say)
+        left = given - min(GRACE_S, given / 20) - (time.monotonic() - began)
+        interrupted = run_parts(parts, left, folder, records, say)
     except KeyboardInterrupt:  # between two parts
         interrupted = True
     return *finish(folder), interrupted
@@ -154,7 +157,10 @@ def run_parts(parts: list[Part], seconds: float, folder: Path, records: Path, sa
                 longest, end = console.format_seconds(allowed), console.format_seconds(coming)
                 say(f"{where}: up to {longest}; all ends within {end}")
                 tick = partial(_tick, update, began, where)
-                row, interrupted = run_part(part, allowed, folder, records, tick)
+                try:
+                    row, interrupted = run_part(part, allowed, folder, records, tick)
+                except OSError as error:  # no memory for another process, a folder that is gone
+                    row = row_of(part, "failed", f"it could not be run: {error}")
             took = f" after {row['seconds']:.0f} s" if row["seconds"] else ""
             say(f"  {part.name}: {row['status']}{took}" + (f": {row['why']}" if row["why"] else ""))
             append(folder / ROWS, row)

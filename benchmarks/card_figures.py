@@ -8,6 +8,7 @@ Figures = dict[str, float]
 Notes = dict[str, str]  # of a figure that is not there, why
 _OURS = ("engine", "cce, filtered")  # arms that an engine's is not held against: its own, and one that leaves out terms
 GIB = 2**30
+FEWEST_STEPS = 10  # for a p90: of a few steps it is the longest, of one the median
 
 
 def figures_of(result: dict[str, Any]) -> tuple[Figures, Notes]:
@@ -29,9 +30,13 @@ def _speedup(result: dict[str, Any]) -> tuple[Figures, Notes]:
         step = ours["step_s"]
         figures |= {
             "tokens_per_s": ours["tokens_per_s"]["median"], "ceiling_share": ours["ceiling_share"],
-            "p90_over_p50": step["p90"] / step["median"], "steps": step["count"],
+            "steps": step["count"],
             "matmul_tflop_per_s": result["ceilings"]["matmul_flop_per_s"] / 1e12,
         }  # fmt: skip
+        if step["count"] >= FEWEST_STEPS:
+            figures["p90_over_p50"] = step["p90"] / step["median"]
+        else:
+            notes["p90_over_p50"] = f"{step['count']} steps were timed, and a p90 is of {FEWEST_STEPS} at least"
         if ours.get("mfu") is not None:
             figures["mfu"] = ours["mfu"]
         else:

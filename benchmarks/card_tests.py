@@ -103,6 +103,7 @@ def run(out: Path, chosen: list[Path]) -> Watch:
 
     watch = Watch(out, [path.resolve() for path in chosen])
     options = ["--import-mode=importlib", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    options += ["--continue-on-collection-errors"]  # of a file that cannot be read the others know nothing
     options += ["-p", "no:xdist"] if importlib.util.find_spec("xdist") else []
     status = int(pytest.main([*options, *map(str, chosen)], plugins=[watch]))
     watch.leave()

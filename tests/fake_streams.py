@@ -50,6 +50,7 @@ class Event:
 
     def __init__(self, **options: Any) -> None:
         self.seen: dict[str, int] | None = None
+        self.timed = options.get("enable_timing", False)
 
     def record(self, stream: Stream | None = None) -> None:
         self.seen = dict((stream or world.current).seen)
@@ -58,8 +59,12 @@ class Event:
         assert self.seen is not None, "waits for an event that was never recorded"
         merge(world.streams[HOST].seen, self.seen)
 
-    def query(self) -> bool:
-        return False
+    def elapsed_time(self, after: Event) -> float:
+        assert self.timed and after.timed and None not in (self.seen, after.seen), "two that were recorded with a time"
+        seen = world.streams[HOST].seen
+        for event in (self, after):
+            assert all(seen.get(name, 0) >= count for name, count in event.seen.items()), "it may not have come to pass"
+        return 1.0
 
 
 def merge(into: dict[str, int], other: dict[str, int]) -> None:

@@ -127,6 +127,21 @@ def test_a_failure_costs_its_own_part_alone(part: Callable[..., Part], tmp_path:
     assert "1 of 5, correct dies: up to" in said[0] and "all ends within" in said[0]
 
 
+def test_a_part_that_cannot_be_begun_costs_its_own_row(
+    part: Callable[..., Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(one: Part, *more: Any, right: Any = card.run_part) -> Any:
+        if one.name == "correct dies":
+            raise OSError(12, "Cannot allocate memory")
+        return right(one, *more)
+
+    monkeypatch.setattr(card, "run_part", begun)
+    assert not run_parts([part("dies"), part("works")], 600.0, tmp_path, tmp_path, quiet)
+    first, second = read_rows(tmp_path / ROWS)
+    assert first["status"] == "failed" and "could not be run: [Errno 12] Cannot allocate memory" in first["why"]
+    assert second["status"] == "ran"
+
+
 def test_time_that_others_leave_over_is_for_those_that_follow(
     part: Callable[..., Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,8 +264,14 @@ def test_interrupted_it_exits_130_and_has_the_record(
 ) -> None:
     def interrupted(parts: list[Part], seconds: float, folder: Path, *more: Any) -> bool:
         append(folder / ROWS, row_of(parts[0], "interrupted", "interrupted"))
+        assert 60 * 10 - 60 < seconds < 60 * 10 - card_process.GRACE_S - 0.3, "the probe's time is of the ten minutes"
         return True
 
+    def slow(device: str, right: Any = card.probe) -> Any:
+        time.sleep(0.3)
+        return right(device)
+
+    monkeypatch.setattr(card, "probe", slow)
     monkeypatch.setattr(card, "run_parts", interrupted)
     arguments = ("bench", "card", "--device", "cpu", "--scale", "tiny", "--only", "bias", "--work", str(tmp_path))
     status, said = elo(*arguments)

@@ -159,6 +159,26 @@ def test_engines_take_turns_and_must_train_alike() -> None:
         graph_turns.take_turns(made, batches, CPU, 0.0)
 
 
+def test_an_engine_that_reads_another_steps_rows_is_seen() -> None:
+    """The losses of random text are alike, whoever's rows they are of; their sums are not."""
+    made = first_step.setting_for("llama-3.1-8b-mini", 512, CPU)
+    batches = graph_turns.rows_of_turn(made)
+
+    def engine(late: int) -> graph_turns.Steps:
+        given: list[int] = [0]
+
+        def step(rows: Any, first: bool) -> Outcome:
+            given.append(rows.tokens_loss)
+            return Outcome(11.3 * given[max(0, len(given) - 1 - late)])
+
+        return step
+
+    assert len(graph_turns.take_turns({"launched": engine(0), "graph": engine(0)}, batches, CPU, 0.0)) == 2
+    for late in (1, 2, 7):
+        with pytest.raises(FailedError, match="not the same training"):
+            graph_turns.take_turns({"launched": engine(0), "graph": engine(late)}, batches, CPU, 0.0)
+
+
 def test_rows_are_cut_into_documents_of_a_texts_lengths() -> None:
     made = first_step.setting_for("llama-3.1-8b-mini", 4096, CPU, rows=2, micro_batches=2)
     rows = [graph_turns.document_rows(made, number) for number in range(4)]
@@ -192,17 +212,26 @@ def test_what_a_part_leaves_is_whole_and_its_refusal_has_a_status(
     assert stop.value.code == 3 and capsys.readouterr().out == "error: this card has none\n"
 
 
+class CompilationError(Exception):
+    """As Triton's, which is no RuntimeError."""
+
+
 def test_a_case_that_fails_is_its_note_and_the_others_go_on(tmp_path: Path) -> None:
     cases = Cases(tmp_path / "out.json")
-    for name in ("large", "small"):
+    for name in ("odd", "large", "small"):
         with cases.case(name, f"{name}, ms"):
+            if name == "odd":
+                raise CompilationError("a kernel of one case's shapes alone")
             if name == "large":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB\nmore")
             cases.figures["small, ms"] = 2.0
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["figures"] == {"small, ms": 2.0}
-    assert found["notes"] == {"large, ms": "OutOfMemoryError: CUDA out of memory. Tried to allocate 4 GiB"}
-    with pytest.raises(FailedError, match=r"^large: OutOfMemoryError"):
+    assert found["notes"] == {
+        "odd, ms": "CompilationError: a kernel of one case's shapes alone",
+        "large, ms": "OutOfMemoryError: CUDA out of memory. Tried to allocate 4 GiB",
+    }
+    with pytest.raises(FailedError, match=r"^odd: CompilationError.*; large: OutOfMemoryError"):
         cases.require()
     with pytest.raises(KeyboardInterrupt), cases.case("third", "third, ms"):
         raise KeyboardInterrupt
@@ -243,6 +272,21 @@ def test_the_tests_that_need_a_card_are_told_from_the_others(tmp_path: Path) -> 
     found = json.loads(out.read_text())
     assert found["figures"] == {"passed": 1.0, "failed": 1.0, "skipped": 1.0}
     assert found["notes"] == {"failed": "test_planted.py::test_kernel[cuda]", "skipped": "needs a GPU: real widths"}
+
+
+def test_a_file_that_cannot_be_read_is_a_failure_and_the_others_run(tmp_path: Path) -> None:
+    for name, source in (("broken", "import nothing_that_there_is\n"), ("planted", PLANTED_TESTS)):
+        (tmp_path / f"test_{name}.py").write_text(source)
+    program = (
+        "import sys; from pathlib import Path; from elo_engine.benchmarks.card_tests import run\n"
+        "run(Path(sys.argv[1]), [Path(sys.argv[2], f'test_{name}.py') for name in ('broken', 'planted')])"
+    )
+    out = tmp_path / "out.json"
+    done = subprocess.run([sys.executable, "-c", program, str(out), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert found["figures"] == {"passed": 1.0, "failed": 2.0, "skipped": 1.0}
+    assert "test_broken.py (could not be read)" in found["notes"]["failed"]
 
 
 def test_an_arm_with_eight_bits_is_one_and_stands_out_of_the_comparison_of_starts(

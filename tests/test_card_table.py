@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_compare import kernels, memory, speedup
 
-from elo_engine.benchmarks.card_figures import figures_of
+from elo_engine.benchmarks.card_figures import FEWEST_STEPS, figures_of
 from elo_engine.benchmarks.card_plan import GROUPS, Machine, headline, parse_groups, plan
 from elo_engine.benchmarks.card_process import Part, row_of
 from elo_engine.benchmarks.card_table import Asked, asked, card_tables, judged, with_ratios, wrong_verdicts
@@ -149,6 +149,11 @@ def test_figures_of_a_comparison() -> None:
     assert figures["pipeline"] == result["pipeline_speedup"]["transformers_full"]["median"]
     assert figures["mfu"] == 0.31 and figures["ceiling_share"] == 0.4 and notes == {}
     assert figures["p90_over_p50"] == ours["step_s"]["p90"] / ours["step_s"]["median"]
+    for count in (FEWEST_STEPS, FEWEST_STEPS - 1):
+        arms["elo_pretrain"] = ours | {"step_s": ours["step_s"] | {"count": count}}
+        few, why = figures_of(result)
+        assert ("p90_over_p50" in few) == (count == FEWEST_STEPS)
+    assert why == {"p90_over_p50": "9 steps were timed, and a p90 is of 10 at least"} and few["tokens_per_s"] > 0
     rates = arms["elo_align"]["tokens_per_s"]["median"], trainer["tokens_per_s"]["median"]
     assert figures["align_over_trainer"] == rates[0] / rates[1]
     arms["transformers_full"] = arms["liger_full"] | {"why": "bitsandbytes is not installed"}

@@ -168,49 +168,91 @@ def test_losses_that_are_not_finite_stop_a_step_later(tied: Path, mixture: Mixtu
     assert progress.step == 6 and late[-2:] == ["launched 7", "read 6"]
 
 
+class Clock:
+    """A clock that only what is planted moves: hosts launch, a device makes a step, and events know when."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.device_until = 0.0
+        monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(loop, "now_on", lambda device: max(self.now, self.device_until))
+
+    def launch(self, launch_s: float, device_s: float) -> StepOutcome:
+        clock = self
+
+        class Sent(StepOutcome):
+            """Its numbers are there when the device is."""
+
+            ended: Any
+
+            @property
+            def waits(self) -> bool:
+                return self._read is None
+
+            def seconds_since(self, begun: Any) -> float:
+                clock.now = max(clock.now, self.ended)
+                return float(self.ended - begun)
+
+            def _numbers(self) -> tuple[float, float, bool]:
+                clock.now = max(clock.now, self.ended)
+                return StepOutcome(torch.tensor([1.0, 1.0, 1.0]))._numbers()
+
+        # the device begins when it is free and something is launched, and ends a little after the last launch at least
+        self.device_until = max(self.device_until, self.now) + device_s
+        self.now += launch_s
+        self.device_until = max(self.device_until, self.now + min(device_s, 0.01))
+        made = Sent(torch.tensor([1.0, 1.0, 1.0]))
+        made.ended = self.device_until
+        return made
+
+
 @pytest.mark.parametrize(("launch_s", "device_s"), [(1.0, 0.01), (0.01, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("held_up", [0, 1, 5])
 def test_a_step_is_timed_by_what_it_took(
-    launch_s: float, device_s: float, mixture: Mixture, monkeypatch: pytest.MonkeyPatch
+    launch_s: float, device_s: float, held_up: int, mixture: Mixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A device that waits for launches, one that is behind them, and neither, on a clock that only they move: every
-    step took a second, also before and after what is due between two, which is nobody's.
+    """A device that waits for launches, one that is behind them, and neither: every step took a second, also before and
+    after what is due between two, which is nobody's. What holds the host up for three seconds before one is launched,
+    as the capture of a graph does, is that step's alone, less what the device had still to do.
     """
-    now, device_until = [0.0], [0.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-
-    class Sent(StepOutcome):
-        """Its numbers are there when the device is."""
-
-        def __init__(self) -> None:
-            super().__init__(torch.tensor([1.0, 1.0, 1.0]))
-            # it begins when it is free and something is launched, and ends a little after the last launch at least
-            device_until[0] = max(device_until[0], now[0]) + device_s
-            now[0] += launch_s
-            device_until[0] = max(device_until[0], now[0] + min(device_s, 0.01))
-            self.at, self.launched_at = device_until[0], now[0]
-
-        @property
-        def waits(self) -> bool:
-            return self._read is None
-
-        @property
-        def arrived(self) -> bool:
-            return now[0] >= self.at
-
-        def _numbers(self) -> tuple[float, float, bool]:
-            now[0] = max(now[0], self.at)
-            return super()._numbers()
+    clock = Clock(monkeypatch)
+    launched = [0]
 
     class Launches:
         device = torch.device("cpu")
 
         def step(self, *args: Any, **named: Any) -> StepOutcome:
-            return Sent()
+            clock.now += 3.0 if launched[0] == held_up > 0 else 0.0
+            launched[0] += 1
+            return clock.launch(launch_s, device_s)
 
     def evaluated(progress: Progress) -> None:
-        now[0] += 50.0
+        clock.now += 50.0
 
     told: list[float] = []
     hooks = Hooks(on_step=lambda progress, metrics: told.append(metrics["step_s"]), every={4: [evaluated]})
     run(Launches(), mixture, hooks, Progress())  # type: ignore[arg-type]
-    assert len(told) == STEPS and max(told[1:]) < 1.05 and min(told[1:]) > 0.95, told
+    assert len(told) == STEPS
+    if held_up:
+        assert 2.9 < told.pop(held_up) < 4.05, "of the step that was held up"
+    assert max(told) < 1.05 and min(told) > 0.95, told
+
+
+def test_times_of_steps_add_up_to_the_clocks(mixture: Mixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one kind of step reads its numbers itself and the other does not."""
+    clock, launched = Clock(monkeypatch), [0]
+
+    class Mixed:
+        device = torch.device("cpu")
+
+        def step(self, *args: Any, **named: Any) -> StepOutcome:
+            launched[0] += 1
+            made = clock.launch(0.1, 1.0 + launched[0] / 10)
+            if launched[0] % 3 == 0:
+                assert made.updated
+                monkeypatch.setattr(type(made), "waits", False)
+                clock.now += 0.5
+            return made
+
+    told: list[float] = []
+    run(Mixed(), mixture, Hooks(lambda progress, metrics: told.append(metrics["step_s"])), Progress())  # type: ignore[arg-type]
+    assert min(told) > 1.0 and sum(told) == pytest.approx(clock.now)

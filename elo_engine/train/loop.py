@@ -64,6 +64,15 @@ class Hooks:
         ]
 
 
+def now_on(device: torch.device) -> torch.cuda.Event | None:
+    """The moment when a GPU is through with all that was launched before; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 class StepOutcome:
     """One optimizer step in numbers. On a GPU they are on their way when the step is launched; whoever asks for one of
     them waits until the device has come so far.
@@ -72,33 +81,34 @@ class StepOutcome:
         numbers_3: loss sum, norm, and 1 where the step was made, in fp32 on the device.
 
     Attributes:
-        launched_at: when all of the step was launched, on the clock of `time.perf_counter`.
+        ended: recorded on a GPU when the device has made the step; None elsewhere.
     """
 
     def __init__(self, numbers_3: torch.Tensor) -> None:
-        self._sent_3, self._arrived = numbers_3, None
-        self.launched_at = time.perf_counter()
+        self._sent_3, self.ended = numbers_3, None
         self._read: tuple[float, float, bool] | None = None
         if numbers_3.is_cuda:
             self._sent_3 = torch.empty(3, pin_memory=True)  # into pageable memory the copy would wait
             self._sent_3.copy_(numbers_3, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self.ended = now_on(numbers_3.device)
 
     @property
     def waits(self) -> bool:
         """Whether asking would wait for the device."""
-        return self._read is None and self._arrived is not None
+        return self._read is None and self.ended is not None
 
-    @property
-    def arrived(self) -> bool:
-        """Whether the device has made the step; does not wait for it."""
-        return self._arrived is None or bool(self._arrived.query())
+    def seconds_since(self, begun: torch.cuda.Event | None) -> float | None:
+        """From `begun` to the step's end on the device's own clock, waiting for both; None where it has none."""
+        if begun is None or self.ended is None:
+            return None
+        self.ended.synchronize()
+        milliseconds: float = begun.elapsed_time(self.ended)
+        return milliseconds / 1e3
 
     def _numbers(self) -> tuple[float, float, bool]:
         if self._read is None:
-            if self._arrived is not None:
-                self._arrived.synchronize()
+            if self.ended is not None:
+                self.ended.synchronize()
             total, norm, taken = self._sent_3.tolist()
             self._read = total, norm, taken == 1.0
         return self._read
@@ -274,8 +284,9 @@ def train_turns(turns: Turns, mixture: Mixture, progress: Progress, hooks: Hooks
     waiting: _Made | None = None
     with RowsAhead(mixture) as ahead:
         for number in range(progress.step, turns.steps):
-            started = time.perf_counter()
-            turn = turns.turn(number)
+            turn, started = turns.turn(number), time.perf_counter()
+            begun = now_on(turn.engine.device) if waiting is None else waiting.outcome.ended
+            began = started if waiting is None else None
             rows = ahead.rows(turn.row, turn.rows)
             data_s = time.perf_counter() - started
             if number + 1 < turns.steps:
@@ -293,7 +304,7 @@ def train_turns(turns: Turns, mixture: Mixture, progress: Progress, hooks: Hooks
             waiting = None
             if outcome is None:
                 return False
-            made = _Made(turn, rows.ids_BT.size, tokens_loss, outcome, started, data_s)
+            made = _Made(turn, rows.ids_BT.size, tokens_loss, outcome, began, begun, data_s)
             if outcome.waits and hooks.nothing_after(number + 1, turns.steps):
                 waiting = made
             else:
@@ -309,7 +320,8 @@ class _Made:
     tokens: int
     tokens_loss: int
     outcome: StepOutcome
-    started: float
+    began: float | None  # None: at the end of the step before, whose numbers were still to be read
+    begun: torch.cuda.Event | None  # the same on the device's clock
     data_s: float
 
 
@@ -324,12 +336,14 @@ class _Book:
     def enter(self, made: _Made) -> None:
         """Read the step's numbers, waiting for the device if need be."""
         progress, turn, outcome = self._progress, made.turn, made.outcome
-        # A device that had made the step before it was asked ended no later than that; it waits for launches then, and
-        # the time since was the next one's.
-        at_launch = outcome.launched_at if outcome.waits and outcome.arrived else None
+        began = self._ended if made.began is None else made.began
+        # The device's clock where the numbers are read late: when they are, it may long have been through with the
+        # step, and waited for the next one's launches.
+        seconds = outcome.seconds_since(made.begun) if outcome.waits else None
         loss_mean = outcome.loss_sum / max(1, made.tokens_loss)
-        ended = time.perf_counter() if at_launch is None else at_launch
-        seconds = ended - max(made.started, self._ended)
+        if seconds is None:
+            seconds = time.perf_counter() - began
+        ended = began + seconds
         progress.step += 1
         progress.tokens_total += made.tokens
         progress.tokens_loss += made.tokens_loss
