@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv and changes nothing outside it (downloads go to pip's and elo's caches).
 #   make demo     the whole method on a real small model, with a table and a plot at the end
 #   make test     the tests; on a machine with a GPU the kernels' tests run on it too
+#   make test-all   the same, with every kernel compiled for every kind of card and not for one each
 #   make test-oldest   the model families with the oldest packages that pyproject.toml allows, in .venv-oldest
 #   make lint     ruff, mypy, and the audit
 #   make audit    known vulnerabilities of what is installed, as far as the package index answers
@@ -25,7 +26,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test test-oldest lint audit faults fuzz fuzz-readers soak scale bench card clean
+.PHONY: setup demo test test-all test-oldest lint audit faults fuzz fuzz-readers soak scale bench card clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.stamp
@@ -37,6 +38,9 @@ demo: .venv/.stamp
 test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/.stamp-test
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+
+test-all: export ALL_TARGETS = 1
+test-all: test
 
 test-oldest: export PYTHONDONTWRITEBYTECODE =
 test-oldest: .venv-oldest/.stamp

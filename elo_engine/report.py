@@ -157,12 +157,10 @@ def _plot(path: Path, steps: list[dict[str, Any]], evaluations: dict[str, Any]) 
     """
     if importlib.util.find_spec("matplotlib") is None:
         return False
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, which takes a second to import and keeps what it draws
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
     titles = {"pretrain": "ELO pretraining (shallow model)", "align": "alignment (whole model)"}
     for axis, (stage, title) in zip(axes[:2], titles.items(), strict=True):
         found = [record for record in steps if record["stage"] == stage]
@@ -186,5 +184,4 @@ def _plot(path: Path, steps: list[dict[str, Any]], evaluations: dict[str, Any]) 
     if moments:
         axes[2].legend()
     figure.savefig(path / "report.png", dpi=120, facecolor="white")
-    plt.close(figure)
     return True

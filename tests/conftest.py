@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 
 # Workers of pytest-xdist, and the processes that tests start, share the cores: a thread that waits for one whose core
-# another worker has costs more than it brings. Before torch is imported, whose OpenMP reads it once.
+# another worker has costs more than it brings, above all one that spins. Before torch is imported, whose OpenMP reads
+# both once.
 _WORKERS = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
 if _WORKERS != "1":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(_WORKERS))))
 
 import torch  # noqa: E402
@@ -25,6 +28,7 @@ sys.path.insert(
 )  # the fixture modules beside the tests; the repository root stays off the path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from forked import Forked  # noqa: E402
 from store_fixture import make_store_folder  # noqa: E402
 from tokenizer_fixture import make_tokenizer  # noqa: E402
 
@@ -58,6 +62,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: getattr(item, "originalname", item.name) not in SLOWEST)
 
 
+# What is there for good, the imports and the tests themselves, is no longer looked through by every gc.collect() of the
+# engine, which would take longer than most of what is tested.
+_known = [0]
+
+
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()
+    _known[0] = len(sys.modules)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Before the first test, in the process that runs it."""
+    if not session.config.option.collectonly and getattr(session.config.option, "dist", "no") == "no":
+        _freeze()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """And between two files, where much was imported since."""
+    yield
+    if nextitem is not None and nextitem.path != item.path and len(sys.modules) > _known[0] + 100:
+        _freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plot() -> Iterator[Callable[..., bool]]:
+    """No run draws report.png, which would take longer than all of a tiny run, but where `draws` asks for it."""
+    from elo_engine import report
+
+    plain = report._plot
+    report._plot = lambda *of: False
+    yield plain
+    report._plot = plain
+
+
+@pytest.fixture
+def draws(_plot: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their report.png."""
+    monkeypatch.setattr("elo_engine.report._plot", _plot)
+
+
 @pytest.fixture(autouse=True)
 def _several_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Two threads at least for the tests of IN_THREADS, whatever OMP_NUM_THREADS says."""
@@ -67,6 +113,14 @@ def _several_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if torch.get_num_threads() != before:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    """`forked(program, *arguments)`: a process of its own that need not import torch, as forked.py says."""
+    made = Forked(tmp_path_factory.mktemp("forked"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session", name="make_tokenizer")

@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 
 # A process that has imported everything, and forks one of itself for each line that it reads.
 SERVER = """
-import json, os, sys, time
+import gc, json, os, sys, time
 import torch
 torch.set_num_threads(1)
 import elo_engine.cli, elo_engine.align, elo_engine.pipeline, elo_engine.pretrain, elo_engine.stage
 import elo_engine.stream.step
-import torch.utils.tensorboard
+import torch.fx.experimental.symbolic_shapes, torch.utils.tensorboard  # the first: as a backward pass does, and sympy
+elo_engine.report._plot = lambda *of: False  # as conftest.py has it
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     asked = json.loads(line)
     pid = os.fork()

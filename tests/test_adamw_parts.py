@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cpu_paths import NATIVE
+from forked import Forked
 from torch import Tensor
 
 from elo_engine.model import cpu_native
@@ -371,9 +370,8 @@ for bits in (8, 32):
 
 
 @needs_triton
-def test_the_op_through_triton_two_launches_a_group_one_a_step_one_an_update() -> None:
+def test_the_op_through_triton_two_launches_a_group_one_a_step_one_an_update(forked: Forked) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    command = [sys.executable, "-c", PROGRAM, str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=ROOT / "tests")
+    done = forked(PROGRAM, ROOT, environment=environment, folder=ROOT / "tests")
     assert done.returncode == 0, done.stderr

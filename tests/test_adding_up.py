@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
-from test_distributed import ROOT, command
+from test_distributed import ROOT, port
 
 from elo_engine.errors import FailedError
 from elo_engine.train import world
@@ -24,17 +24,15 @@ Trial = Callable[[str], tuple[list[dict[str, Any]], dict[str, torch.Tensor]]]
 
 
 @pytest.fixture
-def trial(tmp_path: Path) -> Trial:
+def trial(tmp_path: Path, forked: Forked) -> Trial:
     """What both processes tell under a plan, and the weights of the first."""
 
     def call(plan: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
         out = tmp_path / plan.replace(" ", "-")
         out.mkdir()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-        done = subprocess.run(
-            command(2, ROOT / "tests" / "adding_up_process.py", plan, out), env=environment, capture_output=True,
-            text=True, timeout=120,
-        )  # fmt: skip
+        program = (ROOT / "tests" / "adding_up_process.py").read_text(encoding="utf-8")
+        done = forked.ranks(2, program, plan, out, port=port(), environment=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         told = [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
         return told, load_file(out / "0.safetensors")

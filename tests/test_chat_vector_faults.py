@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from torch import Tensor
 
 from elo_engine.chat_vector import chat_vector
@@ -199,8 +199,10 @@ with using("python"):
 """
 
 
-def test_killed_in_the_middle_nothing_is_there_that_opens(three: tuple[str, str, str], tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, *three, tmp_path / "out"], capture_output=True, timeout=60)
+def test_killed_in_the_middle_nothing_is_there_that_opens(
+    three: tuple[str, str, str], tmp_path: Path, forked: Forked
+) -> None:
+    done = forked(KILLED, *three, tmp_path / "out", timeout_s=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out").exists() and len(leftovers(tmp_path)) == 1
     with pytest.raises((UsageError, FailedError)):

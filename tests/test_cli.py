@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 
 import elo_engine
 from elo_engine import console
@@ -65,7 +66,7 @@ def test_inspect_verify_compares_a_published_folder_with_its_hashes(tied: Path, 
     assert status == 1 and shard.name in shown and "sha256 differs" in shown and "verified" not in shown, shown
 
 
-def test_inspect_verify_keeps_no_tensor_in_memory(tmp_path: Path, tied: Path) -> None:
+def test_inspect_verify_keeps_no_tensor_in_memory(tmp_path: Path, tied: Path, forked: Forked) -> None:
     """An embedding of 0.8 GB, a hole in a file, under a limit of 0.5 GiB on top of what the imports take."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -82,7 +83,7 @@ def test_inspect_verify_keeps_no_tensor_in_memory(tmp_path: Path, tied: Path) ->
         "resource.setrlimit(resource.RLIMIT_AS, (now + 2**29,) * 2); "
         "print(inspect_model(sys.argv[1], verify=True)['verified_bytes'])"
     )
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=120)
+    done = forked(code, folder)
     assert done.returncode == 0 and int(done.stdout) > 800_000_000, done.stderr
 
 

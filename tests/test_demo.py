@@ -35,7 +35,7 @@ def write_text(path: Path, words: Any, glue: str) -> Path:
 
 
 def test_demo_with_own_model_and_text(
-    tied: Path, tmp_path: Path, elo: Callable[..., tuple[int, str]], small_demo: None
+    tied: Path, tmp_path: Path, elo: Callable[..., tuple[int, str]], small_demo: None, draws: None
 ) -> None:
     ja, en = write_text(tmp_path / "ja.txt", SYLLABLES, ""), write_text(tmp_path / "en.txt", WORDS, " ")
     arguments = ("demo", "--output", tmp_path / "demo", "--model", tied, "--text", f"ja={ja}", "--text", f"en={en}")
@@ -55,6 +55,7 @@ def test_demo_with_own_model_and_text(
     assert results["samples"]["prompt"] and "Pipeline speedup" in (tmp_path / "demo" / "report.md").read_text()
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     assert (tmp_path / "demo" / "report.png").stat().st_size > 10_000
+    assert "![loss](report.png)" in (tmp_path / "demo" / "report.md").read_text()
     finished = (tmp_path / "demo" / "metrics.jsonl").read_text()
     status, shown = elo(*arguments)
     assert status == 0 and (tmp_path / "demo" / "metrics.jsonl").read_text() == finished, (

@@ -1,4 +1,4 @@
-"""Several processes on one CPU, started by torchrun and joined by gloo: the same training as one process.
+"""Several processes on one CPU, started by torchrun or as it starts them, joined by gloo: the same training as one.
 
 What may differ is the order in which numbers are added. With two processes that take one micro-batch each, a gradient
 is a + b in both worlds, and fp32 addition commutes: ELO pretraining then gives the same bits.
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import ELO, Forked
 from safetensors.torch import load_file
 
 from elo_engine.data import Mixture, TokenStore
@@ -37,15 +38,18 @@ Start = Callable[..., subprocess.CompletedProcess[str]]
 EPS, TOLERANCE = 1e-5, 2e-6
 
 
-def command(processes: int, *arguments: object) -> list[str]:
-    """torchrun on a port of its own, or plain python for one process."""
-    if processes == 1:
-        return [sys.executable, *map(str, arguments)]
+def port() -> int:
+    """One that is free."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        found: int = free.getsockname()[1]
+    return found
+
+
+def torchrun(processes: int, *arguments: object) -> list[str]:
+    """Its command, on a port of its own."""
     return [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port),
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port()),
         *map(str, arguments),
     ]  # fmt: skip
 
@@ -54,11 +58,21 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"} | more
 
 
-def elo(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(processes, "-m", "elo_engine", *arguments), env=environment(), capture_output=True, text=True,
-        timeout=180,
-    )  # fmt: skip
+@pytest.fixture
+def elo(forked: Forked) -> Start:
+    """`elo(processes, verb, ...)`; by="torchrun": started by torchrun itself."""
+
+    def call(processes: int, *arguments: object, by: str = "forks") -> subprocess.CompletedProcess[str]:
+        if by == "torchrun":
+            return subprocess.run(
+                torchrun(processes, "-m", "elo_engine", *arguments), env=environment(), capture_output=True, text=True,
+                timeout=180,
+            )  # fmt: skip
+        if processes == 1:
+            return forked(ELO, *arguments, environment=environment(), timeout_s=180)
+        return forked.ranks(processes, ELO, *arguments, port=port(), environment=environment())
+
+    return call
 
 
 def snapshot(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,12 +114,12 @@ def tree(run_tree: Tree) -> Tree:
 
 
 @pytest.fixture
-def start(tree: Tree, write_config: Callable[..., Path], tmp_path: Path) -> Start:
+def start(tree: Tree, write_config: Callable[..., Path], tmp_path: Path, elo: Start) -> Start:
     """`start(processes, verb, name, *overrides)`: into an output folder of that name; ends with status 0."""
     config = write_config(tree)
 
-    def call(processes: int, verb: str, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-        done = elo(processes, verb, config, f"output={tmp_path / name}", *overrides)
+    def call(processes: int, verb: str, name: str, *overrides: str, **how: str) -> subprocess.CompletedProcess[str]:
+        done = elo(processes, verb, config, f"output={tmp_path / name}", *overrides, **how)
         assert done.returncode == 0, done.stderr[-3000:]
         return done
 
@@ -116,7 +130,7 @@ def start(tree: Tree, write_config: Callable[..., Path], tmp_path: Path) -> Star
 def test_pretraining_on_two_processes_gives_the_bits_of_one(start: Start, tmp_path: Path, bridge: str) -> None:
     overrides = (f"detach.bridge={bridge}", "detach.bridge_tokens=1024", "evaluate.every=0")
     start(1, "pretrain", "one", *overrides)
-    done = start(2, "pretrain", "two", *overrides)
+    done = start(2, "pretrain", "two", *overrides, by="torchrun" if bridge == "none" else "forks")
     one, two = tmp_path / "one", tmp_path / "two"
     assert differing(snapshot(one / "pretrain"), snapshot(two / "pretrain")) == []
     assert losses(one, "pretrain") == losses(two, "pretrain")
@@ -158,7 +172,7 @@ def test_interrupted_killed_and_resumed_is_bit_for_bit_what_it_was(start: Start,
     cut = tmp_path / "cut"
     for stage, victim in (("pretrain", "torchrun"), ("align", "process")):
         process = subprocess.Popen(
-            command(2, "-m", "elo_engine", "run", tmp_path / "config.yaml", f"output={cut}", "--resume", "auto", *long),
+            torchrun(2, "-m", "elo_engine", "run", tmp_path / "config.yaml", f"output={cut}", "--resume=auto", *long),
             env=environment(), stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         ends = time.monotonic() + 120
@@ -174,7 +188,7 @@ def test_interrupted_killed_and_resumed_is_bit_for_bit_what_it_was(start: Start,
         assert not (cut / stage / "step-00000040").exists(), "it was over before it was cut"
         if victim == "torchrun":
             assert "interrupted by SIGTERM after step" in shown
-    start(2, "run", "cut", "--resume", "auto", *long)
+    start(2, "run", "cut", "--resume", "auto", *long, by="torchrun")
     for stage in ("pretrain", "align"):
         assert differing(snapshot(tmp_path / "whole" / stage), snapshot(cut / stage)) == []
     changed = [json.loads(line).get("changed") for line in (cut / "metrics.jsonl").read_text().splitlines()]
@@ -204,22 +218,22 @@ def test_another_number_of_processes_continues_and_says_that_it_is_not_exact(sta
     ],
 )
 def test_what_goes_with_one_process_alone_is_refused(
-    tree: Tree, write_config: Callable[..., Path], tmp_path: Path, overrides: tuple[str, ...], message: str
+    tree: Tree, write_config: Callable[..., Path], tmp_path: Path, overrides: tuple[str, ...], message: str, elo: Start
 ) -> None:
     done = elo(2, "run", write_config(tree), *overrides)
     assert done.returncode != 0 and message in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_of_rank_0_is_said_once(start: Start, tmp_path: Path) -> None:
+def test_an_error_of_rank_0_is_said_once(start: Start, tmp_path: Path, elo: Start) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "something").write_text("")
-    done = elo(2, "run", tmp_path / "config.yaml")
+    done = elo(2, "run", tmp_path / "config.yaml", by="torchrun")
     assert done.returncode != 0 and done.stderr.count("nothing is ever written over") == 1
     assert "cli.py" not in done.stderr, "a traceback of this package"  # torchrun ends with one of its own
 
 
-def test_8_bit_state_of_shares_is_refused(start: Start, tmp_path: Path) -> None:
+def test_8_bit_state_of_shares_is_refused(start: Start, tmp_path: Path, elo: Start) -> None:
     done = elo(2, "align", tmp_path / "config.yaml", "align.optimizer.state=8bit")
     assert done.returncode != 0 and "align.optimizer.state: 8bit is for whole leaves" in done.stderr
 
@@ -232,12 +246,9 @@ def test_8_bit_state_of_shares_is_refused(start: Start, tmp_path: Path) -> None:
     ],
 )
 def test_an_environment_that_is_not_torchruns(
-    start: Start, tmp_path: Path, given: dict[str, str], message: str
+    start: Start, tmp_path: Path, given: dict[str, str], message: str, forked: Forked
 ) -> None:
-    done = subprocess.run(
-        command(1, "-m", "elo_engine", "run", tmp_path / "config.yaml"),
-        env=environment(**given), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    done = forked(ELO, "run", tmp_path / "config.yaml", environment=environment(**given), timeout_s=60)
     assert done.returncode == 2 and message in done.stderr
 
 
@@ -264,10 +275,8 @@ with world.joined("cpu"):
 """
 
 
-def test_processes_whose_weights_part_are_noticed(tmp_path: Path) -> None:
-    script = tmp_path / "parted.py"
-    script.write_text(PARTED)
-    done = subprocess.run(command(2, script), env=environment(), capture_output=True, text=True, timeout=60)
+def test_processes_whose_weights_part_are_noticed(forked: Forked) -> None:
+    done = forked.ranks(2, PARTED, port=port(), environment=environment())
     assert done.returncode == 0, done.stderr[-2000:]
 
 

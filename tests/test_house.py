@@ -320,6 +320,6 @@ def test_the_tree_is_read_as_it_is_written() -> None:
     readme = f"text\n```\n{block}```\n"
     assert tree_entries(readme) == {"elo_engine", "Makefile", "setup.py", ".ci"}
     assert {
-        "setup", "demo", "test", "test-oldest", "lint", "audit", "faults", "fuzz", "fuzz-readers", "soak", "scale",
-        "bench", "card", "clean",
+        "setup", "demo", "test", "test-all", "test-oldest", "lint", "audit", "faults", "fuzz", "fuzz-readers", "soak",
+        "scale", "bench", "card", "clean",
     } == make_targets()  # fmt: skip

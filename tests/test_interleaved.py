@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from interleaved_cases import LAYERS, ROW_TOKENS, configured, engine, everything, run, seen, whole
 from planner_cases import only_what_is_made_here
 from safetensors.torch import load_file
@@ -342,14 +341,13 @@ def test_a_run_moves_its_bridge(tree: dict[str, Any], write_config: Callable[...
 
 @pytest.mark.parametrize("nth", [2, 6])
 def test_killed_and_resumed_it_ends_with_the_same_bits(
-    nth: int, tree: dict[str, Any], write_config: Callable[..., Path], elo: Elo, tmp_path: Path
+    nth: int, tree: dict[str, Any], write_config: Callable[..., Path], elo: Elo, tmp_path: Path, forked: Forked
 ) -> None:
     straight = tree | {"output": str(tmp_path / "straight"), "evaluate": {"every": 0}}
     cut = tree | {"evaluate": {"every": 0}}
     assert elo("run", write_config(straight, "straight.yaml"))[0] == 0
     config = write_config(cut)
-    command = [sys.executable, "-c", KILLED, str(nth), "run", str(config)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ended = forked(KILLED, nth, "run", config, environment=os.environ | {"OMP_NUM_THREADS": "1"})
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     status, shown = elo("run", config, "--resume", "auto")
     assert status == 0, shown

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from mover_fixture import KINDS
 
 from elo_engine.checkpoint.mover import PythonMover
@@ -75,11 +74,9 @@ assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 @each
-def test_interrupted_at_random_moments(kind: str, tmp_path: Path) -> None:
+def test_interrupted_at_random_moments(kind: str, tmp_path: Path, forked: Forked) -> None:
     """Nothing but KeyboardInterrupt comes out, and what comes after works."""
-    done = subprocess.run(
-        [sys.executable, "-c", STRESS, kind, str(tmp_path), "1"], capture_output=True, text=True, timeout=120
-    )
+    done = forked(STRESS, kind, tmp_path, "1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "interrupted" in done.stdout
 
@@ -134,8 +131,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(slot.memory.sum()))
 """
 
 
-def test_a_forked_child_ends_as_usual_and_a_slot_keeps_its_memory() -> None:
-    done = subprocess.run([sys.executable, "-c", FORKED_AND_OUTLIVED], capture_output=True, text=True, timeout=60)
+def test_a_forked_child_ends_as_usual_and_a_slot_keeps_its_memory(forked: Forked) -> None:
+    done = forked(FORKED_AND_OUTLIVED, timeout_s=60)
     assert (done.returncode, done.stdout.split()) == (0, ["0", str(7 * 8192)]), done.stderr
 
 
@@ -153,8 +150,8 @@ except FailedError as error:
 
 
 @native_only
-def test_too_few_threads_is_an_error() -> None:
-    limited = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=60)
+def test_too_few_threads_is_an_error(forked: Forked) -> None:
+    limited = forked(LIMITED, timeout_s=60)
     assert limited.returncode == 0 and "ulimit" in limited.stdout, (limited.stdout, limited.stderr)
 
 

@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import ELO, Forked
 from safetensors.torch import load_file
 
 from elo_engine.checkpoint import open_checkpoint
@@ -220,8 +219,9 @@ def test_interrupted_and_resumed_twice_equals_uninterrupted_bit_for_bit(
 
 
 def test_killed_without_warning_resumes_bit_for_bit(
-    run_tree: dict[str, Any], write_config: Callable[..., Path], elo: Callable[..., tuple[int, str]], tmp_path: Path
-) -> None:
+    run_tree: dict[str, Any], write_config: Callable[..., Path], elo: Callable[..., tuple[int, str]], tmp_path: Path,
+    forked: Forked,
+) -> None:  # fmt: skip
     """SIGKILL at an arbitrary moment of a real process, twice; at most the steps since the last snapshot are lost."""
     run_tree["pretrain"]["tokens"], run_tree["snapshot"]["every"] = 128 * 24, 8
     straight = dict(run_tree, output=str(tmp_path / "straight"))
@@ -229,15 +229,14 @@ def test_killed_without_warning_resumes_bit_for_bit(
     config = write_config(run_tree)
     metrics = Path(run_tree["output"]) / "metrics.jsonl"
     for wanted in (5, 13):
-        command = [sys.executable, "-m", "elo_engine", "run", str(config), "evaluate.every=0", "--resume", "auto"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = forked.start(ELO, "run", config, "evaluate.every=0", "--resume", "auto")
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             if metrics.exists() and f'"stage": "pretrain", "step": {wanted},' in metrics.read_text():
                 break
             time.sleep(0.002)
         assert process.poll() is None, "the process ended before it could be killed"
-        process.kill()
+        os.kill(process.pid, signal.SIGKILL)
         process.wait()
     status, shown = elo("run", config, "evaluate.every=0", "--resume", "auto")
     assert status == 0, shown

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mover_fixture import KINDS, Faults, make_mover
@@ -329,17 +328,13 @@ if len(sys.argv) > 2:  # somebody else's SIGBUS is none of the mover's business
 
 
 @native_only
-def test_a_file_cut_off_under_its_mapping_is_an_error_and_not_the_end(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SHRINKING, str(tmp_path / "file")], capture_output=True, text=True, timeout=120
-    )
+def test_a_file_cut_off_under_its_mapping_is_an_error_and_not_the_end(tmp_path: Path, forked: Forked) -> None:
+    done = forked(SHRINKING, tmp_path / "file")
     assert done.returncode == 0, done.stderr
     assert "'ended': 0" not in done.stdout
 
 
 @native_only
-def test_the_handler_before_ours_gets_its_signals_back(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SHRINKING, str(tmp_path / "file"), "die"], capture_output=True, text=True, timeout=120
-    )
+def test_the_handler_before_ours_gets_its_signals_back(tmp_path: Path, forked: Forked) -> None:
+    done = forked(SHRINKING, tmp_path / "file", "die")
     assert done.returncode == -7 and "Fatal Python error: Bus error" in done.stderr, (done.returncode, done.stderr)

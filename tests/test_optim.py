@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 
 from elo_engine.config import OptimizerConfig
 from elo_engine.errors import FailedError, RefusedError
@@ -324,7 +323,7 @@ def test_bf16_rounding_is_right_on_average_and_keeps_what_is_exact() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_through_triton_three_launches_a_step_and_the_same_numbers() -> None:
+def test_through_triton_three_launches_a_step_and_the_same_numbers(forked: Forked) -> None:
     """The whole optimizer under Triton's interpreter: whatever the number of tensors, and fresh gradients each step."""
     program = """
 import sys
@@ -365,8 +364,7 @@ for state in ("fp32", "8bit"):
     print(state, gap)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = forked(program, Path(__file__).parent, environment=environment)
     assert done.returncode == 0, done.stderr
     gaps = dict(line.split() for line in done.stdout.splitlines())
     # fp32: three steps of fp32 arithmetic on weights up to 4. 8bit: one bf16 step of such a weight where a chance

@@ -7,11 +7,10 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 from elo_engine.checkpoint import apply_patch, diff_checkpoints, verify_commit, verify_patch
 from elo_engine.checkpoint.syscalls import SYSCALLS
@@ -117,15 +116,12 @@ print(json.dumps({"calls": calls, "status": {k: fork(k) for k in points}}))
 
 
 @pytest.mark.parametrize("verb", ["diff", "apply"])
-def test_killed_on_the_way(base: Path, changed: Path, patch: Path, tmp_path: Path, verb: str) -> None:
+def test_killed_on_the_way(
+    base: Path, changed: Path, patch: Path, tmp_path: Path, verb: str, forked: Forked
+) -> None:
     before = state(base), state(changed)
     other = changed if verb == "diff" else patch
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, verb, str(base), str(other), str(tmp_path / "runs")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = forked(KILLED, verb, base, other, tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert set(report["status"].values()) == {-signal.SIGKILL} and {"write", "fsync", "rename"} <= set(report["calls"])

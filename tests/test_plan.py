@@ -6,8 +6,6 @@ import json
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 
 from elo_engine import plan
 from elo_engine.checkpoint import mover, writer
@@ -259,7 +258,7 @@ def test_a_dry_run_refuses_what_a_plan_refuses(run_tree: Tree, write_config: Wri
 
 
 def test_a_memory_limit_below_the_plan_is_refused_before_the_model_is_read(
-    run_tree: Tree, write_config: Write, tied: Path, tmp_path: Path
+    run_tree: Tree, write_config: Write, tied: Path, tmp_path: Path, forked: Forked
 ) -> None:
     """An embedding of 0.8 GB, a hole in a file, under an address space limit 0.5 GiB above what the imports take."""
     folder = Path(shutil.copytree(tied, tmp_path / "model"))
@@ -279,7 +278,7 @@ def test_a_memory_limit_below_the_plan_is_refused_before_the_model_is_read(
         "resource.setrlimit(resource.RLIMIT_AS, (now + 2**29,) * 2); "
         f"sys.argv = ['elo', 'pretrain', {str(path)!r}]; cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = forked(code)
     assert done.returncode == 3, done.stderr
     for text in ("pretrain does not fit: its tensors take", "ulimit -v", "The biggest levers: dtype=bf16"):
         assert text in done.stderr, text

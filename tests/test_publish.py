@@ -8,14 +8,13 @@ import os
 import random
 import shutil
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 
 from elo_engine.checkpoint import syscalls
 from elo_engine.checkpoint.index import CheckpointIndex, open_checkpoint
@@ -348,16 +347,11 @@ print(json.dumps({"calls": calls, "status": {k: fork(k) for k in [-2, *range(len
 """
 
 
-def test_killed_at_every_step_of_publishing(source: Path, tmp_path: Path) -> None:
+def test_killed_at_every_step_of_publishing(source: Path, tmp_path: Path, forked: Forked) -> None:
     """Absent, or complete and verifiable; and the next run removes what the killed one left and succeeds."""
     before = state(source)
     (tmp_path / "runs").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(source), str(tmp_path / "runs")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = forked(KILLED, source, tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert set(report["status"].values()) == {-9} and {"write", "pwrite", "fsync", "rename"} <= set(report["calls"])

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import ELO, Forked
 
 # Two orders of the same fp32 sums differ by about 2^-22 of a gradient. AdamW divides by the gradient's own size, so
 # where a gradient is nearly 0 such a difference becomes a whole step of the learning rate, 3e-3 here, for that weight
@@ -28,7 +30,17 @@ RELATIVE = 1e-5
 STEPS, ALIGN = 20, 2
 
 
-def train(tree: dict[str, Any], folder: Path, kernels: str, *, verb: str, steps: int, plant: str = "") -> list[float]:
+Train = Callable[..., list[float]]
+
+
+@pytest.fixture(name="train")
+def _train(forked: Forked) -> Train:
+    return partial(train, forked)
+
+
+def train(
+    forked: Forked, tree: dict[str, Any], folder: Path, kernels: str, *, verb: str, steps: int, plant: str = ""
+) -> list[float]:
     """Losses of every step of a run in a process of its own."""
     output = folder / f"run-{kernels}{'-planted' if plant else ''}"
     tree = tree | {"output": str(output), "kernels": kernels, "pretrain": {**tree["pretrain"], "tokens": 8 * steps}}
@@ -36,11 +48,9 @@ def train(tree: dict[str, Any], folder: Path, kernels: str, *, verb: str, steps:
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if kernels == "fused" else {}
     start = f"import sys; sys.argv = ['elo', {verb!r}, {str(config)!r}]"
-    program = f"{start}\n{plant}\nfrom elo_engine.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **interpreted, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, cwd=Path(__file__).resolve().parents[1],
-    )  # fmt: skip
+    program = f"{start}\n{plant}\n{ELO}"
+    environment = {**os.environ, **interpreted, "OMP_NUM_THREADS": "1"}
+    done = forked(program, environment=environment, timeout_s=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     told = {"fused": "Triton, interpreted", "reference": "plain torch references"}[kernels]
     assert told in (output / "log.txt").read_text(), "the run says which path computed it"
@@ -69,7 +79,7 @@ def furthest(left: list[float], right: list[float]) -> float:
 pytest.importorskip("triton", reason="triton is not installed; pip install 'elo-engine[gpu]'")
 
 
-def test_kernels_and_references_train_alike(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_kernels_and_references_train_alike(tree: dict[str, Any], tmp_path: Path, train: Train) -> None:
     by_kernels, by_references = (
         train(tree, tmp_path, kernels, verb="run", steps=STEPS) for kernels in ("fused", "reference")
     )
@@ -96,7 +106,7 @@ kernel.rotary_forward = lambda *args, **kwargs: None if kwargs.get("inverse") el
 }
 
 
-def test_planted_errors_make_the_losses_part(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_planted_errors_make_the_losses_part(tree: dict[str, Any], tmp_path: Path, train: Train) -> None:
     """Each for itself, against one run of the references."""
     right = train(tree, tmp_path, "reference", verb="pretrain", steps=6)
     parted = {}

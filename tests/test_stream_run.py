@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from test_loop import final_state, interrupt_at
 
 Elo = Callable[..., tuple[int, str]]
@@ -104,15 +103,15 @@ def test_interrupted_and_resumed_twice_it_ends_as_a_resident_run_bit_for_bit(
     ],
 )
 def test_killed_in_the_middle_of_a_sweep_a_run_resumes_bit_for_bit(
-    where: str, nth: int, streamed_tree: dict[str, Any], write_config: Callable[..., Path], elo: Elo, tmp_path: Path
-) -> None:
+    where: str, nth: int, streamed_tree: dict[str, Any], write_config: Callable[..., Path], elo: Elo, tmp_path: Path,
+    forked: Forked,
+) -> None:  # fmt: skip
     """Each step asks 1 + 4 x 4 + 4 + 4 x 4 times (layers x micro-batches, forward, head and backward)."""
     straight = dict(streamed_tree, output=str(tmp_path / "straight"))
     assert elo("run", write_config(straight, "straight.yaml"), "evaluate.every=0", "snapshot.every=2")[0] == 0
     config = write_config(streamed_tree)
     options = ["evaluate.every=0", "snapshot.every=2"]
-    command = [sys.executable, "-c", KILLED, where, str(nth), "run", str(config), *options]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = forked(KILLED, where, nth, "run", config, *options)
     assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
     run = Path(streamed_tree["output"])
     assert not (run / "model").exists()

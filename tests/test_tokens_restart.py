@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 
 from elo_engine.data import tokens as tokens_module
 from elo_engine.data.tokens import build_tokens
@@ -196,6 +197,7 @@ def test_a_killed_process_is_continued(
     inputs: list[Path],
     tokenizer_folder: Path,
     tmp_path: Path,
+    forked: Forked,
 ) -> None:
     out = tmp_path / "out"
     code = f"""
@@ -210,8 +212,8 @@ tokens.build_tokens([Path(path) for path in {[str(path) for path in inputs]!r}],
 Path({str(tokenizer_folder)!r}),
     Path({str(out)!r}), shard_tokens={SHARD_TOKENS}, split_blank_lines=True, progress=progress)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    done = forked(code)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert (partial(out) / "progress.json").exists() and not out.exists()
     assert build(out) == expected
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 
 from elo_engine.checkpoint import fault_points, syscalls
 from elo_engine.checkpoint.syscalls import SYSCALLS, Syscalls
@@ -35,12 +34,11 @@ print("whole", type(own).__name__)
 """
 
 
-def run(folder: Path, fault: str | None) -> tuple[int, str]:
+def run(forked: Forked, folder: Path, fault: str | None) -> tuple[int, str]:
     environment = {name: value for name, value in os.environ.items() if name != fault_points.VARIABLE}
     if fault is not None:
         environment[fault_points.VARIABLE] = fault
-    command = [sys.executable, "-c", PROGRAM, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = forked(PROGRAM, folder, environment=environment)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -73,9 +71,9 @@ def test_without_the_variable_the_tables_hold_the_plain_calls() -> None:
     ],
 )  # fmt: skip
 def test_a_fault_comes_where_it_was_asked_for(
-    fault: str | None, status: int, shown: str, left: set[str], tmp_path: Path
+    fault: str | None, status: int, shown: str, left: set[str], tmp_path: Path, forked: Forked
 ) -> None:
-    found, said = run(tmp_path, fault)
+    found, said = run(forked, tmp_path, fault)
     assert found == status and shown in said, said
     assert {"temporary" if path.name.startswith(".model.tmp-") else path.name for path in tmp_path.iterdir()} == left
 

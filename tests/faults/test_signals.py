@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 from fault_fixture import Processes, differing, final_state, leftovers, status_of
+from forked import Forked
 from mover_fixture import KINDS
 
 from elo_engine.command import verb
@@ -181,11 +180,11 @@ with using(kind), CheckpointReader(index, "pread") as reader:
 
 @pytest.mark.parametrize("where", ["progress", "transfer"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_interpreter_that_ends_in_the_middle_of_a_read(kind: str, where: str, untied: Path) -> None:
+def test_an_interpreter_that_ends_in_the_middle_of_a_read(
+    kind: str, where: str, untied: Path, forked: Forked
+) -> None:
     """Fault 34: no hang, no crash, the status that was asked for."""
-    done = subprocess.run(
-        [sys.executable, "-c", EXITS, kind, str(untied), where], capture_output=True, text=True, timeout=60
-    )
+    done = forked(EXITS, kind, untied, where, timeout_s=60)
     assert done.returncode == 7, (done.returncode, done.stderr[-2000:])
 
 

@@ -1,0 +1,169 @@
+"""Processes that start with torch imported: forks of one that did nothing else, for one import in all.
+
+`import torch` takes seconds of a core, and what most tests of processes run takes tenths of one. A fork is a process
+like any other: it has its own environment, folder, arguments and output, may be killed, and ends as an interpreter
+does. Its parent has no threads, so none is missing in it. What looks at the memory of a whole process, at a fresh
+interpreter, or at what is imported, starts one of its own instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Third parties alone: a fork imports elo_engine itself, after its environment was set.
+SERVER = """
+import gc, json, os, sys, time
+import numpy, pydantic, rich.console, safetensors.torch, torch, torch.distributed, typer, yaml
+import torch.fx.experimental.symbolic_shapes  # and so sympy, as the first backward pass does
+torch.set_num_threads(1)
+gc.collect()
+gc.freeze()
+children = {}
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "wait" in asked:
+        number, deadline = asked["wait"], time.monotonic() + asked["for_s"]
+        while number in children:
+            ended, status = os.waitpid(number, os.WNOHANG)
+            if ended:
+                del children[number]
+                print(os.waitstatus_to_exitcode(status), flush=True)
+            elif time.monotonic() > deadline:
+                print("null", flush=True)
+                break
+            else:
+                time.sleep(0.002)
+        continue
+    number = os.fork()
+    if number:
+        children[number] = True
+        print(number, flush=True)
+        continue
+    for stream, place in ((1, asked["out"]), (2, asked["err"])):
+        os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    for folder in reversed(asked["environment"].get("PYTHONPATH", "").split(os.pathsep)):
+        sys.path.insert(1, folder)
+    os.chdir(asked["folder"])
+    torch.set_num_threads(asked["threads"])
+    sys.argv = asked["arguments"]
+    program = asked["program"]
+    break
+else:
+    sys.exit()
+del children, line, number, stream, place, folder
+exec(compile(program, "<forked>", "exec"), {"__name__": "__main__"})
+"""
+NO_PICTURE = "from elo_engine import report; report._plot = lambda *of: False\n"  # as conftest.py has it
+ELO = f"{NO_PICTURE}from elo_engine.cli import main; main()"
+
+
+class Child:
+    """A process that runs; signals may be sent to `pid` until `wait` has returned."""
+
+    def __init__(self, forked: Forked, pid: int, out: Path, err: Path) -> None:
+        self.pid, self._forked, self._out, self._err = pid, forked, out, err
+
+    def poll(self, for_s: float = 0.0) -> int | None:
+        """Exit status, negative: the signal that ended it; None: it runs still after so many seconds."""
+        status: int | None = self._forked.ask(wait=self.pid, for_s=for_s)
+        return status
+
+    def wait(self, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """Exit status and what was printed.
+
+        Raises:
+            AssertionError: it did not end; it is killed then.
+        """
+        status = self.poll(timeout_s)
+        if status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.poll(60)
+            raise AssertionError(f"no end within {timeout_s} s: {self._err.read_text(errors='replace')[-2000:]}")
+        out, err = (path.read_text(errors="replace") for path in (self._out, self._err))
+        return subprocess.CompletedProcess("forked", status, out, err)
+
+
+class Forked:
+    """`forked(program, *arguments)` runs a program as `python -c program *arguments` would."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._number = folder, 0
+        self._server: subprocess.Popen[str] | None = None
+
+    def ask(self, **what: Any) -> Any:
+        """The answer of the process that forks, which is started by the first question."""
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(what) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(
+        self, program: str, *arguments: object, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    ) -> Child:
+        """The process, while it runs. environment: all of it, else this process's; folder: where it works."""
+        self._number += 1
+        environment = dict(os.environ if environment is None else environment)
+        out, err = (self._folder / f"{self._number}.{kind}" for kind in ("out", "err"))
+        number = self.ask(
+            program=program, arguments=["-c", *map(str, arguments)], out=str(out), err=str(err),
+            environment=environment, folder=str(folder or Path.cwd()),
+            threads=int(environment.get("OMP_NUM_THREADS") or torch.get_num_threads()),
+        )  # fmt: skip
+        return Child(self, number, out, err)
+
+    def __call__(self, program: str, *arguments: object, timeout_s: float = 120.0, **where: Any) -> Any:
+        """Exit status, standard output and error; where: as of `start`."""
+        return self.start(program, *arguments, **where).wait(timeout_s)
+
+    def ranks(
+        self, count: int, program: str, *arguments: object, port: int, environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """As torchrun starts them on one machine: when one has failed, the others are ended; the first failure is the
+        status, and what they printed is in the order of ranks.
+        """
+        told = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port)}  # fmt: skip
+        children = [
+            self.start(program, *arguments, environment={**environment, **told, "RANK": str(i), "LOCAL_RANK": str(i)})
+            for i in range(count)
+        ]
+        status, running, deadline = 0, list(children), time.monotonic() + 180
+        while running and time.monotonic() < deadline:
+            for child in list(running):
+                ended = child.poll(0.02)
+                if ended is not None:
+                    running.remove(child)
+                    if ended and not status:
+                        status = ended
+                        for other in running:
+                            os.kill(other.pid, signal.SIGTERM)
+        for child in running:
+            os.kill(child.pid, signal.SIGKILL)
+            child.poll(60)
+        assert not running, "no end within 180 s"
+        out, err = ("".join(path.read_text(errors="replace") for path in paths) for paths in
+                    ([child._out for child in children], [child._err for child in children]))  # fmt: skip
+        return subprocess.CompletedProcess("forked", status, out, err)
+
+    def close(self) -> None:
+        """End the process that forks."""
+        if self._server is not None:
+            self._server.communicate(timeout=60)
