@@ -59,6 +59,9 @@ class Event:
         assert self.seen is not None, "waits for an event that was never recorded"
         merge(world.streams[HOST].seen, self.seen)
 
+    def query(self) -> bool:
+        return False
+
     def elapsed_time(self, after: Event) -> float:
         assert self.timed and after.timed and None not in (self.seen, after.seen), "two that were recorded with a time"
         seen = world.streams[HOST].seen
