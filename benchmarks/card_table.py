@@ -61,7 +61,8 @@ TOKENS_PER_S = {
 PIPELINE = {"llama-3.1-8b": 8.0}  # the paper's best is 6.46
 ALIGNMENT = 1.3  # over the Trainer's tokens/s
 STEADY = 1.03  # p90 over p50 of a step's time
-FP8 = {"head": 1.17, "all": 1.47}  # of Llama-3.1-8B, products at 1.6 times bf16's rate (docs/fp8.md)
+# Of Llama-3.1-8B, 32,768 tokens a step, products at 1.6 times bf16's rate and 8 ms for rounding its head (docs/fp8.md).
+FP8 = {"head": 1.13, "all": 1.43}
 PREDICTED = (1.0, 1.10)  # memory, over what was measured: nothing missing, and little to spare
 PEAK_GIB = {"llama-3.1-8b": 7.2}  # one row of 8192, 8-bit state
 FIRST_STEP_S = 60.0
@@ -128,7 +129,7 @@ def _pretrain(part: str, model: str, fp8: str, card: str) -> Iterator[Asked]:
 def _graph(part: str) -> Iterator[Asked]:
     for case in (*SMALL, *USUAL):
         small = case in SMALL
-        yield Asked(part, f"{case}, launched over graph", f"launched step over graph, {case}", 1.0,
+        yield Asked(part, f"{case}, launched over graph", f"launched step over graph, {case}", 1.0 if small else 0.99,
                     why="predicted 1.4 (SmolLM2)" if small else "predicted within 1 %")  # fmt: skip
         yield Asked(part, f"{case}, graph, p90/p50", f"p90/p50 of graphs, {case}", most=STEADY)
         yield Asked(part, f"{case}, launched, p90/p50", f"p90/p50 of launched steps, {case}", most=STEADY)

@@ -13,11 +13,11 @@ def fp8(config: RunConfig) -> Literal["none", "head", "all"]:
     """Which products of ELO pretraining multiply 8-bit operands.
 
     Raises:
-        UsageError: the head learns, so what was rounded at the start would not be what it is.
+        UsageError: the head learns, so its outliers and its mean would not be what they were.
     """
     if config.pretrain.fp8 != "none" and config.align.when == "interleaved":
         raise UsageError(
-            f"pretrain.fp8: {config.pretrain.fp8} rounds a frozen head once, and with align.when: interleaved the head "
+            f"pretrain.fp8: {config.pretrain.fp8} is for a frozen head, and with align.when: interleaved the head "
             "learns; set pretrain.fp8: none, which is bf16, or align.when: after"
         )
     return config.pretrain.fp8

@@ -309,6 +309,23 @@ def test_steps_are_eager_then_captured_once_for_each_room(on_meta: list[int]) ->
     assert engine.optimizer.attempts == EAGER_STEPS + 5
 
 
+def test_an_8_bit_head_is_rounded_before_each_step_and_outside_it(on_meta: list[int]) -> None:
+    fake = Fake()
+    engine = make_graphed(fake, config=LLAMA, fp8="head")
+    plain, rounded = engine.model.round_fp8, list[Any]()
+
+    def noted(step: int) -> None:
+        rounded.append((step, len(fake.done)))
+        plain(step)
+
+    engine.model.round_fp8 = noted  # type: ignore[method-assign]
+    warm(engine)
+    step(engine, rows(5))
+    step(engine, rows(6))
+    # before what was done then: three eager steps, a capture and its launch, a launch
+    assert rounded == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 5)] and len(fake.done) == 6
+
+
 def test_a_first_step_is_eager_whenever_it_comes(on_meta: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gradients are looked at, which a graph's cannot be."""
     looked = list[Any]()

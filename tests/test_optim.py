@@ -246,6 +246,19 @@ def test_a_step_that_is_not_finite_changes_nothing_in_8bit() -> None:
     assert [name for name in kept if not torch.equal(kept[name], now[name])] == ["attempts"]
 
 
+@pytest.mark.parametrize("state", ["fp32", "8bit"])
+def test_a_step_that_was_skipped_is_counted_across_a_snapshot(state: Any) -> None:
+    """What a step draws goes by its number, so that of one after it must be the same in a run that is resumed."""
+    made, other = model(torch.bfloat16), model(torch.bfloat16)
+    optimizer, again = (MasterAdamW(one, OptimizerConfig(state=state)) for one in (made, other))
+    steps_of(optimizer, made, 0, 2)
+    backward(made, 9, poison=float("nan"))
+    assert optimizer.step(1e-2).updated == 0 and optimizer.attempts == 3
+    again.load(optimizer.weights(), optimizer.moments())
+    assert again.attempts == 3 and all(torch.equal(everything(optimizer)[name], value)
+                                       for name, value in everything(again).items())  # fmt: skip
+
+
 def final_loss(state: Any, dtype: torch.dtype) -> float:
     """Least squares with noise of variance 1: mean loss of the last 50 of 400 steps."""
     made = model(dtype, ((32, 64),))

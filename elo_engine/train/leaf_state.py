@@ -85,6 +85,8 @@ class LeafState:
         out["powers"] = state.powers
         if state.scales is None:
             out["step"] = state.powers[2].reshape(1).float()
+            if int(state.powers[2]) != self._attempts:  # steps were skipped; of them all counts what each one draws
+                out["attempts"] = torch.tensor([self._attempts])
             for kind, tensors in (("exp_avg", state.exp_avgs), ("exp_avg_sq", state.exp_avg_sqs)):
                 for leaf, tensor in zip(self._leaves, tensors, strict=True):
                     out.update({f"{kind}.{name}": view for name, view in leaf.split(tensor)})
@@ -160,8 +162,9 @@ class LeafState:
 
     def _load_fp32(self, moments: dict[str, Tensor]) -> None:
         state = self._state
-        self._attempts = int(_of(moments, "step"))
-        state.set_count(self._attempts)
+        updates = int(_of(moments, "step"))
+        state.set_count(updates)
+        self._attempts = int(moments["attempts"]) if "attempts" in moments else updates
         self._load_powers(moments)
         for kind, tensors in (("exp_avg", state.exp_avgs), ("exp_avg_sq", state.exp_avg_sqs)):
             for leaf, tensor in zip(self._leaves, tensors, strict=True):
