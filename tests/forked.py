@@ -71,15 +71,26 @@ ELO = f"{NO_PICTURE}from elo_engine.cli import main; main()"
 
 
 class Child:
-    """A process that runs; signals may be sent to `pid` until `wait` has returned."""
+    """A process that runs; signals may be sent to `pid` until it is known to have ended.
+
+    Attributes:
+        returncode: as `poll` found it.
+    """
 
     def __init__(self, forked: Forked, pid: int, out: Path, err: Path) -> None:
         self.pid, self._forked, self._out, self._err = pid, forked, out, err
+        self.returncode: int | None = None
 
     def poll(self, for_s: float = 0.0) -> int | None:
         """Exit status, negative: the signal that ended it; None: it runs still after so many seconds."""
-        status: int | None = self._forked.ask(wait=self.pid, for_s=for_s)
-        return status
+        if self.returncode is None:
+            self.returncode = self._forked.ask(wait=self.pid, for_s=for_s)
+        return self.returncode
+
+    def kill(self) -> None:
+        """SIGKILL, if it runs."""
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
         """Exit status and what was printed.
@@ -89,7 +100,7 @@ class Child:
         """
         status = self.poll(timeout_s)
         if status is None:
-            os.kill(self.pid, signal.SIGKILL)
+            self.kill()
             self.poll(60)
             raise AssertionError(f"no end within {timeout_s} s: {self._err.read_text(errors='replace')[-2000:]}")
         out, err = (path.read_text(errors="replace") for path in (self._out, self._err))
@@ -128,6 +139,12 @@ class Forked:
             threads=int(environment.get("OMP_NUM_THREADS") or torch.get_num_threads()),
         )  # fmt: skip
         return Child(self, number, out, err)
+
+    def popen(self, command: list[str], *, env: Mapping[str, str], **streams: Any) -> Child:
+        """In place of subprocess.Popen for `python -m module arguments`; what it prints is kept here."""
+        module, *arguments = command[2:]
+        program = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        return self.start(program, *arguments, environment=env)
 
     def __call__(self, program: str, *arguments: object, timeout_s: float = 120.0, **where: Any) -> Any:
         """Exit status, standard output and error; where: as of `start`."""

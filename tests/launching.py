@@ -22,7 +22,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 from safetensors.torch import load, save
@@ -48,9 +48,11 @@ class Launcher:
         AssertionError: anything else went wrong; the message has the other process's traceback.
     """
 
+    # One for all launchers: nothing of a call is left in it, and its imports take seconds.
+    _process: ClassVar[subprocess.Popen[bytes] | None] = None
+
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(
         self,
@@ -80,23 +82,25 @@ class Launcher:
         return [None if key is None else returned[key].cpu() for key in answer["results"]]
 
     def _ask(self, request: dict[str, Any], storages: Storages) -> tuple[dict[str, Any], Storages]:
-        if self._process is None:
+        process = Launcher._process
+        if process is None or process.poll() is not None:
             # OMP: the interpreter is numpy in one thread; torch's pool would only spin beside it.
             environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-            self._process = subprocess.Popen(
+            process = Launcher._process = subprocess.Popen(
                 [sys.executable, __file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 cwd=ROOT,
                 env=environment,
             )
-            atexit.register(self._process.kill)
-        assert self._process.stdin is not None and self._process.stdout is not None
-        _send(self._process.stdin, request, storages)
-        if not select.select([self._process.stdout], [], [], ANSWER_SECONDS)[0]:
-            self._process.kill()
+            atexit.register(process.kill)
+        assert process.stdin is not None and process.stdout is not None
+        _send(process.stdin, request, storages)
+        if not select.select([process.stdout], [], [], ANSWER_SECONDS)[0]:
+            process.kill()
+            process.wait()
             raise AssertionError(f"the interpreter gave no answer to {request} in {ANSWER_SECONDS} s")
-        return _receive(self._process.stdout)
+        return _receive(process.stdout)
 
 
 def _encode(value: Any, storages: Storages) -> Any:

@@ -154,12 +154,14 @@ def only_what_is_made_here() -> Iterator[None]:
     """Whatever lives already is left out of the traces inside, and out of the collector's and their searches for
     tensors: in a test process those are hundreds of thousands of objects and half a second a trace.
     """
+    before = gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not before:  # conftest.py has frozen what is there for good
+            gc.unfreeze()
 
 
 def measured_peak(setting: Setting) -> int:

@@ -236,7 +236,7 @@ def test_killed_without_warning_resumes_bit_for_bit(
                 break
             time.sleep(0.002)
         assert process.poll() is None, "the process ended before it could be killed"
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
     status, shown = elo("run", config, "evaluate.every=0", "--resume", "auto")
     assert status == 0, shown
