@@ -48,7 +48,8 @@ SLOWEST = (
     "test_speedup_of_a_checkpoint_keeps_a_record", "test_killed_without_warning_resumes_bit_for_bit",
     "test_demo_with_own_model_and_text", "test_the_loader_runs_under_pytest_benchmark",
     "test_memory_does_not_depend_on_sizes", "test_memory_does_not_grow_with_the_input",
-    "test_taped_steps_train_as_launched_ones",
+    "test_interrupted_killed_and_resumed_is_bit_for_bit_what_it_was", "test_the_way_of_a_gpu",
+    "test_every_method_ran_on_its_tokens_from_one_base", "test_a_short_soak_and_a_planted_leak",
 )  # fmt: skip
 # What computes in several threads is tested with several, however few a worker is given; the beginnings of ids.
 IN_THREADS = (

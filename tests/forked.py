@@ -140,10 +140,12 @@ class Forked:
         )  # fmt: skip
         return Child(self, number, out, err)
 
-    def popen(self, command: list[str], *, env: Mapping[str, str], **streams: Any) -> Child:
-        """In place of subprocess.Popen for `python -m module arguments`; what it prints is kept here."""
+    def popen(self, command: list[str], *, env: Mapping[str, str], first: str = "", **streams: Any) -> Child:
+        """In place of subprocess.Popen for `python -m module arguments`, with a program that runs first; what it prints
+        is kept here.
+        """
         module, *arguments = command[2:]
-        program = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        program = f"{first}\nimport runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
         return self.start(program, *arguments, environment=env)
 
     def __call__(self, program: str, *arguments: object, timeout_s: float = 120.0, **where: Any) -> Any:

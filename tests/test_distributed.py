@@ -167,7 +167,7 @@ def test_bf16_shares_stay_near_the_resident_model(start: Start, tmp_path: Path) 
 
 def test_interrupted_killed_and_resumed_is_bit_for_bit_what_it_was(start: Start, tmp_path: Path) -> None:
     """SIGTERM to torchrun in the pretraining, SIGKILL to one process in the alignment; then the rest of the run."""
-    long = ("evaluate.every=0", "pretrain.tokens=5120", "align.tokens=5120", "snapshot.every=5")
+    long = ("evaluate.every=0", "pretrain.tokens=3200", "align.tokens=3200", "snapshot.every=5")
     start(2, "run", "whole", *long)
     cut = tmp_path / "cut"
     for stage, victim in (("pretrain", "torchrun"), ("align", "process")):
@@ -185,10 +185,10 @@ def test_interrupted_killed_and_resumed_is_bit_for_bit_what_it_was(start: Start,
             os.kill(json.loads((cut / "STATUS").read_text())["pid"], signal.SIGKILL)
         _, shown = process.communicate(timeout=90)
         assert process.returncode != 0
-        assert not (cut / stage / "step-00000040").exists(), "it was over before it was cut"
+        assert not (cut / stage / "step-00000025").exists(), "it was over before it was cut"
         if victim == "torchrun":
             assert "interrupted by SIGTERM after step" in shown
-    start(2, "run", "cut", "--resume", "auto", *long, by="torchrun")
+    start(2, "run", "cut", "--resume", "auto", *long)
     for stage in ("pretrain", "align"):
         assert differing(snapshot(tmp_path / "whole" / stage), snapshot(cut / stage)) == []
     changed = [json.loads(line).get("changed") for line in (cut / "metrics.jsonl").read_text().splitlines()]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,40 +51,36 @@ def test_a_run_that_continues_exactly(
 
 # Inside the processes that train: the resumed one does not begin where the killed one had stood.
 FORGETS = """
-import sys
-if "elo_engine.resume_child" in sys.orig_argv:
-    import elo_engine.train.state as state
-    plain = state.restore
-    def restore(folder, optimizer):
-        plain(folder, optimizer)
-        for tensor in optimizer.moments().values():
-            if tensor.is_floating_point():
-                tensor.zero_()
-    state.restore = restore
+import elo_engine.train.state as state
+plain = state.restore
+def restore(folder, optimizer):
+    plain(folder, optimizer)
+    for tensor in optimizer.moments().values():
+        if tensor.is_floating_point():
+            tensor.zero_()
+state.restore = restore
 """
 # A device that adds in another order each time.
 SHAKES = """
-import os, sys
-if "elo_engine.resume_child" in sys.orig_argv:
-    import elo_engine.train.resident as resident
-    class Engine(resident.ResidentEngine):
-        def step(self, rows, tokens_loss, lr, **options):
-            return super().step(rows, tokens_loss, lr * (1 + os.getpid() % 1000 * 1e-3), **options)
-    resident.ResidentEngine = Engine
+import os
+import elo_engine.train.resident as resident
+class Engine(resident.ResidentEngine):
+    def step(self, rows, tokens_loss, lr, **options):
+        return super().step(rows, tokens_loss, lr * (1 + os.getpid() % 1000 * 1e-3), **options)
+resident.ResidentEngine = Engine
 """
 
 
 @pytest.mark.parametrize(
-    ("site", "said"), [(FORGETS, "so what differs comes from resuming"), (SHAKES, "two straight runs differ too")]
+    ("first", "said"), [(FORGETS, "so what differs comes from resuming"), (SHAKES, "two straight runs differ too")]
 )
 def test_a_run_that_does_not(
-    site: str, said: str, elo: Elo, run_tree: Tree, write_config: Callable[..., Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    first: str, said: str, elo: Elo, run_tree: Tree, write_config: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, forked: Forked,
 ) -> None:  # fmt: skip
     """The first tensor that differs is named, and whether it is the resume or the device; what was written stays."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(site)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    popen = partial(forked.popen, first=first)
+    monkeypatch.setattr(verify_resume, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=None))
     work = tmp_path / "trial"
     status, shown = elo("verify-resume", write_config(run_tree), "--stage", "pretrain", "--work", work)
     assert status == 1 and "NOT the same" in shown and said in shown, shown
