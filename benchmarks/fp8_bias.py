@@ -85,7 +85,7 @@ def measure(D: int, V: int, N: int, device: torch.device) -> dict[str, float]:
     labels_N, bound_N = labels_and_bound(hidden_ND, (head_VD.float() - mean_D).bfloat16())
     outliers_J = reference_fp8.outliers(reference_fp8.column_deviations(head_VD, mean_D), hidden_ND)
     rows_VC, rows_scale_V1, columns_DV, columns_scale_D1 = quantize_fp8.quantize_both_layouts(
-        head_VD, mean_D, outliers_J
+        head_VD, mean_D, outliers_J, (head_VD.amin(0).float(), head_VD.amax(0).float())
     )
     found_N, _ = linear_cross_entropy_fp8_forward(
         hidden_ND, head_VD, (rows_VC, rows_scale_V1), (columns_DV, columns_scale_D1), mean_D, outliers_J, labels_N,

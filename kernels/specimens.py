@@ -129,7 +129,8 @@ def _fp8(floats: str) -> list[Specimen]:
     pointers = {"q_ptr": "fp8e4nv", "transposed_ptr": "fp8e4nv", "scale_ptr": "fp32", "largest_ptr": "fp32"}
     pointers |= {"labels_ptr": "i64", "loss_ptr": "fp32", "weight_ptr": "fp32", "mean_ptr": "fp32"}
     pointers |= {"q_hidden_ptr": "fp8e4nv", "q_rows_ptr": "fp8e4nv", "hidden_scale_ptr": "fp32"}
-    pointers |= {"rows_scale_ptr": "fp32", "outliers_ptr": "i64"}
+    pointers |= {"rows_scale_ptr": "fp32", "outliers_ptr": "i64", "shift_ptr": "fp32"}
+    pointers |= {"least_ptr": "fp32", "most_ptr": "fp32"}
 
     def fp8(name: str, kernel: Any, warps: int, *ragged: str, scalars: dict[str, str] | None = None,
             **constants: Any) -> Specimen:  # fmt: skip
@@ -144,9 +145,13 @@ def _fp8(floats: str) -> list[Specimen]:
     rows: dict[str, Any] = {"IGNORED": linear_cross_entropy.IGNORED_LABEL, "BLOCK_D": loss.block_d}
     return [
         fp8("fp8 rows", quantize_fp8._quantize_rows_kernel, launch.num_warps, EXPONENT=8, BLOCK_D=launch.block_d,
-            LEFT=True, BLOCK_J=0, outliers_ptr=None),
+            SHIFTED=False, LEFT=True, BLOCK_J=0, outliers_ptr=None, shift_ptr=None),
         fp8("fp8 rows, rests behind", quantize_fp8._quantize_rows_kernel, launch.num_warps, EXPONENT=8,
-            BLOCK_D=launch.block_d, LEFT=True, BLOCK_J=64),
+            BLOCK_D=launch.block_d, SHIFTED=False, LEFT=True, BLOCK_J=64, shift_ptr=None),
+        fp8("fp8 rows of a head", quantize_fp8._quantize_rows_kernel, launch.num_warps, EXPONENT=8,
+            BLOCK_D=launch.block_d, SHIFTED=True, LEFT=False, BLOCK_J=64),
+        fp8("fp8 columns of a head", quantize_fp8._quantize_columns_kernel, launch.num_warps, "N", EXPONENT=8,
+            TILE_N=launch.tile_n, TILE_D=launch.tile_d),
         both("fp8 matrix", PLAIN=True, TRANSPOSED=False, transposed_ptr=None),
         both("fp8 matrix, transposed", PLAIN=False, TRANSPOSED=True, q_ptr=None),
         both("fp8 matrix, both ways", PLAIN=True, TRANSPOSED=True),

@@ -5,7 +5,6 @@ The products are emulated here, as ELO_FP8=emulated asks for.
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -169,7 +168,7 @@ def test_evaluation_is_in_bf16(untied: Path, mixture: Mixture, emulated: None) -
     scored, trained = model.token_losses(batch), float(model.loss_sum(batch).detach())
     model.use_fp8("all")
     assert torch.equal(model.token_losses(batch), scored) and float(model.loss_sum(batch).detach()) != trained
-    assert sum(tensor.nbytes for tensor in model.fp8_tensors) == 2 * model.head_VD.nbytes + 12 * model.spec.D + (
+    assert sum(tensor.nbytes for tensor in model.fp8_tensors) == 2 * model.head_VD.nbytes + 20 * model.spec.D + (
         24 * (2 * 2 * model.spec.V + 8)  # of 48 columns half are outliers, twice behind the rows in bf16
     )
     model.fp8 = "none"
@@ -243,7 +242,7 @@ def setting(fp8: Any, spec: Any = SPEC, **fields: Any) -> Setting:
 
 def test_the_plan_has_the_head_twice_in_8_bits() -> None:
     before, after = (predict_memory(setting(fp8)).components for fp8 in ("none", "head"))
-    assert after["weights"] - before["weights"] == 2 * SPEC.V * (SPEC.D + 64) + 4 * (SPEC.V + 4 * SPEC.D) + 8 * 64
+    assert after["weights"] - before["weights"] == 2 * SPEC.V * (SPEC.D + 64) + 4 * (SPEC.V + 6 * SPEC.D) + 8 * 64
     rest = {name: after[name] - before[name] for name in before if name not in ("weights", "slack", "loss workspace")}
     assert set(rest.values()) == {0}
     assert predict_memory(setting("all")).peak_bytes >= predict_memory(setting("head")).peak_bytes
@@ -251,10 +250,6 @@ def test_the_plan_has_the_head_twice_in_8_bits() -> None:
 
 def test_the_plans_workspace_is_the_launchers() -> None:
     kernel = pytest.importorskip("elo_engine.kernels.linear_cross_entropy_fp8")
-    ledger = Ledger()
-    memory_fp8.enter_head(setting("head"), ledger)
-    pieces = 3 * importlib.import_module("elo_engine.kernels.quantize_fp8").PIECE_BYTES
-    assert ledger.peak_bytes - ledger.live_bytes == pieces
     for N, V in ((8192, 128256), (4096, 50257), (100, 128256)):
         assert memory_engine_head.gpu_chunk(N, V, 3) == kernel.LAUNCH.chunk(N, V, 3)
         spec = preset_spec("llama-3.1-8b")

@@ -230,8 +230,7 @@ def test_launches_of_a_step_with_8_bit_operands(launched: list[str], sent: list[
     """Beside those of the step in bf16, whose loss has another kernel: a layer has four projections, each of which
     rounds both operands forward, and backward d_out once, both ways, and weight and input the other way around, but for
     the first projection's weight, since nothing before it learns. The head's loss rounds the hidden rows, and adds the
-    targets' term. Before all that the head itself is rounded for the step, rows and columns, so small a one in one
-    piece each.
+    targets' term. Before all that the head itself is rounded for the step, rows and columns.
     """
     engine = make(LLAMA, fp8="all")
     step(engine, rows(0))
@@ -240,7 +239,8 @@ def test_launches_of_a_step_with_8_bit_operands(launched: list[str], sent: list[
     layers, micro_batches = 2, 2
     found = Counter(launched)
     assert found["_quantize_tensor_kernel"] == micro_batches * (layers * 4 * (2 + 3) - 1)
-    assert found["_quantize_rows_kernel"] == micro_batches + 2 and found["_cross_entropy_fp8_kernel"] == micro_batches
+    assert found["_quantize_rows_kernel"] == micro_batches + 1 and found["_quantize_columns_kernel"] == 1
+    assert found["_cross_entropy_fp8_kernel"] == micro_batches
     assert found["_add_target_kernel"] == micro_batches and "_cross_entropy_forward_kernel" not in found
 
 

@@ -134,13 +134,28 @@ def test_what_is_not_finite_is_not_hidden(launch: Launcher, bad: float) -> None:
     assert scale.isnan() and reference_fp8.quantize_tensor(x)[1].isnan()
 
 
+def extremes(head: Tensor) -> tuple[Tensor, Tensor]:
+    return head.amin(0).float(), head.amax(0).float()
+
+
+def test_a_head_that_is_not_finite_is_not_hidden(launch: Launcher) -> None:
+    for bad in (torch.nan, torch.inf):
+        head = example(48, 64)
+        head[5, 9] = bad
+        _, rows_scale, columns, columns_scale = launch(
+            STEM, "quantize_both_layouts", head, torch.zeros(64), torch.arange(8), extremes(head)
+        )
+        assert rows_scale is not None and columns is not None and columns_scale is not None
+        back = columns.float() * columns_scale
+        assert back[9].isnan().any() and back[[8, 10]].isfinite().all()
+
+
 @pytest.mark.parametrize("vocabulary", [48, 300])
 def test_both_layouts_of_a_head(launch: Launcher, vocabulary: int) -> None:
     head = example(vocabulary, 64)
     mean = reference_fp8.mean_row(head, None)
     outliers = reference_fp8.outliers(reference_fp8.column_deviations(head, mean), None)
-    # in pieces, the last one smaller
-    made = launch(STEM, "quantize_both_layouts", head, mean, outliers, piece_bytes=4 * 64 * 37)
+    made = launch(STEM, "quantize_both_layouts", head, mean, outliers, extremes(head))
     rows, rows_scale, columns, columns_scale = (tensor for tensor in made if tensor is not None)
     head = head.float() - mean
     padded = -(-vocabulary // 16) * 16
@@ -154,10 +169,33 @@ def test_both_layouts_of_a_head(launch: Launcher, vocabulary: int) -> None:
         true, true_scale = truth
         assert torch.equal(bits(found), bits(true)) and torch.equal(scale, true_scale)
     # the same places, written over by another head
-    launch(STEM, "quantize_both_layouts", -2 * head.bfloat16(), mean, outliers, out=tuple(made))
-    again = launch(STEM, "quantize_both_layouts", -2 * head.bfloat16(), mean, outliers)
+    other = -2 * head.bfloat16()
+    launch(STEM, "quantize_both_layouts", other, mean, outliers, extremes(other), out=tuple(made))
+    again = launch(STEM, "quantize_both_layouts", other, mean, outliers, extremes(other))
     for written, true in zip(made, again, strict=True):
         assert written is not None and true is not None and torch.equal(bits(written), bits(true))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(x_ND - shift_D) * inverse_D", "x_ND * inverse_D"),
+        ("tl.load(most_ptr", "tl.load(least_ptr"),
+        ("shift_D - tl.load(least_ptr", "shift_D - tl.load(most_ptr"),
+        ("x_D -= tl.load(shift_ptr", "x_D += tl.load(shift_ptr"),
+        ("x_J -= tl.load(shift_ptr", "x_J += tl.load(shift_ptr"),
+        ("outliers_J=outliers_J, left=False", "outliers_J=outliers_J, left=True"),
+    ],
+)
+def test_a_planted_error_in_a_head_is_seen(launch: Launcher, old: str, new: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    head = torch.randn(48, 64, generator=generator).bfloat16()
+    head[7] *= -8  # some columns have their largest number above the mean and some below it
+    given = head, torch.randn(64, generator=generator), torch.arange(8), extremes(head)
+    right, wrong = (launch(STEM, "quantize_both_layouts", *given, planted=planted) for planted in ([], [(old, new)]))
+    assert not all(
+        a is not None and b is not None and torch.equal(bits(a), bits(b)) for a, b in zip(right, wrong, strict=True)
+    )
 
 
 @pytest.mark.parametrize("by", ["rows", "tensor"])

@@ -12,7 +12,7 @@ from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure import memory_engine_mlp as mlp
 from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_attention import copies_bytes, flash_backward_bytes, lse_bytes
-from elo_engine.measure.memory_fp8 import Fp8Products, enter_head
+from elo_engine.measure.memory_fp8 import Fp8Products, head_bytes
 from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
 from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes, turn_bytes
 from elo_engine.measure.memory_shapes import coded_bytes, projections, split_spike, step_buffer_bytes
@@ -75,7 +75,7 @@ class EngineStep:
             tiles = sum(-(-size // _ADAMW_TILE) for size in leaves)
             ledger.add("optimizer", 8 * tiles + 4 * -(-tiles // _TILES_PER_SUM))
         ledger.add(ACT, table_bytes(self.setting) + step_buffer_bytes(self.setting))
-        enter_head(self.setting, ledger)
+        ledger.add("weights", head_bytes(self.setting))
 
     def gradient(self, layer: int, name: str, size: int) -> None:
         """The gradient of a leaf of `size` elements, in the weights' type."""

@@ -10,7 +10,7 @@ from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.setting import Setting
 
 ACT = "activations"
-_ALIGN, _PIECE_BYTES = 16, 1 << 25  # kernels.quantize_fp8.ALIGN and PIECE_BYTES
+_ALIGN = 16  # kernels.quantize_fp8.ALIGN
 
 
 def padded(count: int) -> int:
@@ -29,14 +29,7 @@ def head_bytes(setting: Setting) -> int:
         return 0
     V, D, J = padded(setting.spec.V), setting.spec.D, outliers(setting.spec.D)
     rounded = V * (2 * D + 2 * J) + 4 * (V + D) if setting.device == "cuda" else 4 * setting.spec.V * (D + J)
-    return 12 * D + 8 * J + rounded
-
-
-def enter_head(setting: Setting, ledger: Ledger) -> None:
-    """The rounded head, and the pieces in fp32 of which it is made anew at each step's beginning."""
-    ledger.add("weights", head_bytes(setting))
-    if setting.fp8 != "none" and setting.device == "cuda":
-        ledger.spike(ACT, 3 * min(_PIECE_BYTES, 4 * setting.spec.V * setting.spec.D))
+    return 20 * D + 8 * J + rounded
 
 
 class Fp8Products:

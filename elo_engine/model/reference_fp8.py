@@ -57,7 +57,7 @@ def quantize_rows(
 
     outliers_J: columns of which what rounding left over is rounded too and set behind the rows, [N, D + 2 J]: [q, q of
         those, rest of those] in a product's left operand, [q, rest, q] in its right. Then left @ right^T has of these
-        columns q q' + q rest' + rest q', which is their exact product but for rest rest', 2^-8 of it.
+        columns q q' + q rest' + rest q': off by 2^-8 or so, by rest rest' and by what rounding left of the rests.
     """
     scale_N1 = scale_of(x_ND.float().abs().amax(1, keepdim=True), kind)
     scaled_ND = x_ND.float() / scale_N1

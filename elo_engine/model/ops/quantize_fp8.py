@@ -127,6 +127,7 @@ class Fp8Head:
         self._head_VD, self._seed, self._moves = head_VD.detach(), seed, softcap is None
         self._centre_D = reference_fp8.mean_row(self._head_VD, softcap)
         self._deviation_D = reference_fp8.column_deviations(self._head_VD, self._centre_D)
+        self._extremes = self._head_VD.amin(0).float(), self._head_VD.amax(0).float()
         self.outliers_J = reference_fp8.outliers(self._deviation_D, hidden_ND)
         self.mean_D = self._shifted(0)
         self.rows_VC: Tensor | None = None
@@ -137,7 +138,9 @@ class Fp8Head:
         if fp8_emulated():
             self.of_emulation = reference_fp8.rounded_head(self._head_VD, self.mean_D, self.outliers_J)
         else:
-            made = self._kernels().quantize_both_layouts(self._head_VD, self.mean_D, self.outliers_J)
+            made = self._kernels().quantize_both_layouts(
+                self._head_VD, self.mean_D, self.outliers_J, self._extremes
+            )
             self.rows_VC, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1 = made
 
     @torch.no_grad()
@@ -152,13 +155,15 @@ class Fp8Head:
                 held.copy_(new)
         else:
             out = self.rows_VC, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1
-            self._kernels().quantize_both_layouts(self._head_VD, self.mean_D, self.outliers_J, out=out)
+            self._kernels().quantize_both_layouts(
+                self._head_VD, self.mean_D, self.outliers_J, self._extremes, out=out
+            )
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that it holds beside the head."""
         held = self.rows_VC, self.rows_scale_V1, self.columns_DV, self.columns_scale_D1
-        beside = [self._centre_D, self._deviation_D, self.mean_D, self.outliers_J]
+        beside = [self._centre_D, self._deviation_D, *self._extremes, self.mean_D, self.outliers_J]
         return [*beside, *(tensor for tensor in held if tensor is not None), *(self.of_emulation or ())]
 
     def _shifted(self, step: int) -> Tensor:
