@@ -123,7 +123,7 @@ def _pretrain(part: str, model: str, fp8: str, card: str) -> Iterator[Asked]:
             yield Asked(part, "mfu", f"{what}, MFU", MFU, why=RECORD)
         yield Asked(part, "ceiling_share", f"{what}, share of this run's matmul ceiling", CEILING_SHARE.get(model),
                     why=GOOD if model in CEILING_SHARE else "")  # fmt: skip
-    yield Asked(part, "p90_over_p50", f"{what}, step times p90/p50", most=STEADY)
+    yield Asked(part, "p90_over_p50", f"{what}, step times p90/p50, a wait after each", most=STEADY)
 
 
 def _graph(part: str) -> Iterator[Asked]:

@@ -185,7 +185,7 @@ def test_a_norm_that_is_not_finite_changes_nothing() -> None:
     outcome = streamed.step(rows, int((rows.labels_BT >= 0).sum()), 1e-2, first=False, should_stop=never)
     assert outcome is not None and not outcome.updated
     poison(streamed, float(before["model.norm.weight"][0]))
-    assert differing(before, everything(streamed)) == []
+    assert differing(before, everything(streamed)) == ["attempts"], "the count of steps, by which later ones draw"
     assert case.steps(resident, 3, 5) == case.steps(streamed, 3, 5)
 
 

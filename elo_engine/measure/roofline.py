@@ -63,7 +63,7 @@ class NamedWork:
 
 
 @cache
-def measure_ceilings(device: torch.device, dtype: torch.dtype, rounds: int = 3) -> Ceilings:
+def measure_ceilings(device: torch.device, dtype: torch.dtype, rounds: int = 6) -> Ceilings:
     """The fastest of `rounds` turns after one that is not counted; measured once in a process. Takes up to 0.5 GiB."""
     n, count = (8192, 1 << 26) if device.type == "cuda" else (2048, 1 << 26)
     if device.type == "cpu" and dtype != torch.float32:
