@@ -107,8 +107,8 @@ def _numerics(engine: StageEngine, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _saved(engine: StageEngine) -> state.Saved:
-    return cast(state.Saved, engine.optimizer)  # a ResidentEngine that is a stage of its own has a MasterAdamW
+def _saved(engine: StageEngine) -> state.Restored:
+    return cast(state.Restored, engine.optimizer)  # a ResidentEngine that is a stage of its own has a MasterAdamW
 
 
 def _to_save(engine: StageEngine, step: int) -> state.Saved:

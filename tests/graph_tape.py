@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from launching import _round_as_hardware_does as round_as_hardware_does
+from planted_graphs import ScaleOfTheHost
 from rows_fixture import random_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -42,7 +43,6 @@ from elo_engine.train import step_buffers
 from elo_engine.train.graphed import GraphedEngine
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
-from elo_engine.train.step_buffers import Room
 
 CPU = torch.device("cpu")
 SPEC = replace(preset_spec("smollm2-135m"), D=16, F=16, V=48, H=2, K=1, E=8, layers=3)
@@ -264,20 +264,6 @@ class TextOfTheHost(GraphedEngine):
         if self._buffers is not None:
             self._buffers._tokens_3N = self._buffers._tokens_3N.clone()
         return super().step(*args, **rest)
-
-
-class ScaleOfTheHost(GraphedEngine):
-    """Planted: the head's gradient is scaled by the tokens of the step that was captured."""
-
-    def _make(self, room: Room, *, first: bool = False) -> None:
-        given = self.model.outer_gradients
-        self.model.outer_gradients = lambda scale: given(1 / self.tokens)  # type: ignore[method-assign]
-        super()._make(room, first=first)
-        self.model.outer_gradients = given  # type: ignore[method-assign]
-
-    def step(self, rows: RowBatch, tokens_loss: int, lr: float, **rest: Any) -> Any:
-        self.tokens = tokens_loss
-        return super().step(rows, tokens_loss, lr, **rest)
 
 
 class RowsOfTheHost(GraphedEngine):

@@ -11,30 +11,22 @@ import pytest
 import torch
 
 from elo_engine.config import OptimizerConfig
-from elo_engine.data import Mixture, TokenStore
+from elo_engine.data import Mixture
 from elo_engine.model import ops, reference_fp8
-from elo_engine.model.ops.quantize_fp8 import EMULATE
 from elo_engine.train.loop import to_batch
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
 
+from .test_fp8 import emulated, mixture  # noqa: F401
 from .test_loop import shallow
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(EMULATE, "emulated")
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
-@pytest.fixture
-def mixture(shards: dict[str, str]) -> Mixture:
-    stores = {name: TokenStore(Path(shards[f"{name}-train"])) for name in ("ja", "en")}
-    return Mixture(stores, {"ja": 9.0, "en": 1.0}, 32, 42)
-
-
-def test_each_step_has_a_rounding_of_its_own(untied: Path, mixture: Mixture) -> None:
+def test_each_step_has_a_rounding_of_its_own(untied: Path, mixture: Mixture) -> None:  # noqa: F811
     """What 8 bits change of a logit averages out over steps, where of one rounding it stays; the same step of the same
     seed has the same bits, in the same memory.
     """
@@ -68,7 +60,7 @@ def test_each_step_has_a_rounding_of_its_own(untied: Path, mixture: Mixture) -> 
     assert all(map(torch.equal, capped.tensors, before)) and not capped.mean_D.any()
 
 
-def test_a_step_rounds_the_head_that_it_trains_with(untied: Path, mixture: Mixture) -> None:
+def test_a_step_rounds_the_head_that_it_trains_with(untied: Path, mixture: Mixture) -> None:  # noqa: F811
     model, seen = shallow(untied, torch.bfloat16), []
     model.use_fp8("head", seed=5)
     optimizer = MasterAdamW(model, OptimizerConfig(lr=1e-4))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from planted_graphs import ScaleOfTheHost
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -230,20 +231,6 @@ class TokensOfTheHost(StepBuffers):
     def fill(self, rows: RowBatch, room: Room, given: Tensor, tokens_loss: int) -> None:
         super().fill(rows, room, given, tokens_loss)
         self.inverse = 1 / tokens_loss  # type: ignore[assignment]
-
-
-class ScaleOfTheHost(GraphedEngine):
-    """The head's gradient of the sum of losses, scaled as a launched step does it."""
-
-    def _make(self, room: Room, *, first: bool = False) -> None:
-        given = self.model.outer_gradients
-        self.model.outer_gradients = lambda scale: given(1 / self.tokens)  # type: ignore[method-assign]
-        super()._make(room, first=first)
-        self.model.outer_gradients = given  # type: ignore[method-assign]
-
-    def step(self, rows: RowBatch, tokens_loss: int, lr: float, **rest: Any) -> StepOutcome | None:
-        self.tokens = tokens_loss
-        return super().step(rows, tokens_loss, lr, **rest)
 
 
 class RowsOfTheText(StepBuffers):

@@ -41,10 +41,6 @@ class Collected:
         """As of `LeafState.moments`."""
         return self.held_moments
 
-    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Is not for what was collected."""
-        raise NotImplementedError
-
 
 class ShardedAdamW:
     """AdamW with fp32 masters and moments, each process for its share.

@@ -62,10 +62,14 @@ class Saved(Protocol):
 
     def moments(self) -> dict[str, Tensor]: ...
 
-    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None: ...
-
     @property
     def snapshot_bytes(self) -> int: ...
+
+
+class Restored(Saved, Protocol):
+    """What can also take them back."""
+
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None: ...
 
 
 def save_snapshot(
@@ -184,7 +188,7 @@ def _progress(folder: Path, told: dict[str, Any]) -> Progress:
     return Progress(**told)
 
 
-def restore(folder: Path, optimizer: Saved) -> None:
+def restore(folder: Path, optimizer: Restored) -> None:
     """Load weights and moments of a verified snapshot into the optimizer and its model."""
     optimizer.load(load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors"))
 
