@@ -51,7 +51,8 @@ def _speedup(result: dict[str, Any]) -> tuple[Figures, Notes]:
             notes[name] = why((base, arms.get(base)), ("elo_pretrain", ours), ("elo_align", align))
     if _ran(align) and _ran(trainer):
         assert align is not None and trainer is not None
-        figures["align_over_trainer"] = align["tokens_per_s"]["median"] / trainer["tokens_per_s"]["median"]
+        ours_s, theirs_s = align["tokens_per_s"]["median"], trainer["tokens_per_s"]["median"]
+        figures |= {"align_over_trainer": ours_s / theirs_s, "trainer_tokens_per_s": theirs_s, "split": result["split"]}
     else:
         notes["align_over_trainer"] = why(("elo_align", align), ("transformers_full", trainer))
     return figures, notes
@@ -67,7 +68,8 @@ def _memory(result: dict[str, Any]) -> tuple[Figures, Notes]:
     points = [point for point in result["points"] if point["arm"] == "elo_pretrain"]
     for point in points:
         if point.get("cap_bytes"):
-            figures["under_cap"] = float(point["status"] == "ran")
+            if point["status"] in ("ran", "out of memory"):  # whatever else befell it says nothing of memory
+                figures["under_cap"] = float(point["status"] == "ran")
             if point["measured_bytes"] is not None:
                 figures["under_cap_gib"] = point["measured_bytes"] / GIB
             if point["status"] != "ran":
@@ -81,7 +83,7 @@ def _memory(result: dict[str, Any]) -> tuple[Figures, Notes]:
             }
         else:
             notes |= dict.fromkeys(("measured_gib", "predicted_over_measured"), point.get("why") or point["status"])
-    if "under_cap" not in figures:
+    if "under_cap" not in figures and "under_cap" not in notes:
         notes["under_cap"] = (
             "a cap is tried on a GPU that has more than it free, and this run had no such GPU or no time for it"
         )

@@ -10,6 +10,7 @@ divisible by 16, pointers aligned.
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def compile_for(specimen: Specimen, capability: int) -> Cost:
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={target[1]}"]
+        command = [_ptxas(capability), "-v", "--regAllocOptLevel=2", f"--gpu-name={target[1]}"]
         done = subprocess.run([*command, str(source), "-o", str(result)], capture_output=True, text=True)
     registers = re.search(r"Used (\d+) registers", done.stderr)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
@@ -108,6 +109,13 @@ def compile_for(specimen: Specimen, capability: int) -> Cost:
         raise RuntimeError(f"{specimen.name} for sm_{capability}: ptxas said: {done.stdout}{done.stderr}")
     shared: int = _compile(specimen, capability).metadata.shared
     return Cost(int(registers[1]), int(spills[1]) + int(spills[2]), shared)
+
+
+def _ptxas(capability: int) -> str:
+    """Where it is: Triton has had a second one for Blackwell since 3.5, and before takes no word of the target."""
+    told = (capability,) if inspect.signature(get_ptxas).parameters else ()
+    path: str = get_ptxas(*told).path
+    return path
 
 
 def table(progress: Callable[[str], None] | None = None) -> str:

@@ -139,3 +139,37 @@ def test_the_slow_exact_way_stays_on_its_device(window: int | None, softcap: flo
     q_NHE, k_NKE, v_NKE = (x.to("meta") for x in heads())
     out_NHE = attention.cpu.attention_by_segment(q_NHE, k_NKE, v_NKE, STARTS, 0.3, window, softcap)
     assert out_NHE.device.type == "meta" and out_NHE.shape == (13, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "E", "window", "repeated"),
+    [
+        (torch.float32, 8, None, True),
+        (torch.bfloat16, 8, None, False),
+        (torch.bfloat16, 8, 3, True),
+        (torch.bfloat16, 264, None, True),
+    ],
+)
+def test_off_the_cpu_no_call_is_left_to_torchs_kernel_of_all_scores(
+    dtype: torch.dtype, E: int, window: int | None, repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grouped heads go to flash attention alone; whatever else serves gets as many keys as queries."""
+    calls = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        calls.append((k.shape[1] == v.shape[1] == q.shape[1], options["enable_gqa"]))
+        return plain(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    q_NHE, k_NKE, v_NKE = (torch.zeros(13, count, E, dtype=dtype, device="meta") for count in (4, 2, 2))
+    attention.cpu.attention_by_segment(q_NHE, k_NKE, v_NKE, [0, 6, 13], 0.3, window, None)
+    assert set(calls) == ({(True, False)} if repeated else {(False, True)})
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_repeated_heads_are_the_ones_of_their_group(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_attention = importlib.import_module("elo_engine.model.cpu_attention")
+    monkeypatch.setattr(cpu_attention, "_one_for_each_query", lambda q_SHTE, *, masked: True)
+    found = cpu_attention.attention_by_segment(*heads(), STARTS, 0.3, window, None)
+    torch.testing.assert_close(found, reference.attention(*heads(), STARTS, 0.3, window))

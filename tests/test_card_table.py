@@ -87,6 +87,7 @@ def test_the_figures_that_were_asked_for_are_there(wanted: list[Asked]) -> None:
         ("speedup llama-3.1-8b", "pipeline"): (8.0, None), (big, "mfu"): (0.60, None),
         (big, "tokens_per_s"): (117_000.0, None), (big, "p90_over_p50"): (None, 1.03),
         (f"{big}, fp8 head", "over_bf16"): (1.16, None), (f"{big}, fp8 all", "over_bf16"): (1.49, None),
+        (f"{big}, fp8 all", "pipeline"): (9.0, None), (f"{big}, fp8 head", "pipeline"): (None, None),
         ("speedup llama-3.1-8b", "align_over_trainer"): (1.3, None),
         ("compile llama-3.1-8b", "first_step_s"): (None, 60.0), ("memory llama-3.1-8b", "under_cap"): (1, 1),
         ("memory llama-3.1-8b", "measured_gib"): (None, 7.2),
@@ -141,6 +142,25 @@ def test_eight_bits_are_held_against_bf16_of_the_same_run() -> None:
     assert alone["notes"] == {"over_bf16": "pretrain x was not measured"} and "over_bf16" not in alone["figures"]
 
 
+def test_the_pipeline_of_eight_bits_is_that_of_bf16_with_a_faster_pretraining() -> None:
+    """At the same speed it is the same pipeline, but for medians of rounds; pretraining twice as fast, by hand."""
+    result, _ = speedup(device="cuda")
+    figures, _ = figures_of(result)
+    assert figures["split"] == 0.9 and figures["trainer_tokens_per_s"] > 0
+    for ratio in (1.0, 2.0):
+        rows = [row_of(Part(name, "speedup", (), 0, 0), "ran", "", figures=of) for name, of in (
+            ("speedup x", figures), ("pretrain x", {"tokens_per_s": 50.0}),
+            ("pretrain x, fp8 all", {"tokens_per_s": 50.0 * ratio}),
+        )]  # fmt: skip
+        found = with_ratios(rows)[2]
+        seconds = {name: 1 / result["arms"][name]["tokens_per_s"]["median"] for name in
+                   ("transformers_full", "elo_pretrain", "elo_align")}  # fmt: skip
+        by_hand = seconds["transformers_full"] / (0.9 * seconds["elo_pretrain"] / ratio + 0.1 * seconds["elo_align"])
+        assert found["figures"]["pipeline"] == pytest.approx(by_hand, rel=1e-12)
+    alone = with_ratios(rows[1:])[1]
+    assert alone["notes"] == {"pipeline": "speedup x was not measured"} and "pipeline" not in alone["figures"]
+
+
 def test_figures_of_a_comparison() -> None:
     result, _ = speedup(device="cuda")
     figures, notes = figures_of(result)
@@ -178,6 +198,9 @@ def test_figures_of_memory_and_of_kernels() -> None:
     figures, _ = figures_of(result | {"points": [capped | {"status": "ran", "measured_bytes": 7 * GIB}]})
     assert figures["under_cap"] == 1.0 and figures["under_cap_gib"] == 7.0
     assert "under_cap" in figures_of(result | {"points": [free]})[1]
+    broken = capped | {"status": "failed", "why": "no compiler"}  # says nothing of memory
+    figures, notes = figures_of(result | {"points": [free, broken]})
+    assert "under_cap" not in figures and notes == {"under_cap": "no compiler"}
     contests = kernels()["contests"]
     arms = {"torch": {"median_ms": 3.0}, "liger": {"median_ms": 2.0}, "engine": {"median_ms": 1.6},
             "engine, fp8": {"median_ms": 1.0}, "cce": {"skipped": "not installed"}}  # fmt: skip

@@ -32,6 +32,16 @@ def lse_bytes(setting: Setting) -> int:
     return 4 * setting.spec.H * setting.N * (2 if setting.device == "cpu" and setting.spec.softcap is not None else 1)
 
 
+def repeated_bytes(setting: Setting) -> int:
+    """Keys and values once for every query head, which torch's memory-efficient attention wants in fp32 on a GPU and
+    keeps for the backward pass (model/cpu_attention.py); rows of one document.
+    """
+    spec = setting.spec
+    if setting.device == "cpu" or setting.width == 2 or spec.H == spec.K:
+        return 0
+    return 2 * setting.N * spec.H * spec.E * setting.width
+
+
 def copies_bytes(setting: Setting, index: int, *, backward: bool) -> int:
     """What csrc's attention holds in fp32 of a layer in bf16 during its call: queries, keys, values and output, in the
     backward pass also the output's gradient and those of the first three.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure import memory_engine_mlp as mlp
 from elo_engine.measure.ledger import Held, Ledger
-from elo_engine.measure.memory_attention import copies_bytes, flash_backward_bytes, lse_bytes
+from elo_engine.measure.memory_attention import copies_bytes, flash_backward_bytes, lse_bytes, repeated_bytes
 from elo_engine.measure.memory_fp8 import Fp8Products, head_bytes
 from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
 from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes, turn_bytes
@@ -176,6 +176,7 @@ class EngineStep:
             self.head_norms(kept)
         ledger.spike(ACT, turn_bytes(self.setting, index, back=False))
         kept["lse"] = ledger.add(ACT, lse_bytes(self.setting))
+        kept["repeated"] = ledger.add(ACT, repeated_bytes(self.setting))
         ledger.spike(ACT, copies_bytes(self.setting, index, backward=False))
         kept["mixed"] = ledger.add(ACT, self.NHE)
         update = self.fp8.out(self.ND, self.spec.H * self.spec.E)
@@ -309,7 +310,7 @@ class EngineStep:
         ledger.spike(ACT, copies + sums if copies else 0)  # before there is a gradient in bf16
         parts = [ledger.add(ACT, self.NHE), ledger.add(ACT, self.NKE), ledger.add(ACT, self.NKE)]
         ledger.spike(ACT, flash_backward_bytes(self.setting) if self.cuda else sums)
-        ledger.drop(d_mixed, *(kept.pop(name) for name in ("qkv", "mixed", "lse")))
+        ledger.drop(d_mixed, *(kept.pop(name) for name in ("qkv", "mixed", "lse", "repeated")))
         d_qkv = ledger.add(ACT, self.NC)
         ledger.drop(*parts)
         return d_qkv

@@ -141,6 +141,7 @@ def attention_by_segment(
         span = slice(segment_starts[run], segment_starts[stop])
         q, k, v = (x[span].unflatten(0, (stop - run, lengths[run])).transpose(1, 2) for x in (q_NHE, k_NKE, v_NKE))
         if softcap is None and (window is None or window >= lengths[run]):
+            k, v = _heads_for(q, k, v, masked=False)
             mixed = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
@@ -162,6 +163,7 @@ def _by_chunk(
         q, k, v = q_SHTE[:, :, first:last], k_SKTE[:, :, oldest:last], v_SKTE[:, :, oldest:last]
         seen_TT = _seen(first, oldest, last, q.device, window)
         if softcap is None:
+            k, v = _heads_for(q, k, v, masked=True)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=seen_TT, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
@@ -169,6 +171,23 @@ def _by_chunk(
             out = _capped(q, k, v, seen_TT, scale, softcap)
         outputs.append(out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _heads_for(q_SHTE: Tensor, k_SKTE: Tensor, v_SKTE: Tensor, *, masked: bool) -> tuple[Tensor, Tensor]:
+    """Keys and values as a fused kernel of torch takes them: as they are, or once for every query head."""
+    each = q_SHTE.shape[1] // k_SKTE.shape[1]
+    if each == 1 or not _one_for_each_query(q_SHTE, masked=masked):
+        return k_SKTE, v_SKTE
+    return k_SKTE.repeat_interleave(each, dim=1), v_SKTE.repeat_interleave(each, dim=1)
+
+
+def _one_for_each_query(q_SHTE: Tensor, *, masked: bool) -> bool:
+    """On a GPU only flash attention, which is for 16 bits, heads of up to 256 and no mask, takes fewer heads of keys
+    than of queries. Its memory-efficient attention does not, and torch would make all T x T scores without a word
+    (pytorch#154363).
+    """
+    flash = q_SHTE.dtype != torch.float32 and q_SHTE.shape[3] <= 256 and not masked
+    return q_SHTE.device.type != "cpu" and not flash
 
 
 def _seen(first: int, oldest: int, last: int, device: torch.device, window: int) -> Tensor:
