@@ -152,13 +152,12 @@ def figures(name: str, took: dict[str, list[float]]) -> dict[str, float]:
 
 def engines_of(setting: Setting, model: str, device: torch.device) -> tuple[dict[str, Steps], Callable[[str], None]]:
     """Both engines, each with a model of its own, and the check that graphs were captured."""
-    from elo_engine.train.graphed import CudaCaptures, GraphedEngine
+    from elo_engine.train.graphed import CudaCaptures, GraphedEngine, Graphing
 
     launched = engine_of(setting, model, device)
     other = engine_of(setting, model, device)
-    graphed = GraphedEngine(
-        other.model, other.optimizer, setting.micro_batch, CudaCaptures(device), print, must=True
-    )  # fmt: skip
+    how = Graphing(CudaCaptures(device), print, must=True)
+    graphed = GraphedEngine(other.model, other.optimizer, setting.micro_batch, how)
 
     def steps(engine: Any) -> Steps:
         return lambda rows, first: engine.step(rows, rows.tokens_loss, 1e-5, first=first, should_stop=lambda: False)

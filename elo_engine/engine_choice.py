@@ -105,6 +105,9 @@ def choose(
     """
     resident = stage_setting(config, "align", spec, device, auto_dtype)
     wanted, rooms = config.align.engine, Rooms(device_room, host_room, disk_room)
+    may_go = resident.turns is not None and resident.turns.graph and config.pretrain.graph == "auto"
+    if may_go and not rooms.has_device(needs_of(resident)):  # what graphs hold between their steps
+        resident = _without_graphs(resident)
     if wanted == "resident":
         return EngineChoice("resident", None, resident, "as align.engine says")
     said, resident_bytes = "as align.engine says", None
@@ -126,7 +129,12 @@ def choose(
 
 def streamed_setting(resident: Setting, streaming: Streaming) -> Setting:
     """The same alignment with a few layers on the device; they are always run again in the backward pass."""
-    return replace(resident, arm=STREAMED, streaming=streaming, recompute="layer", graph=False)
+    return replace(_without_graphs(resident), arm=STREAMED, streaming=streaming, recompute="layer")
+
+
+def _without_graphs(setting: Setting) -> Setting:
+    turns = None if setting.turns is None else replace(setting.turns, graph=False)
+    return replace(setting, graph=False, turns=turns)
 
 
 def _streaming(

@@ -20,13 +20,16 @@ from elo_engine.model import ops
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.spec import ModelSpec
 from elo_engine.train import world
-from elo_engine.train.graphed import CudaCaptures, GraphedEngine
+from elo_engine.train.graphed import CudaCaptures, GraphedEngine, Graphing
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
 
 Stage = Literal["pretrain", "align"]
 
 LAYER_BY_LAYER = "the streamed engine brings layer after layer to the device, as the host tells it"
+WHOLE_TURNS = "whole-model steps among shallow ones fit the bridge anew, with numbers of the host"
+BESIDE_STREAMED = "a streamed whole-model step needs the memory that graphs would hold between their steps"
+NO_ROOM = "what graphs would hold beside a whole-model step does not fit"
 SEVERAL = "several processes add up their gradients between the passes and the update"
 
 
@@ -49,8 +52,10 @@ def why_not(config: RunConfig, stage: Stage, spec: ModelSpec, device: str, auto_
         return f"CUDA graphs are of GPUs, and this is for {device}"
     if not bf16:
         return "flash attention takes bf16, and in fp32 attention goes document by document, as the host tells it"
-    if config.align.when == "interleaved":
-        return "align.when: interleaved takes turns of two kinds on one optimizer state, with numbers of the host"
+    if config.align.when == "interleaved" and stage == "align":
+        return WHOLE_TURNS
+    if config.align.when == "interleaved" and config.align.engine == "streamed":
+        return BESIDE_STREAMED
     if stage == "align" and config.align.engine == "streamed":
         return LAYER_BY_LAYER
     if stage == "pretrain" and config.pretrain.embedding == "host":
@@ -77,17 +82,24 @@ def planned(config: RunConfig, stage: Stage, spec: ModelSpec, device: str, auto_
     return reason is None
 
 
-def graph_plan(config: RunConfig, stage: Stage, setting: Setting) -> dict[str, Any]:
+def graph_plan(config: RunConfig, stage: Stage, setting: Setting, align: Setting) -> dict[str, Any]:
     """For a plan: whether steps are graphs as far as it can know, the buffers they are fed from, which are among the
     activations, why not, and what is refused: graphs that must be, of an engine that was chosen because of the memory.
+
+    Args:
+        setting: of the stage. align: of alignment, in whose turns the stage may be.
     """
     how = _section(config, stage).graph
-    streamed = LAYER_BY_LAYER if setting.arm == STREAMED else None
+    memory = None  # what was chosen because of it
+    if setting.arm == STREAMED:
+        memory = LAYER_BY_LAYER
+    elif stage == "pretrain" and align.turns is not None and not align.turns.graph:
+        memory = BESIDE_STREAMED if align.arm == STREAMED else NO_ROOM
     why = f"{stage}.graph: off" if how == "off" else None
-    why = why or why_not(config, stage, setting.spec, setting.device, setting.dtype) or streamed
+    why = why or why_not(config, stage, setting.spec, setting.device, setting.dtype) or memory
     refusal = None
-    if streamed is not None and how == "on":
-        refusal = _refusal(stage, f"{streamed}, and the whole model does not fit")
+    if memory is not None and how == "on":
+        refusal = _refusal(stage, f"{memory}, and the whole model does not fit")
     return {"used": setting.graph, "buffer_bytes": step_buffer_bytes(setting), "why_not": why, "refusal": refusal}
 
 
@@ -115,19 +127,30 @@ def resident_engine(
         RefusedError: `graph: on`, and this machine cannot.
     """
     section = _section(config, stage)
-    how, micro_batch = section.graph, section.rows_at_once
-    device, dtype = model.device, "bf16" if model.dtype == torch.bfloat16 else "fp32"
-    reason = why_not(config, stage, model.spec, device.type, dtype) or why_not_here(model)
-    launched(config, stage, reason, device, say)
+    making = graphing(config, stage, model, say)
+    if making is None:
+        return ResidentEngine(model, optimizer, section.rows_at_once)
+    return GraphedEngine(model, optimizer, section.rows_at_once, making)
+
+
+def graphing(
+    config: RunConfig, stage: Stage, model: Decoder, say: Callable[[str], None], *, room: bool = True
+) -> Graphing | None:
+    """How the steps of a stage become graphs; None where they are launched, and then on a GPU it is said why.
+
+    Args:
+        room: there is memory for what graphs hold beside another kind of step.
+
+    Raises:
+        RefusedError: `graph: on`, and this machine cannot.
+    """
+    how, dtype = _section(config, stage).graph, "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    reason = why_not(config, stage, model.spec, model.device.type, dtype) or why_not_here(model)
+    reason = reason or (None if room else NO_ROOM)
+    launched(config, stage, reason, model.device, say)
     if how == "off" or reason is not None:
-        return ResidentEngine(model, optimizer, micro_batch)
-
-    def told(text: str) -> None:
-        say(f"{stage}: {text}")
-
-    return GraphedEngine(
-        model, optimizer, micro_batch, CudaCaptures(device), told, must=how == "on", key=f"{stage}.graph"
-    )
+        return None
+    return Graphing(CudaCaptures(model.device), lambda text: say(f"{stage}: {text}"), how == "on", f"{stage}.graph")
 
 
 def why_not_here(model: Decoder) -> str | None:

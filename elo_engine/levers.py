@@ -134,7 +134,7 @@ class Advice:
 # Cost time or precision, but neither text, nor context, nor layers: a combination of these alone is named first.
 _SAME_LESSON = (
     ".micro_batch", ".recompute", ".optimizer.state", ".optimizer.master", "dtype", ".engine", ".stream.store",
-    ".stream.inputs", ".stream.vocabulary", ".embedding", ".fp8",
+    ".stream.inputs", ".stream.vocabulary", ".embedding", ".fp8", ".graph",
 )  # fmt: skip
 
 _ONE_MICRO_BATCH = "one micro-batch"  # stands for a number of tokens, known once the other overrides are
@@ -156,6 +156,8 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
             found.append(("align.stream.vocabulary", "sliced"))
         if setting.streaming.update == "lazy" and config.align.stream.vocabulary != "sliced":
             found.append(("align.stream.update", "at_once"))
+    if setting.turns is not None and setting.turns.graph:
+        found.append(("pretrain.graph", "off"))
     if setting.micro_batch > 1:
         found.append((f"{stage}.micro_batch", 1))
     if setting.arm != STREAMED:  # which runs every layer again

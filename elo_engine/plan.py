@@ -121,7 +121,7 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
     stages["align"]["engine"] = _engine(choice)
     stages["pretrain"]["bridge"] = bridge_plan(config, pretrain)
     for stage, setting in settings.items():
-        stages[stage]["graph"] = graph_plan(config, stage, setting)
+        stages[stage]["graph"] = graph_plan(config, stage, setting, align)
     share = config.pretrain.tokens / (config.pretrain.tokens + config.align.tokens)
     plan: dict[str, Any] = {
         "model": {"family": spec.family, "layers": spec.layers, "parameters": spec.parameters, "tied": spec.tied},
@@ -172,7 +172,11 @@ class Planning:
         """Of a stage, with the engine that it will use."""
         if stage == "align":
             return self.choice(config).setting
-        return stage_setting(config, stage, self._spec, self._target.device, self._target.dtype)
+        setting = stage_setting(config, stage, self._spec, self._target.device, self._target.dtype)
+        if setting.graph and config.align.when == "interleaved":  # whether it can be, the whole model's engine says
+            turns = self.choice(config).setting.turns
+            return replace(setting, graph=turns is not None and turns.graph)
+        return setting
 
     def advice(
         self, config: RunConfig, stage: StageName, what: Literal["device", "host"], room: Room

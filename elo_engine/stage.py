@@ -222,7 +222,7 @@ def run_stage(
     def evaluate(at: Progress) -> None:
         if heldout is None or (world.rank() and not together):
             return
-        if isinstance(engine, GraphedEngine):
+        if isinstance(engine, GraphedEngine | InterleavedEngine):
             engine.let_go()
         for what, scorer in scorers.items():
             run.beat("evaluating")

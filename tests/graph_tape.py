@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from elo_engine.config import OptimizerConfig
+from elo_engine.config import OptimizerConfig, make_config
 from elo_engine.data import RowBatch
 from elo_engine.model import decoder, names, ops
+from elo_engine.model.bridge import GapStatistics, gaps
 from elo_engine.model.decoder import Decoder, run_layer
 from elo_engine.model.layers import Packing
 from elo_engine.model.ops import choice
@@ -40,7 +41,8 @@ from elo_engine.model.ops.adamw import AdamwState
 from elo_engine.model.presets import preset_spec
 from elo_engine.model.spec import ModelSpec
 from elo_engine.train import step_buffers
-from elo_engine.train.graphed import GraphedEngine
+from elo_engine.train.graphed import GraphedEngine, Graphing
+from elo_engine.train.interleaved import InterleavedEngine
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
 
@@ -204,24 +206,88 @@ def step_rows(step: int) -> RowBatch:
     return replace(rows, ids_BT=7 * rows.ids_BT, labels_BT=labels)
 
 
+def random_tensors(spec: ModelSpec) -> dict[str, Tensor]:
+    """bf16, by name."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: (torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0, 0.2, generator=generator))
+        .bfloat16()
+        for name, shape in names.expected_shapes(spec).items()
+    }  # fmt: skip
+
+
 def make(
     graphed: type[GraphedEngine] | None, micro_batch: int, whole: str = "", last: bool = False, **optimizer: Any
 ) -> ResidentEngine:
     """The shallow model of the first layer, or also the last, or a whole one of a single layer, tied or untied."""
     spec: ModelSpec = replace(SPEC, layers=1, tied=whole == "tied") if whole else SPEC
-    generator = torch.Generator().manual_seed(3)
-    tensors = {
-        name: (torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0, 0.2, generator=generator))
-        .bfloat16()
-        for name, shape in names.expected_shapes(spec).items()
-    }  # fmt: skip
-    model = Decoder(spec, tensors, (0, spec.layers - 1) if last else (0,), train_outer=bool(whole))
+    model = Decoder(spec, random_tensors(spec), (0, spec.layers - 1) if last else (0,), train_outer=bool(whole))
     made = MasterAdamW(model, OptimizerConfig(weight_decay=0.125, clip=0.5, **optimizer), seed=11)
     if graphed is None:
         return ResidentEngine(model, made, micro_batch)
-    engine = graphed(model, made, micro_batch, Taped(), said.append)
+    engine = graphed(model, made, micro_batch, Graphing(Taped(), said.append))
     engine._eager_left = 1
     return engine
+
+
+def interleaved(graphed: bool, state: str = "fp32", plant: bool = False) -> InterleavedEngine:
+    """Four shallow steps of the first layer and two of the whole model, which move the bridge to the final norm.
+
+    plant: the bridge is another tensor whenever it is fitted.
+    """
+    optimizer = {"state": state, "weight_decay": 0.125, "clip": 0.5}
+    stage = {"tokens_per_step": ROWS * T, "micro_batch": ROWS, "recompute": "none", "optimizer": optimizer}
+    config = make_config(
+        {
+            "model": "x", "output": "y", "seed": 11, "data": {"shards": {"ja": "z"}, "sequence_length": T},
+            "detach": {"layers": [0], "bridge": "linear", "bridge_tokens": 12 * ROWS * T},
+            "pretrain": stage | {"tokens": 4 * ROWS * T},
+            "align": stage | {"tokens": 2 * ROWS * T, "when": "interleaved"},
+        }
+    )
+    spec = replace(SPEC, layers=2)
+    model = Decoder(spec, random_tensors(spec), (0, 1), train_outer=True)
+    D, (gap,) = spec.D, gaps(spec.layers, (0,))
+    known = GapStatistics(D, CPU)
+    before_ND, after_ND = torch.randn(2, 4 * D, D, generator=torch.Generator().manual_seed(5))
+    known.add(before_ND, after_ND)
+    bridges = {gap: known.fit(config.detach.ridge).bridge}
+    how = Graphing(Taped(), said.append) if graphed else None
+    engine = InterleavedEngine(model, (0,), config, bridges=bridges, statistics={gap: known}, how=how)
+    shallow: Any = engine.shallow
+    shallow._eager_left = 1
+    if plant:
+        shallow.model.replace_bridges = shallow.model._set_bridges
+    return engine
+
+
+def in_turns(engine: InterleavedEngine) -> list[Any]:
+    """Loss, norm and whether the step was made, of each in the order of the run."""
+    found = []
+    for step, rate in enumerate(RATES):
+        turn, rows = engine.turns.turn(step), step_rows(step)
+        outcome = turn.engine.step(rows, rows.tokens_loss, rate, first=step == 0, should_stop=lambda: False)
+        assert outcome is not None
+        made = outcome.updated
+        found.append([turn.kind, outcome.loss_sum if made else "", outcome.norm if made else "", made])
+    return found
+
+
+def compare_turns(case: dict[str, Any]) -> dict[str, Any]:
+    """Launched, with shallow steps as graphs, and with a planted error."""
+    decoder.run_layer = layer_as_defined  # type: ignore[assignment]
+    plain, graphed, wrong = interleaved(False), interleaved(True), interleaved(True, plant=True)
+    right = in_turns(plain)
+    told: dict[str, Any] = {"steps": right, "outcomes": in_turns(graphed) == right}
+    told["graphs"] = len(graphed.shallow._graphs)  # type: ignore[attr-defined]
+    told["differing"] = differing(state_of(plain), state_of(graphed))
+    return told | {"another bridge": in_turns(wrong) == right and not differing(state_of(plain), state_of(wrong))}
+
+
+def state_of(engine: InterleavedEngine) -> dict[str, Tensor]:
+    """Leaves, and what a snapshot has."""
+    leaves = {f"leaf {i}": leaf.tensor.detach() for i, leaf in enumerate(engine.model.leaves)}
+    return leaves | engine.optimizer.weights() | engine.optimizer.moments()
 
 
 said: list[str] = []
@@ -316,4 +382,7 @@ if __name__ == "__main__":
     ops.attention = attention
     tape_launches()
     step_buffers.FEWEST_DOCUMENTS = 2
-    print(json.dumps({name: compare(case) for name, case in json.loads(sys.argv[1]).items()} | {"said": said}))
+    told = {
+        name: (compare_turns if case.get("turns") else compare)(case) for name, case in json.loads(sys.argv[1]).items()
+    }
+    print(json.dumps(told | {"said": said}))

@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         # rows are rounded to bf16 and put into a matrix of zeros
         "untied, one micro-batch": {"micro_batch": 2, "state": "fp32", "whole": "untied"},
     },
+    "in turns": {"shallow steps among whole-model steps": {"turns": True}},
 }
 PLANTS = "RateOfTheHost", "TextOfTheHost", "ScaleOfTheHost", "RowsOfTheHost"  # what they are: graph_tape.py
 
@@ -49,6 +50,12 @@ def test_taped_steps_train_as_launched_ones(which: str) -> None:
     all_told: dict[str, Any] = json.loads(done.stdout)
     for name, case in CASES[which].items():
         told = all_told[name]
+        if "turns" in case:
+            kinds = [(kind, made) for kind, _, _, made in told["steps"]]
+            shallow, whole = ("pretrain", True), ("align", True)
+            assert kinds == [shallow, shallow, whole, shallow, ("pretrain", False), whole]
+            assert told["graphs"] == 2 and told["outcomes"] and told["differing"] == [] and not told["another bridge"]
+            continue
         made = [updated for _, _, updated in told["steps"]]
         assert made == [True] * 4 + [False, True], f"{name}: the step that is spoilt, and no other"
         assert len(told["rooms"]) == 2, f"{name}: there were two graphs"

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from elo_engine.data.rows import RowBatch
 from elo_engine.model.ops.adamw import AdamwState, addresses_noted
 from elo_engine.train import graphed
-from elo_engine.train.graphed import EAGER_STEPS, GraphedEngine
+from elo_engine.train.graphed import EAGER_STEPS, GraphedEngine, Graphing
 from elo_engine.train.loop import StepOutcome
 from elo_engine.train.step_buffers import Room, StepBuffers
 
@@ -148,7 +148,7 @@ def make_graphed(
 ) -> GraphedEngine:  # fmt: skip
     plain = make(**case)
     say = (said if said is not None else []).append
-    engine = kind(plain.model, plain.optimizer, plain._micro_batch, fake, say, must=must)  # type: ignore[arg-type]
+    engine = kind(plain.model, plain.optimizer, plain._micro_batch, Graphing(fake, say, must))  # type: ignore[arg-type]
     fake.engine = engine
     return engine
 

@@ -27,7 +27,7 @@ from elo_engine.model import names, ops
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.ops.adamw import AdamwState
 from elo_engine.model.presets import preset_spec
-from elo_engine.train.graphed import EAGER_STEPS, CudaCaptures, GraphedEngine
+from elo_engine.train.graphed import EAGER_STEPS, CudaCaptures, GraphedEngine, Graphing
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
 from elo_engine.train.step_buffers import Room
@@ -87,7 +87,7 @@ def make(
 
 
 def as_graphs(model: Decoder, optimizer: MasterAdamW, micro_batch: int) -> GraphedEngine:
-    return GraphedEngine(model, optimizer, micro_batch, CudaCaptures(model.device), print, must=True)
+    return GraphedEngine(model, optimizer, micro_batch, Graphing(CudaCaptures(model.device), print, must=True))
 
 
 def launched(model: Decoder, optimizer: MasterAdamW, micro_batch: int) -> GraphedEngine:
@@ -258,7 +258,7 @@ def test_memory_that_runs_out_while_capturing_is_told_and_training_goes_on(
     said: list[str] = []
 
     def short(model: Decoder, optimizer: MasterAdamW, micro_batch: int, must: bool = False) -> GraphedEngine:
-        return GraphedEngine(model, optimizer, micro_batch, captures(model.device), said.append, must=must)
+        return GraphedEngine(model, optimizer, micro_batch, Graphing(captures(model.device), said.append, must))
 
     right = train(make(ResidentEngine, whole=whole), SHORT)
     assert same(train(make(short, whole=whole), SHORT), right)

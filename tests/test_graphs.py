@@ -25,7 +25,7 @@ from elo_engine.plan import Subject, Target, make_plan
 from elo_engine.plan_refusals import refusals
 from elo_engine.plan_text import describe_plan
 from elo_engine.train import step_buffers
-from elo_engine.train.graphed import GraphedEngine
+from elo_engine.train.graphed import GraphedEngine, Graphing
 from elo_engine.train.resident import ResidentEngine
 
 Tree = dict[str, Any]
@@ -210,7 +210,7 @@ def engine(
 ) -> tuple[Any, list[str]]:
     said: list[str] = []
     monkeypatch.setattr(graphs, "CudaCaptures", lambda device: None)
-    monkeypatch.setattr(graphs, "GraphedEngine", lambda *args, **named: SimpleNamespace(graphed=True, **named))
+    monkeypatch.setattr(graphs, "GraphedEngine", lambda *args: SimpleNamespace(graphed=True, how=args[-1]))
     loaded = load_config(config, [f"{stage}.graph={how}", *EIGHT])
     made = graphs.resident_engine(loaded, stage, Model(), None, said.append)  # type: ignore[arg-type]
     return made, said
@@ -221,7 +221,7 @@ def test_the_engine_follows_the_choice(stage: graphs.Stage, config: Path, monkey
     monkeypatch.setattr(graphs, "why_not_here", lambda model: None)
     for how, must in (("auto", False), ("on", True)):
         made, said = engine(config, how, monkeypatch, stage)
-        assert made.graphed and made.must is must and made.key == f"{stage}.graph" and said == []
+        assert made.graphed and made.how.must is must and made.how.key == f"{stage}.graph" and said == []
     made, said = engine(config, "off", monkeypatch, stage)
     assert type(made) is ResidentEngine and said == []
 
@@ -296,7 +296,7 @@ def test_room_is_made_before_every_evaluation(
 
     def make(config: Any, stage: str, model: Any, optimizer: Any, say: Any) -> Counted:
         rows = getattr(config, stage).micro_batch
-        return Counted(model, optimizer, rows, None, say, key=f"{stage}.graph")  # type: ignore[arg-type]
+        return Counted(model, optimizer, rows, Graphing(None, say, key=f"{stage}.graph"))  # type: ignore[arg-type]
 
     monkeypatch.setattr(pretrain, "resident_engine", make)
     monkeypatch.setattr(graphs, "resident_engine", make)

@@ -17,6 +17,7 @@ from elo_engine.measure.ledger import COMPONENTS, Ledger
 from elo_engine.measure.setting import ENGINE, ArmName, Setting, ShallowTurns
 
 STREAMED: ArmName = "elo_align_streamed"
+_OF_GRAPHS = ("gradients", "activations", "loss workspace")
 _FP64_CHUNK = 64 << 20  # model/bridge.py
 
 
@@ -103,6 +104,8 @@ def _with_turns(setting: Setting, turns: ShallowTurns, whole: MemoryPlan) -> Mem
     if turns.bridges:  # the sums of the step; states in fp64 as they are counted, or what solving for a map takes
         first["activations"] += sums + max(16 * min(setting.N * D, _FP64_CHUNK // 16), 8 * 8 * D**2)
     shallow = predict_memory(shallow_of(setting, turns))
+    if turns.graph:  # what its steps computed in stays theirs; a graph that replays has no gradients of the other kind
+        first = {name: first[name] + (shallow.components[name] if name in _OF_GRAPHS else 0) for name in COMPONENTS}
     second = dict(shallow.components)
     if setting.arm == STREAMED:
         room = Ledger()

@@ -68,6 +68,7 @@ class ShallowTurns:
     micro_batches: int
     recompute: Recompute
     bridges: int
+    graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Setting:
         lora_rank: r of arm (d), on all seven projections of a layer.
         bridges: gaps between, before and behind the detached layers that have an affine map (elo_pretrain): all or 0.
         host_embedding: elo_pretrain's frozen embedding is in the host's memory and not in a GPU's.
-        graph: a step of elo_pretrain or elo_align is a CUDA graph, fed from buffers that hold a whole step's tokens.
+        graph: a step of elo_pretrain or elo_align is a CUDA graph, fed from buffers that hold a whole step's tokens;
+            in turns with others it keeps its memory.
         fp8: elo_pretrain's products of 8-bit operands: the head's, or the layers' too.
         streaming: of arm (s), whose layers are always run again, whatever `recompute` says.
     """

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from elo_engine.data import RowBatch
 from elo_engine.errors import FailedError
 from elo_engine.model.decoder import Decoder
-from elo_engine.model.ops.adamw import AdamwState, addresses_noted
+from elo_engine.model.ops.adamw import AdamwState, StepResult, addresses_noted
 from elo_engine.train.guards import scale_of
 from elo_engine.train.loop import StepOutcome
-from elo_engine.train.optim import MasterAdamW
-from elo_engine.train.resident import ResidentEngine, check_first_gradients
+from elo_engine.train.resident import Optimizer, ResidentEngine, check_first_gradients
 from elo_engine.train.step_buffers import Room, StepBuffers
 
 T = TypeVar("T")
@@ -142,6 +142,33 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+@dataclass(frozen=True)
+class Graphing:
+    """How steps become graphs.
+
+    Attributes:
+        captures: what captures them. say: told once what is captured, and once why nothing is.
+        must: a capture that fails is an error, which names `key` of the configuration; else the steps go on as they
+            were.
+    """
+
+    captures: Captures
+    say: Callable[[str], None]
+    must: bool = False
+    key: str = "pretrain.graph"
+
+
+class GivenOptimizer(Optimizer, Protocol):
+    """What a captured step asks of `MasterAdamW`, which see, besides."""
+
+    @property
+    def state(self) -> AdamwState: ...
+
+    def next_given(self, lr: float) -> Tensor: ...
+
+    def step_given(self, given: Tensor) -> StepResult: ...
+
+
 class GraphedEngine(ResidentEngine):
     """`ResidentEngine` with the steps as graphs.
 
@@ -149,19 +176,15 @@ class GraphedEngine(ResidentEngine):
     each pair of powers of two that the text asks for, all of them in the memory of one.
 
     Args:
-        model: without observers. say: told once what is captured, and once why nothing is.
-        must: a capture that fails is an error, which names `key`; else the steps go on as they were.
+        model: without observers.
     """
 
-    optimizer: MasterAdamW
+    optimizer: GivenOptimizer
 
-    def __init__(
-        self, model: Decoder, optimizer: MasterAdamW, micro_batch: int, captures: Captures,
-        say: Callable[[str], None], *, must: bool = False, key: str = "pretrain.graph",
-    ) -> None:  # fmt: skip
+    def __init__(self, model: Decoder, optimizer: GivenOptimizer, micro_batch: int, how: Graphing) -> None:
         super().__init__(model, optimizer, micro_batch)
         assert not model.observers and model.host_embedding_VD is None
-        self._captures, self._say, self._must, self._key = captures, say, must, key
+        self._captures, self._say, self._must, self._key = how.captures, how.say, how.must, how.key
         self._eager_left, self._told = EAGER_STEPS, False
         self._graphs: dict[Room, Callable[[], None]] | None = {}  # None: capturing has failed
         self._buffers: StepBuffers | None = None

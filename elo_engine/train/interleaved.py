@@ -22,9 +22,18 @@ from elo_engine.data import RowBatch
 from elo_engine.measure.components import held_bytes
 from elo_engine.model.bridge import Bridge, Collector, Gap, GapStatistics
 from elo_engine.model.decoder import Decoder
-from elo_engine.model.ops.adamw import StepResult, adamw_step, adamw_update, leaf_norms, step_numbers
+from elo_engine.model.ops.adamw import (
+    AdamwState,
+    StepResult,
+    adamw_step,
+    adamw_update,
+    given_bits,
+    leaf_norms,
+    step_numbers,
+)
 from elo_engine.model.reference_adamw import step_key
 from elo_engine.train.gradients import Gradients
+from elo_engine.train.graphed import GraphedEngine, Graphing
 from elo_engine.train.leaf_state import LeafState
 from elo_engine.train.loop import Engine, StepOutcome, Turn
 from elo_engine.train.optim import fresh_state
@@ -70,14 +79,13 @@ class SharedAdamW(SharedState):
 
     def step(self, lr: float, *, whole: bool) -> StepResult:
         """As `MasterAdamW.step`, of the leaves of either kind of step; clipped by the norm of their gradients."""
+        key = self._next_key()
+        if not whole:
+            return self._shallow_step(lr, key)
         config, grads = self._configs[whole], self._grads.of_one_type()
-        detached, rest = self._groups
-        number = detached.attempt()
-        key = step_key(self._seed, number) if config.state == "8bit" else 0
         own = [[grads[i] for i in places] for places in self._places]
         rates: dict[str, Any] = {"lr": lr, "eps": config.eps, "weight_decay": config.weight_decay}
-        if not whole:
-            return adamw_step(detached.state, own[0], clip=config.clip, key=key, **rates)
+        rest = self._groups[1]
         rest.attempt()
         there = [[grad for grad in part if grad is not None] for part in own]
         assert [len(part) for part in there] == [len(places) for places in self._places], "everything learns"
@@ -90,6 +98,25 @@ class SharedAdamW(SharedState):
             first, result = len(part), numbers.result
         assert result is not None
         return result
+
+    def next_given(self, lr: float) -> Tensor:
+        """As `MasterAdamW.next_given`, of a shallow step."""
+        return given_bits(lr, self._configs[0].weight_decay, self._next_key())
+
+    def step_given(self, given: Tensor) -> StepResult:
+        """As `MasterAdamW.step_given`, of a shallow step."""
+        return self._shallow_step(0.0, 0, given)
+
+    def _next_key(self) -> int:
+        number = self._groups[0].attempt()
+        return step_key(self._seed, number) if self._configs[0].state == "8bit" else 0
+
+    def _shallow_step(self, lr: float, key: int, given: Tensor | None = None) -> StepResult:
+        config, grads = self._configs[0], self._grads.of_one_type()
+        return adamw_step(
+            self._groups[0].state, [grads[i] for i in self._places[0]], lr=lr, eps=config.eps,
+            weight_decay=config.weight_decay, clip=config.clip, key=key, given=given,
+        )  # fmt: skip
 
     def of(self, kind: str) -> _OneKind:
         """What an engine takes for an optimizer: of `pretrain` or of `align`."""
@@ -129,6 +156,19 @@ class _OneKind(Optimizer):
     def step(self, lr: float) -> StepResult:
         """See `SharedAdamW.step`."""
         return self.shared.step(lr, whole=self._whole)
+
+    @property
+    def state(self) -> AdamwState:
+        """AdamW's of the leaves that shallow steps train."""
+        return self.shared._groups[0].state
+
+    def next_given(self, lr: float) -> Tensor:
+        """See `SharedAdamW.next_given`."""
+        return self.shared.next_given(lr)
+
+    def step_given(self, given: Tensor) -> StepResult:
+        """See `SharedAdamW.step_given`."""
+        return self.shared.step_given(given)
 
 
 class MovingBridge:
@@ -183,23 +223,47 @@ class MovingBridge:
         self._fit()
 
 
-class _WholeEngine(ResidentEngine):
-    """Whole-model steps that move the bridge."""
+class _ShallowGraphs(GraphedEngine):
+    """Shallow steps as graphs, between whole-model steps that are launched."""
 
-    def __init__(self, model: Decoder, optimizer: _OneKind, micro_batch: int, bridge: MovingBridge | None) -> None:
+    def step(
+        self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
+    ) -> StepOutcome | None:
+        """See `Engine`. A graph drops no gradients before its own, and those of a whole-model step are large."""
+        self.optimizer.zero_grad()
+        return super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
+
+
+class _WholeEngine(ResidentEngine):
+    """Whole-model steps that move the bridge.
+
+    Args:
+        how: of the shallow steps. A leaf's gradients are to be added up on one stream, theirs, so these go there too.
+    """
+
+    def __init__(
+        self, model: Decoder, optimizer: _OneKind, micro_batch: int, bridge: MovingBridge | None, how: Graphing | None
+    ) -> None:
         super().__init__(model, optimizer, micro_batch)
-        self._bridge = bridge
+        self._bridge, self._how = bridge, how
 
     def step(
         self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
     ) -> StepOutcome | None:
         """See `Engine`. A step that is given up, or skipped, leaves the bridge as it was."""
+
+        def make() -> StepOutcome | None:
+            return super(_WholeEngine, self).step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
+
+        def make_where_it_belongs() -> StepOutcome | None:
+            return make() if self._how is None else self._how.captures.eager(make)
+
         if self._bridge is None:
-            return super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
+            return make_where_it_belongs()
         seen = Collector(self._bridge.fresh())
         self.model.observers = seen.observers
         try:
-            outcome = super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
+            outcome = make_where_it_belongs()
         finally:
             self.model.observers = {}
         if outcome is not None and outcome.updated:
@@ -246,11 +310,12 @@ class InterleavedEngine:
     Args:
         whole: everything learns.
         layers: the detached ones. bridges: what stands in for the others, of the fit to these `statistics`.
+        how: shallow steps become graphs; None: they are launched.
     """
 
     def __init__(
         self, whole: Decoder, layers: tuple[int, ...], config: RunConfig, *, bridges: Mapping[Gap, Bridge],
-        statistics: Mapping[Gap, GapStatistics],
+        statistics: Mapping[Gap, GapStatistics], how: Graphing | None = None,
     ) -> None:  # fmt: skip
         self.model = whole
         sections: tuple[StageConfig, StageConfig] = (config.pretrain, config.align)
@@ -258,8 +323,11 @@ class InterleavedEngine:
         moving = MovingBridge.of(shallow, statistics, config) if bridges else None
         configs = sections[0].optimizer, sections[1].optimizer
         self.optimizer = SharedAdamW(whole, shallow, configs, seed=config.seed, bridge=moving)
-        self.shallow = ResidentEngine(shallow, self.optimizer.of("pretrain"), sections[0].rows_at_once)
-        self.whole = _WholeEngine(whole, self.optimizer.of("align"), sections[1].rows_at_once, moving)
+        kinds, rows = (self.optimizer.of("pretrain"), self.optimizer.of("align")), sections[0].rows_at_once
+        self.shallow = (
+            ResidentEngine(shallow, kinds[0], rows) if how is None else _ShallowGraphs(shallow, kinds[0], rows, how)
+        )
+        self.whole = _WholeEngine(whole, kinds[1], sections[1].rows_at_once, moving, how)
         self.turns = Interleaving.of(self.shallow, self.whole, config)
 
     @property
@@ -276,6 +344,11 @@ class InterleavedEngine:
     def scorer(self) -> Decoder:
         """The whole model."""
         return self.model
+
+    def let_go(self) -> None:
+        """Of the memory of shallow steps that are graphs."""
+        if isinstance(self.shallow, GraphedEngine):
+            self.shallow.let_go()
 
     def held(self) -> dict[str, int]:
         """Bytes on the device by component, after a step whose gradients are still there."""
