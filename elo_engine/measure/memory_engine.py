@@ -175,8 +175,7 @@ class EngineStep:
         if self.spec.head_norms is not None:
             self.head_norms(kept)
         ledger.spike(ACT, turn_bytes(self.setting, index, back=False))
-        kept["lse"] = ledger.add(ACT, lse_bytes(self.setting))
-        kept["repeated"] = ledger.add(ACT, repeated_bytes(self.setting))
+        kept["lse"] = ledger.add(ACT, lse_bytes(self.setting) + repeated_bytes(self.setting))
         ledger.spike(ACT, copies_bytes(self.setting, index, backward=False))
         kept["mixed"] = ledger.add(ACT, self.NHE)
         update = self.fp8.out(self.ND, self.spec.H * self.spec.E)
@@ -310,7 +309,7 @@ class EngineStep:
         ledger.spike(ACT, copies + sums if copies else 0)  # before there is a gradient in bf16
         parts = [ledger.add(ACT, self.NHE), ledger.add(ACT, self.NKE), ledger.add(ACT, self.NKE)]
         ledger.spike(ACT, flash_backward_bytes(self.setting) if self.cuda else sums)
-        ledger.drop(d_mixed, *(kept.pop(name) for name in ("qkv", "mixed", "lse", "repeated")))
+        ledger.drop(d_mixed, *(kept.pop(name) for name in ("qkv", "mixed", "lse")))
         d_qkv = ledger.add(ACT, self.NC)
         ledger.drop(*parts)
         return d_qkv
