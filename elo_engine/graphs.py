@@ -84,10 +84,13 @@ def graph_plan(config: RunConfig, stage: Stage, setting: Setting) -> dict[str, A
     how = _section(config, stage).graph
     streamed = LAYER_BY_LAYER if setting.arm == STREAMED else None
     why = f"{stage}.graph: off" if how == "off" else None
-    why = why or why_not(config, stage, setting.spec, setting.device, setting.dtype) or streamed
+    several = SEVERAL if setting.processes.count > 1 else None
+    why = why or why_not(config, stage, setting.spec, setting.device, setting.dtype) or streamed or several
     refusal = None
     if streamed is not None and how == "on":
         refusal = _refusal(stage, f"{streamed}, and the whole model does not fit")
+    elif several is not None and how == "on":
+        refusal = _refusal(stage, several)
     return {"used": setting.graph, "buffer_bytes": step_buffer_bytes(setting), "why_not": why, "refusal": refusal}
 
 

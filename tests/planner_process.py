@@ -1,6 +1,6 @@
 """One of two processes of tests/test_planner_processes.py: the traced peak of a step of each case.
 
-`ranks(2, ..., OUT)`: rank r writes OUT/r.json, the peaks in the order of `CASES`, in bytes.
+`ranks(2, ..., OUT)`: rank r writes OUT/r.json, the peaks in the order of `CASES` and what gloo copies, in bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from planner_cases import case, llama, measured_peak, only_what_is_made_here
 from torch import Tensor
 
 from elo_engine.measure.setting import ArmName, Processes, Setting
+from elo_engine.measure.tensor_trace import traced_tensor_bytes
 from elo_engine.train import world
 
+GLOO_BYTES = 1 << 20
 # What weighs most: activations, logits, or weights. Rows that do not divide by two are padded.
 LONG, LOGITS = (llama(4, 301, 128, 351, 4, 2, tied=False), 256, 1), (llama(3, 4001, 64, 160, 2, 2, tied=True), 32, 2)
 WEIGHTS = (llama(4, 3001, 192, 512, 4, 2, tied=False), 16, 1)
@@ -79,11 +81,27 @@ def in_place() -> None:
         setattr(dist, name, _reduce_scatter)
 
 
+def copied() -> list[int]:
+    """What gloo's own collectives take beside a whole of `GLOO_BYTES`: all-gather and reduce-scatter."""
+    whole = torch.zeros(GLOO_BYTES // 4)
+    piece = whole.chunk(world.size())[0].clone()
+    found = []
+    for collective in (
+        lambda: dist.all_gather_single(whole, piece, async_op=True),
+        lambda: dist.reduce_scatter_single(piece, whole, async_op=True),
+    ):
+        with traced_tensor_bytes() as trace:
+            collective().wait()
+        found.append(trace.peak_bytes - trace.base_bytes)
+    return found
+
+
 def main(out: Path) -> None:
-    in_place()
     with only_what_is_made_here():
-        peaks = [measured_peak(setting) for setting in CASES]
-    (out / f"{world.rank()}.json").write_text(json.dumps(peaks))
+        found = {"copied": copied()}
+        in_place()
+        found["peaks"] = [measured_peak(setting) for setting in CASES]
+    (out / f"{world.rank()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
