@@ -15,13 +15,7 @@ from elo_engine.measure.memory_attention import copies_bytes, flash_backward_byt
 from elo_engine.measure.memory_fp8 import Fp8Products, head_bytes
 from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
 from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes, turn_bytes
-from elo_engine.measure.memory_shapes import (
-    adamw_plan_bytes,
-    coded_bytes,
-    projections,
-    split_spike,
-    step_buffer_bytes,
-)
+from elo_engine.measure.memory_shapes import adamw_plan_bytes, coded_bytes, projections, split_spike, step_buffer_bytes
 from elo_engine.measure.setting import SHALLOW, Setting
 
 ACT = "activations"
