@@ -30,15 +30,12 @@ WEIGHTS = (llama(4, 3001, 192, 512, 4, 2, tied=False), 16, 1)
 STEPS: list[tuple[ArmName, tuple[Any, int, int], dict[str, Any]]] = [
     ("elo_align", LONG, {}),
     ("elo_align", LONG, {"dtype": "bf16", "recompute": "layer", "micro_batches": 2}),
-    ("elo_align", LOGITS, {"dtype": "bf16"}),
-    ("elo_align", LOGITS, {"recompute": "selective", "micro_batches": 2}),
+    ("elo_align", LOGITS, {"dtype": "bf16", "recompute": "selective", "micro_batches": 2}),
     ("elo_align", WEIGHTS, {"recompute": "layer"}),
     ("elo_align", WEIGHTS, {"dtype": "bf16", "micro_batches": 2}),
-    ("elo_pretrain", LOGITS, {"dtype": "bf16"}),
     ("elo_pretrain", WEIGHTS, {"dtype": "bf16"}),
     ("elo_pretrain", WEIGHTS, {"micro_batches": 2, "state": "8bit"}),
     ("engine_full", WEIGHTS, {"dtype": "bf16"}),
-    ("engine_full", LOGITS, {"dtype": "bf16", "state": "8bit"}),
 ]
 CASES: list[Setting] = [
     replace(case(arm, *size, **fields), processes=Processes(2, 2), sharded=arm == "elo_align")

@@ -20,7 +20,7 @@ from test_families_plan import spec_of
 from test_planner import MOST
 
 from elo_engine.measure import memory_engine, memory_sharded
-from elo_engine.measure.expected import host_by_part
+from elo_engine.measure.expected import Rate, host_by_part, stage_seconds
 from elo_engine.measure.ledger import Ledger
 from elo_engine.measure.memory_gradients import Gradients
 from elo_engine.measure.memory_sharded import ShardedStep, layer_shapes, units
@@ -169,6 +169,20 @@ def test_a_host_is_of_all_its_processes() -> None:
     assert two["steps of other processes"] > 8 * 8.03e9 / 2 and "steps of other processes" not in one
 
 
+def test_processes_are_counted_by_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "size", lambda: 16)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert world.counted() == Processes(16, 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert world.counted() == Processes(16, 8)
+
+
+def test_time_is_of_the_share_of_a_process() -> None:
+    rate = Rate(1e15, 0.4, "planted")
+    seconds = [stage_seconds(replace(spread(count), micro_batches=64 // count), 10, rate) for count in (2, 8)]
+    assert seconds[0] == 4 * seconds[1]
+
+
 def test_a_hook_does_not_keep_a_leaf_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     import gc
     import weakref
@@ -210,6 +224,9 @@ def test_plan_of_several_processes(config: Path, elo: Elo) -> None:
     assert state[0] == state[1], "of pretraining each has all"
     again = [found["chosen"]["align.recompute"]["value"] for found in (one, two, eight)]
     assert again == ["layer", "layer", "none"]
+    assert one["pretrain"]["seconds"] is None, "nothing is known of this card but its memory"
+    rows = planned(8, "align.micro_batch=auto", "align.tokens_per_step=131072")["chosen"]["align.micro_batch"]
+    assert rows["value"] == 2 and "all rows of a step" in rows["why"], "each has two of the sixteen"
     wanted = planned(2, "align.engine=resident")
     assert wanted["status"] == 3 and "align.engine=auto" in wanted["refusals"][0], "the lever is to spread it"
     small = planned(2, "align.graph=on", "device=cuda")
