@@ -264,3 +264,34 @@ def test_a_process_that_has_too_little_memory_stops_all(
     )
     done = forked.ranks(2, planted + ELO, "align", write_config(run_tree), port=port(), environment=environment())
     assert done.returncode == 3 and "align does not fit" in done.stderr and "planted" in done.stderr
+
+
+REFUSING = """
+import sys
+from pathlib import Path
+from elo_engine import plan
+from elo_engine.errors import EloError
+from elo_engine.train import world
+with world.joined("cpu"):
+    try:
+        plan._refuse_together("planted" if world.rank() == int(sys.argv[2]) else None)
+        said = "nothing"
+    except EloError as error:
+        said = f"{type(error).__name__}: {error}"
+    (Path(sys.argv[1]) / f"{world.rank()}.txt").write_text(said)
+"""
+
+
+@pytest.mark.parametrize(
+    ("refuses", "expected"),
+    [
+        (0, ["RefusedError: planted", "Elsewhere: planted"]),
+        (1, ["RefusedError: the share of another process", "RefusedError: planted"]),
+        (2, ["nothing", "nothing"]),
+    ],
+)
+def test_all_refuse_where_one_does(refuses: int, expected: list[str], tmp_path: Path, forked: Forked) -> None:
+    done = forked.ranks(2, REFUSING, tmp_path, refuses, port=port(), environment=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert all(told.startswith(text) for told, text in zip(said, expected, strict=True)), said
