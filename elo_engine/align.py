@@ -7,7 +7,6 @@ pretraining, the paper's baseline. Output: `RUN/model/`, a checkpoint that loads
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from elo_engine.measure.expected import StageMemory, stage_memory
 from elo_engine.model.full import load_full
 from elo_engine.model.names import expected_shapes
 from elo_engine.out_of_memory import explained
-from elo_engine.plan import align_engine, setting_of, settle
+from elo_engine.plan import align_engine, settle
 from elo_engine.reattach import final_weights, write_model
 from elo_engine.run_dir import RunDir
 from elo_engine.stage import StageEngine, log_model, run_stage
@@ -45,15 +44,9 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
     if target.exists():
         run.say(f"align: {target} is already there")
         return stage_summary(run.path, "align")
-    if world.size() > 1 and config.align.engine != "resident":
-        choice, memory = None, None
-        run.say(f"align: sharded, the whole model is spread over {world.size()} processes; its memory is not predicted")
-        setting = setting_of(config, source, "align")
-    else:
-        choice = align_engine(config, source)
-        run.say(f"align: {choice.engine}, {choice.why}")
-        memory = StageMemory.now(stage_memory(choice.setting), source.device)  # what does not fit is refused by now
-        setting = choice.setting
+    choice = align_engine(config, source)
+    run.say(f"align: {choice.engine}, {choice.why}")
+    memory = StageMemory.now(stage_memory(choice.setting), source.device)  # what does not fit is refused by now
     start = run.folder("reattached")
     index = open_checkpoint(start) if start.exists() else source.index
     run.say(
@@ -69,12 +62,12 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
             "folder"
         )
     fitted = obtain_bridge(run, source, mixture, keep_statistics=True) if interleaved else None
-    if fitted is not None and memory is not None:  # its pass has left its own mark on the process
+    if fitted is not None:  # its pass has left its own mark on the process
         memory = StageMemory.now(memory.predicted, source.device)
     # after ELO pretraining the alignment goes on where that stopped reading; the paper's stages share no text either
     rows_read = config.steps("pretrain") * config.pretrain.tokens_per_step // config.data.sequence_length
     first_row = rows_read if start.exists() else 0
-    with nullcontext() if memory is None else explained(run, source, "align", memory, setting):
+    with explained(run, source, "align", memory, choice.setting):
         engine = _load(run, source, index, choice, fitted)
         del fitted  # its maps in fp32
         scorers: dict[str, Scorer] = {"whole": engine.scorer}
@@ -85,7 +78,7 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
                 scorers = {}
         summary = run_stage(
             run, "align", engine, index, mixture, scorers, heldout,
-            memory=memory, setting=setting, first_row=first_row,
+            memory=memory, setting=choice.setting, first_row=first_row,
         )  # fmt: skip
     extra = {"kind": "aligned", "run_id": run.run_id, "source": source.index.identity()}
     reattached = start.exists() or interleaved
@@ -99,10 +92,10 @@ def align(run: RunDir, source: Source) -> dict[str, Any]:
 
 
 def _load(
-    run: RunDir, source: Source, index: CheckpointIndex, choice: EngineChoice | None, fitted: Calibration | None
+    run: RunDir, source: Source, index: CheckpointIndex, choice: EngineChoice, fitted: Calibration | None
 ) -> StageEngine:
-    """The whole model, on the device or in a store of the host; `choice` None: in shares of several processes.
-    `fitted`: what begins as the bridge of interleaved steps.
+    """The whole model: on the device, in shares of several processes, or in a store of the host. `fitted`: what begins
+    as the bridge of interleaved steps.
     """
     config, spec = run.config, source.spec
     section = config.align
@@ -113,7 +106,7 @@ def _load(
         run.say("align: interleaved, {} whole-model steps among {} of the detached layers".format(*steps))
     with console.bytes_bar("load the whole model") as bar:
         progress = run.beating("loading", bar)
-        if choice is None:
+        if choice.engine == "sharded":
             graphs.launched(config, "align", graphs.SEVERAL, source.device, run.say)
             from elo_engine.model.sharded import load_sharded  # torch.distributed is for those who use it
             from elo_engine.train.sharded import ShardedAdamW, ShardedEngine

@@ -174,6 +174,7 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help="the card: rtx-4090, 24GB, or auto for the one here")] = None,
     host: Annotated[str | None, typer.Option(help="memory of the host, such as 64GB")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="expect by a matmul timed here, a second or two")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="of torchrun, one a card, on one host")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Memory by component, FLOPs, time and disk of each stage; refuses what cannot fit and names the levers."""
@@ -181,7 +182,7 @@ def plan(
     from elo_engine.plan_refusals import require_fit
     from elo_engine.plan_text import show_plan
 
-    found = plan_command(config, overrides, shapes, gpu, host, measure)
+    found = plan_command(config, overrides, shapes, gpu, host, measure, processes)
     if as_json:
         console.out.print(json.dumps(found, indent=2), markup=False)
     else:

@@ -6,6 +6,7 @@ What the configuration says is honoured, whether it fits or not; a plan then ref
 * the vocabulary comes whole where it fits, for then a step is the resident one to the bit in fp32; else in slices;
 * the layers' inputs stay on the device where they fit, else they go to the host;
 * the model's store is host memory where there is room for it, else a file on the output's disk.
+Of several processes none streams: what is left open spreads the model over them.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from elo_engine.measure.expected import Needs
 from elo_engine.measure.machine import Room
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.planner import STREAMED
-from elo_engine.measure.setting import Setting, Streaming
+from elo_engine.measure.setting import ALONE, Processes, Setting, Streaming
 from elo_engine.model.spec import ModelSpec
 
-EngineName = Literal["resident", "streamed"]
+EngineName = Literal["resident", "sharded", "streamed"]
 Inputs = Literal["device", "host"]
 Vocabulary = Literal["whole", "sliced"]
 StoreName = Literal["memory", "disk"]
@@ -35,7 +36,8 @@ class EngineChoice:
     """What alignment will use.
 
     Attributes:
-        streaming: None for the whole model on the device. setting: as the counts and the memory planner take it.
+        streaming: None for the whole model on the device, or spread over the devices of several processes.
+        setting: as the counts and the memory planner take it.
         why: one line with numbers. resident_bytes: what the whole model would need of the device, where that decided.
     """
 
@@ -94,6 +96,7 @@ def choose(
     host_room: Room | None,
     disk_room: Room | None,
     *,
+    processes: Processes = ALONE,
     needs_of: Callable[[Setting], Needs] = Needs.of,
 ) -> EngineChoice:
     """The engine of a run's alignment.
@@ -101,15 +104,19 @@ def choose(
     Args:
         device: cuda or cpu; on a CPU `device_room` and `host_room` are the same memory.
         auto_dtype: what `dtype: auto` means there.
-        needs_of: where predictions come from, for a caller that asks for many and keeps them.
+        processes: of the run. needs_of: where predictions come from, for a caller that asks for many and keeps them.
     """
-    resident = stage_setting(config, "align", spec, device, auto_dtype)
+    resident = stage_setting(config, "align", spec, device, auto_dtype, processes)
     wanted, rooms = config.align.engine, Rooms(device_room, host_room, disk_room)
     may_go = resident.turns is not None and resident.turns.graph and config.pretrain.graph == "auto"
     if may_go and not rooms.has_device(needs_of(resident)):  # what graphs hold between their steps
         resident = _without_graphs(resident)
     if wanted == "resident":
         return EngineChoice("resident", None, resident, "as align.engine says")
+    if processes.count > 1:  # `ranks.refuse_what_needs_one_process` is for those who ask for another
+        setting = replace(resident, sharded=True)
+        why = f"the whole model is spread over {processes.count} processes"
+        return EngineChoice("sharded", None, setting, f"{why}, and each needs {_each(needs_of(setting))}")
     said, resident_bytes = "as align.engine says", None
     if wanted == "auto":
         needs = needs_of(resident)
@@ -125,6 +132,10 @@ def choose(
     streaming, rest = _streaming(config.align.stream, resident, rooms, needs_of)
     setting = streamed_setting(resident, streaming)
     return EngineChoice("streamed", streaming, setting, f"{said}, {rest}", resident_bytes)
+
+
+def _each(needs: Needs) -> str:
+    return f"{human_bytes(needs.memory.peak_bytes)} of its device"
 
 
 def streamed_setting(resident: Setting, streaming: Streaming) -> Setting:

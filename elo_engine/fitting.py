@@ -18,7 +18,7 @@ from elo_engine.engine_choice import Rooms, choose
 from elo_engine.levers import stage_setting
 from elo_engine.measure.expected import Needs
 from elo_engine.measure.meter import human_bytes
-from elo_engine.measure.setting import Setting
+from elo_engine.measure.setting import ALONE, Processes, Setting
 from elo_engine.model.spec import ModelSpec
 
 StageName = Literal["pretrain", "align"]
@@ -56,7 +56,8 @@ def set_key(config: RunConfig, key: str, value: Any) -> RunConfig:
 
 
 def fitted(
-    config: RunConfig, spec: ModelSpec, device: str, auto_dtype: str, rooms: Rooms, *, processes: int = 1,
+    config: RunConfig, spec: ModelSpec, device: str, auto_dtype: str, rooms: Rooms, *,
+    processes: Processes = ALONE,
     needs_of: Callable[[Setting], Needs] = Needs.of,
 ) -> Fitted:  # fmt: skip
     """Choose what is open.
@@ -64,7 +65,7 @@ def fitted(
     Args:
         device: cuda or cpu. auto_dtype: what `dtype: auto` means there.
         rooms: what there is; where the device's is not known, whole layers are run again, one row at a time.
-        processes: of the run; a model that is spread over several is not predicted, and the same holds for it.
+        processes: of the run; each has its share of a step's rows.
     """
     chosen: dict[str, dict[str, Any]] = {}
     if device == "cuda" and rooms.device is not None:
@@ -75,9 +76,11 @@ def fitted(
     def found(candidate: RunConfig, stage: StageName) -> tuple[Setting, Needs]:
         if stage == "align" or candidate.align.when == "interleaved":  # one stage, which holds both
             at = rooms.device, rooms.host, rooms.disk
-            setting = choose(candidate, spec, device, auto_dtype, *at, needs_of=needs_of).setting
+            setting = choose(
+                candidate, spec, device, auto_dtype, *at, processes=processes, needs_of=needs_of
+            ).setting
         else:
-            setting = stage_setting(candidate, stage, spec, device, auto_dtype)
+            setting = stage_setting(candidate, stage, spec, device, auto_dtype, processes)
         return setting, needs_of(setting)
 
     def took(key: str, value: Any, why: str) -> None:
@@ -91,9 +94,7 @@ def fitted(
         least = set_key(least, f"{name}.micro_batch", 1) if section.micro_batch == "auto" else least
     for stage in get_args(StageName):
         section = getattr(config, stage)
-        spread = stage == "align" and processes > 1 and config.align.engine != "resident"
-        unknown = "the memory of a model that is spread over processes is not predicted" if spread else ""
-        unknown = unknown or ("nothing is known of the device's memory" if rooms.device is None else "")
+        unknown = "nothing is known of the device's memory" if rooms.device is None else ""
         for key in ("recompute", "micro_batch"):
             if getattr(section, key) != "auto":
                 continue
@@ -102,7 +103,8 @@ def fitted(
                 took(full, getattr(getattr(least, stage), key), unknown)
                 continue
             assert rooms.device is not None
-            value, why = (_recompute if key == "recompute" else _rows)(least, stage, full, found, rooms, processes)
+            choose_one = _recompute if key == "recompute" else _rows
+            value, why = choose_one(least, stage, full, found, rooms, processes.count)
             took(full, value, why)
             least = set_key(least, full, value)
     return Fitted(config, chosen)

@@ -96,10 +96,13 @@ def graph_plan(config: RunConfig, stage: Stage, setting: Setting, align: Setting
     elif stage == "pretrain" and align.turns is not None and not align.turns.graph:
         memory = BESIDE_STREAMED if align.arm == STREAMED else NO_ROOM
     why = f"{stage}.graph: off" if how == "off" else None
-    why = why or why_not(config, stage, setting.spec, setting.device, setting.dtype) or memory
+    several = SEVERAL if setting.processes.count > 1 else None
+    why = why or why_not(config, stage, setting.spec, setting.device, setting.dtype) or memory or several
     refusal = None
     if memory is not None and how == "on":
         refusal = _refusal(stage, f"{memory}, and the whole model does not fit")
+    elif several is not None and how == "on":
+        refusal = _refusal(stage, several)
     return {"used": setting.graph, "buffer_bytes": step_buffer_bytes(setting), "why_not": why, "refusal": refusal}
 
 

@@ -17,7 +17,7 @@ from elo_engine.fp8_plan import fp8
 from elo_engine.measure.flops import bridge_step, calibration_flops
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.planner import STREAMED
-from elo_engine.measure.setting import Setting, ShallowTurns
+from elo_engine.measure.setting import ALONE, Processes, Setting, ShallowTurns
 from elo_engine.model.bridge import gaps
 from elo_engine.model.spec import ModelSpec, choose_layers
 
@@ -25,10 +25,16 @@ StageName = Literal["pretrain", "align"]
 SHOWN = 3
 
 
-def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: str, auto_dtype: str) -> Setting:
-    """A stage as the counts and the memory planner take it; `auto_dtype` is what `dtype: auto` means there."""
+def stage_setting(
+    config: RunConfig, stage: StageName, spec: ModelSpec, device: str, auto_dtype: str, processes: Processes = ALONE
+) -> Setting:
+    """A stage of one process as the counts and the memory planner take it, the whole model in it; `auto_dtype` is what
+    `dtype: auto` means there.
+    """
     section: StageConfig = getattr(config, stage)
     T, layers = config.data.sequence_length, choose_layers(config.detach.layers, spec.layers)
+    rows = max(1, section.tokens_per_step // T // processes.count)  # each has its share of them
+    at_once = min(section.rows_at_once, rows)
     turns = None
     if stage == "align" and config.align.when == "interleaved":
         shallow = stage_setting(config, "pretrain", spec, device, auto_dtype)
@@ -38,8 +44,8 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         spec=spec,
         layers=layers,
         sequence_length=T,
-        micro_batch=section.rows_at_once,
-        micro_batches=-(-section.tokens_per_step // (T * section.rows_at_once)),
+        micro_batch=at_once,
+        micro_batches=-(-rows // at_once),
         dtype="bf16" if (auto_dtype if config.dtype == "auto" else config.dtype) == "bf16" else "fp32",
         state=section.optimizer.state,
         master=section.optimizer.master,
@@ -48,8 +54,9 @@ def stage_setting(config: RunConfig, stage: StageName, spec: ModelSpec, device: 
         bridges=len(gaps(spec.layers, layers)) if stage == "pretrain" and config.detach.bridge == "linear" else 0,
         turns=turns,
         host_embedding=stage == "pretrain" and host_embedding(config, spec) and device == "cuda",
-        graph=graphs.planned(config, stage, spec, device, auto_dtype),
+        graph=graphs.planned(config, stage, spec, device, auto_dtype) and processes.count == 1,
         fp8=fp8(config) if stage == "pretrain" else "none",
+        processes=processes,
     )
 
 
@@ -144,7 +151,7 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
     """Keys and values that could make the stage smaller."""
     found: list[tuple[str, Any]] = []
     if stage == "align" and config.align.engine == "resident":
-        found.append(("align.engine", "streamed"))
+        found.append(("align.engine", "streamed" if setting.processes.count == 1 else "auto"))  # auto: spread over them
     if setting.arm == STREAMED:
         if setting.turns is not None:
             found.append(("align.when", "after"))  # then the shallow model is not there beside it
@@ -164,7 +171,7 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
         more = get_args(Recompute)
         found += [(f"{stage}.recompute", again) for again in more[more.index(setting.recompute) + 1 :]]
     if setting.state == "fp32":
-        found.append((f"{stage}.optimizer.state", "8bit"))
+        found += [] if setting.sharded else [(f"{stage}.optimizer.state", "8bit")]
     elif setting.master_bytes:
         found += [(f"{stage}.optimizer.master", bits) for bits in ("none", "24") if bits != setting.master]
     if setting.sequence_length % 2 == 0 and setting.sequence_length >= 4:
@@ -193,7 +200,7 @@ class _Changed:
     texts: tuple[str, ...]
 
 
-def _with(config: RunConfig, overrides: tuple[tuple[str, Any], ...]) -> _Changed | None:
+def _with(config: RunConfig, overrides: tuple[tuple[str, Any], ...], processes: int) -> _Changed | None:
     """The configuration with these changed, and how they are written; None where together they are none."""
     tree, texts = config.model_dump(mode="json"), []
     for key, value in sorted(overrides, key=lambda item: item[1] == _ONE_MICRO_BATCH):
@@ -202,7 +209,7 @@ def _with(config: RunConfig, overrides: tuple[tuple[str, Any], ...]) -> _Changed
         for section in sections:
             node = node[section]
         if value == _ONE_MICRO_BATCH:
-            value = node["micro_batch"] * tree["data"]["sequence_length"]
+            value = node["micro_batch"] * tree["data"]["sequence_length"] * processes
         node[last] = value
         texts.append(f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}")
     try:
@@ -231,7 +238,7 @@ def advise(
     """
 
     def plan_with(*overrides: tuple[str, Any]) -> tuple[int, tuple[str, ...]] | None:
-        changed = _with(config, overrides)
+        changed = _with(config, overrides, setting.processes.count)
         try:
             return None if changed is None else (need(changed.config), changed.texts)
         except UsageError:  # such as a lever that pretrain.graph: on cannot have

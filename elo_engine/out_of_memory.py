@@ -98,12 +98,12 @@ def _levers(run: RunDir, source: Source, stage: StageName, setting: Setting) -> 
     """What would make the stage's predicted peak smaller, the biggest first, for the engine that it ran with."""
     config = run.config
     if stage == "align":
-        section: dict[str, Any] = {"engine": "resident"}
+        section: dict[str, Any] = {"engine": "auto" if setting.sharded else "resident"}
         if setting.arm == STREAMED:
             section = {"engine": "streamed", "stream": config.align.stream.model_copy(update=asdict(setting.streaming))}
         config = config.model_copy(update={"align": config.align.model_copy(update=section)})
     auto_dtype = "bf16" if setting.dtype == "bf16" else "fp32"
-    planning = Planning(source.spec, Target(source.device.type, auto_dtype))
+    planning = Planning(source.spec, Target(source.device.type, auto_dtype, processes=setting.processes))
 
     def need(changed: Any) -> int:
         return int(planning.needs_of(planning.setting(changed, stage)).device)

@@ -30,10 +30,11 @@ from elo_engine.measure.flops import arm_flops, bridge_step, ideal_speedup, idea
 from elo_engine.measure.machine import Room, device_room, give_back_freed_memory, host_room, resident_bytes
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.planner import sums_bytes
-from elo_engine.measure.setting import Setting
+from elo_engine.measure.setting import ALONE, Processes, Setting
 from elo_engine.model.presets import preset_spec
 from elo_engine.model.spec import ModelSpec, read_spec
 from elo_engine.plan_refusals import all_refusals, stage_refusal
+from elo_engine.ranks import refuse_what_needs_one_process
 from elo_engine.run_dir import RunDir, pinned
 from elo_engine.train import world
 
@@ -68,7 +69,7 @@ class Target:
     Attributes:
         device: cuda or cpu. dtype: what `dtype: auto` means there.
         room: memory of the device. host: memory of the host. disk: where the output will be.
-        rate: operations per second to count on.
+        rate: operations per second to count on. processes: of the run, each with such a device.
     """
 
     device: str
@@ -77,6 +78,7 @@ class Target:
     host: Room | None = None
     disk: Room | None = None
     rate: expected.Rate | None = None
+    processes: Processes = ALONE
 
     @classmethod
     def here(cls, device: torch.device, output: str) -> Target:
@@ -89,7 +91,7 @@ class Target:
         return cls(
             device.type, "bf16" if dtype == torch.bfloat16 else "fp32", device_room(device), host_room(),
             Room(free_bytes(Path(output)) + _stored(Path(output)), f"free at {output}, with what is stored there"),
-            None if card is None else expected.card_rate(card),
+            None if card is None else expected.card_rate(card), world.counted(),
         )  # fmt: skip
 
     @classmethod
@@ -108,7 +110,13 @@ def _on_card(memory_bytes: int, what: str) -> Room:
 
 
 def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, Any]:
-    """The plan as JSON; `refusals` names what cannot fit and what to do, one entry each, and is empty where all can."""
+    """The plan as JSON; `refusals` names what cannot fit and what to do, one entry each, and is empty where all can. Of
+    several processes, what is on a device is of one of them, and what is on a host of all that share it.
+
+    Raises:
+        UsageError: what no run of so many processes does.
+    """
+    refuse_what_needs_one_process(config, target.processes.count)
     spec, planning = subject.spec, Planning(subject.spec, target)
     fit = planning.fitted(config)
     config = fit.config
@@ -127,6 +135,7 @@ def make_plan(config: RunConfig, subject: Subject, target: Target) -> dict[str, 
         "model": {"family": spec.family, "layers": spec.layers, "parameters": spec.parameters, "tied": spec.tied},
         "device": target.device,
         "dtype": {"bf16": "bfloat16", "fp32": "float32"}[pretrain.dtype],
+        "processes": asdict(target.processes),
         "detached_layers": list(pretrain.layers),
         "chosen": fit.chosen,
         "pretrain": stages["pretrain"],
@@ -154,25 +163,28 @@ class Planning:
     def __init__(self, spec: ModelSpec, target: Target) -> None:
         self._spec, self._target, self.needs_of = spec, target, Predictions()
 
-    def fitted(self, config: RunConfig, processes: int = 1) -> Fitted:
+    def fitted(self, config: RunConfig) -> Fitted:
         """With nothing `auto` that a stage needs to know."""
         target = self._target
         rooms = Rooms(target.room, target.host, target.disk)
         return fitted(
-            config, self._spec, target.device, target.dtype, rooms, processes=processes, needs_of=self.needs_of
+            config, self._spec, target.device, target.dtype, rooms, processes=target.processes, needs_of=self.needs_of
         )
 
     def choice(self, config: RunConfig) -> EngineChoice:
         """Of the alignment."""
         target = self._target
         rooms = (target.room, target.host, target.disk)
-        return choose(config, self._spec, target.device, target.dtype, *rooms, needs_of=self.needs_of)
+        return choose(
+            config, self._spec, target.device, target.dtype, *rooms, processes=target.processes, needs_of=self.needs_of
+        )
 
     def setting(self, config: RunConfig, stage: StageName) -> Setting:
         """Of a stage, with the engine that it will use."""
         if stage == "align":
             return self.choice(config).setting
-        setting = stage_setting(config, stage, self._spec, self._target.device, self._target.dtype)
+        target = self._target
+        setting = stage_setting(config, stage, self._spec, target.device, target.dtype, target.processes)
         if setting.graph and config.align.when == "interleaved":  # whether it can be, the whole model's engine says
             turns = self.choice(config).setting.turns
             return replace(setting, graph=turns is not None and turns.graph)
@@ -202,6 +214,8 @@ def _stage(config: RunConfig, stage: StageName, planning: Planning, target: Targ
     made: dict[str, Any] = {
         "steps": steps,
         "tokens": getattr(config, stage).tokens,
+        "micro_batch": setting.micro_batch,
+        "micro_batches": setting.micro_batches,
         "trainable_parameters": expected.trainable_parameters(setting),
         "flops_per_token": flops.model.total,
         "flops_per_token_executed": flops.executed.total,
@@ -291,7 +305,7 @@ def fitted_here(config: RunConfig, source: Source) -> Fitted:
     """On this machine as it is now, but what a run in its output folder has chosen already."""
     config = pinned(config)
     give_back_freed_memory(source.device)
-    return Planning(source.spec, Target.here(source.device, config.output)).fitted(config, world.size())
+    return Planning(source.spec, Target.here(source.device, config.output)).fitted(config)
 
 
 def require_memory(config: RunConfig, source: Source, stage: StageName) -> expected.StageMemory:
@@ -300,11 +314,21 @@ def require_memory(config: RunConfig, source: Source, stage: StageName) -> expec
     Raises:
         RefusedError: its predicted peak is more than the device has free now, with numbers and levers.
     """
-    refusal = stage_refusal(plan(config, source), stage)
-    if refusal is not None:
-        raise RefusedError(refusal)
+    _refuse_together(stage_refusal(plan(config, source), stage))
     memory = expected.stage_memory(setting_of(config, source, stage))
     return expected.StageMemory.now(memory, source.device)
+
+
+def _refuse_together(refusal: str | None) -> None:
+    """RefusedError on every process where one has a reason, which rank 0 says if it has one too."""
+
+    def mine() -> None:
+        if refusal is not None:
+            raise RefusedError(refusal)
+
+    if world.agreed(refusal is not None):
+        world.first(mine)
+        raise RefusedError(refusal or "the share of another process does not fit its memory; it says why")
 
 
 def setting_of(config: RunConfig, source: Source, stage: StageName) -> Setting:
@@ -321,17 +345,17 @@ def align_engine(config: RunConfig, source: Source) -> EngineChoice:
     """
     give_back_freed_memory(source.device)
     target = Target.here(source.device, config.output)
-    refusal = stage_refusal(make_plan(config, Subject.of(source.index, source.spec), target), "align")
-    if refusal is not None:
-        raise RefusedError(refusal)
+    _refuse_together(stage_refusal(make_plan(config, Subject.of(source.index, source.spec), target), "align"))
     planning = Planning(source.spec, target)
     return planning.choice(planning.fitted(config).config)
 
 
 def plan_command(
-    path: Path, overrides: list[str] | None, shapes: str | None, gpu: str | None, host: str | None, measure: bool
+    path: Path, overrides: list[str] | None, shapes: str | None, gpu: str | None, host: str | None, measure: bool,
+    processes: int | None = None,
 ) -> dict[str, Any]:
-    """`elo plan`: for this machine, or for a card and a host that are named.
+    """`elo plan`: for this machine, or for a card and a host that are named; for so many processes on one host, or for
+    those that torchrun has started.
 
     Raises:
         UsageError: no such configuration, shapes, card or amount, or a rate to be measured on a card that is not here.
@@ -340,7 +364,8 @@ def plan_command(
     config = load_config(path / "config.resolved.yaml" if path.is_dir() else path, overrides)
     if path.is_dir():
         config = config.model_copy(update={"output": str(path)})
-    target = _target(config, gpu, host, measure)
+    target, count = _target(config, gpu, host, measure), processes or world.wanted_size()
+    target = replace(target, processes=Processes(count, count))
     if shapes is not None:
         return make_plan(config, Subject.preset(shapes), target)
     config = pinned(config)

@@ -26,7 +26,7 @@ def describe_plan(plan: dict[str, Any]) -> list[str]:
             f"{part['trainable_parameters'] / 1e6:.1f}M trainable, peak memory {_peak(part)}, "
             f"{part['flops_per_token'] / 1e9:.2f} GFLOP/token"
         )
-    lines += _chosen_lines(plan)
+    lines += [*_process_lines(plan), *_chosen_lines(plan)]
     lines += _bridge_lines(plan)
     lines += _graph_lines(plan)
     lines += _engine_lines(plan)
@@ -61,6 +61,18 @@ def _engine_lines(plan: dict[str, Any]) -> list[str]:
 def _chosen_lines(plan: dict[str, Any]) -> list[str]:
     """What was `auto`, and what it is."""
     return [f"{key}: {one['value']}, {one['why']}" for key, one in plan["chosen"].items()]
+
+
+def _process_lines(plan: dict[str, Any]) -> list[str]:
+    """Of several processes, whose figures these are and what each takes of a step."""
+    count = plan["processes"]["count"]
+    if count == 1:
+        return []
+    rows = (f"{stage} {plan[stage]['micro_batches']} x {plan[stage]['micro_batch']}" for stage in _STAGES)
+    return [
+        f"{count} processes: memory of the device is of one of them, of the host and the disk of all; micro-batches x "
+        f"rows of each in a step: {', '.join(rows)}"
+    ]
 
 
 def _bridge_lines(plan: dict[str, Any]) -> list[str]:
@@ -111,13 +123,15 @@ def show_plan(plan: dict[str, Any]) -> None:
     memory.add_row("at", *(part["memory"]["moment"] for part in parts))
     if plan["device"] == "cpu":
         rest = (human_bytes(part["device_bytes"] - part["memory"]["peak_bytes"]) for part in parts)
-        memory.add_row("process, reading, snapshots", *rest)
+        others = ", other processes" if plan["processes"]["on_host"] > 1 else ""
+        memory.add_row(f"process, reading, snapshots{others}", *rest)
     if room is not None:
         fits = ("fits" if part["fits"] else "too large" for part in parts)
         memory.add_row(f"room: {human_bytes(room['bytes'])}", *fits)
         memory.caption = room["what"]
     console.out.print(memory)
-    for line in (*_chosen_lines(plan), *_bridge_lines(plan), *_graph_lines(plan), *_engine_lines(plan)[:1]):
+    kinds = (_process_lines, _chosen_lines, _bridge_lines, _graph_lines)
+    for line in (*(line for lines in kinds for line in lines(plan)), *_engine_lines(plan)[:1]):
         console.out.print(line, markup=False)
     if plan["align"]["engine"]["name"] == "streamed":
         console.out.print(_host(plan))

@@ -59,7 +59,7 @@ def obtain_run(config: RunConfig, resume: bool, *, anyway: bool = False) -> RunD
     """
     if world.size() == 1:
         return RunDir.obtain(config, resume, anyway=anyway)
-    refuse_what_needs_one_process(config)
+    refuse_what_needs_one_process(config, world.size())
     mine: list[RunDir] = []
 
     def open_it() -> dict[str, str]:
@@ -75,18 +75,26 @@ def obtain_run(config: RunConfig, resume: bool, *, anyway: bool = False) -> RunD
     return Follower(Path(told["path"]), RunConfig.model_validate_json(told["config"]), told["run_id"], anyway)
 
 
-def refuse_what_needs_one_process(config: RunConfig) -> None:
-    """UsageError: steps that do not divide, interleaved stages, or a streamed model."""
+def refuse_what_needs_one_process(config: RunConfig, processes: int) -> None:
+    """What cannot be made by so many processes; nothing where there is one.
+
+    Raises:
+        UsageError: steps that do not divide, interleaved stages, a streamed model, or 8-bit state of one in shares.
+    """
+    if processes == 1:
+        return
     for name in ("pretrain", "align"):
         section = config.pretrain if name == "pretrain" else config.align
-        world.require_whole_shares(section.tokens_per_step // config.data.sequence_length, name)
+        world.require_whole_shares(section.tokens_per_step // config.data.sequence_length, name, processes)
     if config.align.when == "interleaved":
         raise UsageError(
-            f"align.when: interleaved is for one process, and there are {world.size()}; set align.when: after, or "
+            f"align.when: interleaved is for one process, and there are {processes}; set align.when: after, or "
             "start without torchrun"
         )
     if config.align.engine == "streamed":
         raise UsageError(
-            f"align.engine: streamed is for one process, and there are {world.size()}; set align.engine: auto, which "
+            f"align.engine: streamed is for one process, and there are {processes}; set align.engine: auto, which "
             "spreads the model over them, or start without torchrun"
         )
+    if config.align.engine == "auto":
+        world.require_whole_leaves(config.align.optimizer.state, processes)

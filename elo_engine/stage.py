@@ -52,6 +52,8 @@ class SpreadEngine(Protocol):
     @property
     def optimizer(self) -> state.Saved: ...
 
+    def held(self) -> dict[str, int]: ...
+
     def collected(self) -> state.Saved: ...
 
     def step(
@@ -257,7 +259,7 @@ def run_stage(
         def on_step(at: Progress, metrics: dict[str, Any]) -> None:
             kind = metrics.pop("kind", name)
             if kind == name and kind not in warm:  # the step's gradients are still there
-                counted.update({} if isinstance(engine, SpreadEngine) else engine.held())
+                counted.update(engine.held())
             record = {"stage": kind, "step": at.step, **metrics, "warm": kind in warm}
             record |= {"tokens_total": at.tokens_total, "tokens_loss": at.tokens_loss}
             if "number" in metrics:  # interleaved: each kind is recorded as the stage that it is, counted by itself

@@ -54,9 +54,8 @@ class Rows:
         )  # fmt: skip
 
 
-def engine_step(setting: Setting) -> Callable[[], None]:
-    """This engine's own loop, one optimizer step a call."""
-    ops.configure("auto", CPU)
+def resident_engine(setting: Setting, config: OptimizerConfig) -> ResidentEngine:
+    """The whole model in this process, or its detached layers."""
     spec, dtype = setting.spec, torch.bfloat16 if setting.dtype == "bf16" else torch.float32
     shallow = setting.arm in SHALLOW
     shapes, wanted = names.expected_shapes(spec), names.expected_shapes(spec).keys()
@@ -67,20 +66,42 @@ def engine_step(setting: Setting) -> Callable[[], None]:
         for name in (shallow_names(spec, setting.layers) if shallow else wanted)
     }
     decoder = Decoder(spec, tensors, present, train_outer=not shallow, recompute=setting.recompute)
-    del tensors
+    return ResidentEngine(decoder, MasterAdamW(decoder, config), setting.micro_batch)
+
+
+def sharded_engine(setting: Setting, config: OptimizerConfig) -> Any:
+    """This process's share of the whole model."""
+    from elo_engine.model.sharded import ShardedModel
+    from elo_engine.train.sharded import ShardedAdamW, ShardedEngine
+
+    dtype, shapes = torch.bfloat16 if setting.dtype == "bf16" else torch.float32, names.expected_shapes(setting.spec)
+    generator = torch.Generator().manual_seed(0)
+
+    def read(part: list[str]) -> dict[str, Tensor]:
+        return {name: torch.randn(shapes[name], generator=generator).mul_(0.02) for name in part}
+
+    model = ShardedModel(setting.spec, read, device=CPU, dtype=dtype, recompute=setting.recompute)
+    return ShardedEngine(model, ShardedAdamW(model, config), setting.micro_batch)
+
+
+def engine_step(setting: Setting) -> Callable[[], None]:
+    """This engine's own loop, one optimizer step a call, of this process."""
+    ops.configure("auto", CPU)
+    tokens = setting.tokens_per_step * setting.processes.count
     section = StageConfig(
-        tokens=10**9, tokens_per_step=setting.tokens_per_step, micro_batch=setting.micro_batch,
+        tokens=10**9, tokens_per_step=tokens, micro_batch=setting.micro_batch,
         optimizer=OptimizerConfig(lr=1e-4, state=setting.state, master=setting.master),
         schedule=ScheduleConfig(warmup=0.0, decay="constant"),
     )  # fmt: skip
-    optimizer, progress, rows = MasterAdamW(decoder, section.optimizer), Progress(), Rows(setting)
+    engine = (sharded_engine if setting.sharded else resident_engine)(setting, section.optimizer)
+    progress, rows = Progress(), Rows(setting)
 
     def step() -> None:
         train(
-            ResidentEngine(decoder, optimizer, section.micro_batch), rows, section,  # type: ignore[arg-type]
-            steps=progress.step + 1, sequence_length=setting.sequence_length, progress=progress, hooks=Hooks(),
+            engine, rows, section, steps=progress.step + 1,  # type: ignore[arg-type]
+            sequence_length=setting.sequence_length, progress=progress, hooks=Hooks(),
         )  # fmt: skip
-        optimizer.zero_grad()  # as the loop does first of all in the next step
+        engine.optimizer.zero_grad()  # as the loop does first of all in the next step
 
     return step
 

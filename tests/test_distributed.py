@@ -154,6 +154,10 @@ def test_the_whole_chain_on_several_processes(start: Start, tmp_path: Path, engi
             found = [score[moment][language]["loss_nats"] for score in scores]
             assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert (many / "model" / "COMMIT.json").exists() and (many / "report.md").exists()
+    ran = [line for line in map(json.loads, (many / "metrics.jsonl").read_text().splitlines()) if "memory" in line]
+    parts = ran[-1]["memory"]["components"]
+    for name in ("weights", "gradients", "optimizer"):  # of one process: the plan's, and what was counted
+        assert parts["measured"][name] == pytest.approx(parts["predicted"][name], abs=256), name
     assert followed(many, "align") == pytest.approx(followed(one, "align"), rel=1e-6)
 
 

@@ -19,6 +19,7 @@ from elo_engine.fitting import RESERVE, Fitted, fitted, is_open
 from elo_engine.levers import stage_setting
 from elo_engine.measure.expected import Needs
 from elo_engine.measure.machine import Room
+from elo_engine.measure.setting import Processes
 from elo_engine.model.presets import preset_spec
 from elo_engine.plan import fitted_here
 
@@ -84,7 +85,8 @@ def test_as_many_rows_as_fit_shared_evenly() -> None:
     assert choose(config, need(config, "pretrain", micro_batch=1)).config.pretrain.micro_batch == 1
     nothing = choose(config, 1)
     assert nothing.config.pretrain.micro_batch == 1 and "not even one row" in nothing.lines()[0]
-    assert choose(config, 1 << 42, processes=3).config.pretrain.micro_batch == 4, "each has a third of the rows"
+    third = choose(config, 1 << 42, processes=Processes(3, 3))
+    assert third.config.pretrain.micro_batch == 4, "each has a third of the rows"
 
 
 def test_recomputation_is_chosen_first_with_one_row() -> None:

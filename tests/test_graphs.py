@@ -251,15 +251,15 @@ def test_engines_that_have_no_graphs_say_so_or_refuse(config: Path) -> None:
             graphs.launched(loaded, stage, graphs.SEVERAL, torch.device("cuda"), said.append)
 
 
-@pytest.mark.parametrize(("choice", "told"), [(None, "several processes"), ("streamed", "the streamed engine")])
-def test_alignment_asks_before_it_loads(choice: str | None, told: str, config: Path) -> None:
+@pytest.mark.parametrize(("choice", "told"), [("sharded", "several processes"), ("streamed", "the streamed engine")])
+def test_alignment_asks_before_it_loads(choice: str, told: str, config: Path) -> None:
     from elo_engine import align
 
     run = SimpleNamespace(
         config=load_config(config, ["align.graph=on"]), say=lambda text: None, beating=lambda *rest: None
     )
     source: Any = SimpleNamespace(spec=SPEC, device=torch.device("cuda"))
-    chosen: Any = choice and SimpleNamespace(streaming=choice)
+    chosen: Any = SimpleNamespace(engine=choice, streaming=choice)
     with pytest.raises(RefusedError, match=f"align.graph: on, but {told}"):
         align._load(run, source, None, chosen, None)  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from planner_cases import case, llama, measured_peak, only_what_is_made_here
 
-from elo_engine.measure import memory_engine, memory_engine_head, memory_shapes, memory_transformers_head
+from elo_engine.measure import memory_engine_head, memory_shapes, memory_transformers_head
 from elo_engine.measure.ledger import COMPONENTS, Ledger
 from elo_engine.measure.planner import MemoryPlan, fits, largest_micro_batch, predict_memory
 from elo_engine.measure.setting import ARMS, ArmName, Setting
@@ -216,7 +216,7 @@ def test_sizes_taken_from_the_code_that_allocates() -> None:
     from elo_engine.kernels.linear_cross_entropy import LAUNCH
 
     tiles = adamw_plan.LAUNCH.tile, adamw_plan.LAUNCH.tiles_per_sum
-    assert tiles == (memory_engine._ADAMW_TILE, memory_engine._TILES_PER_SUM)
+    assert tiles == (memory_shapes.ADAMW_TILE, memory_shapes.TILES_PER_SUM)
     for N, V, width in ((8192, 128256, 2), (32768, 128256, 2), (8192, 49152, 2), (100, 300, 4), (5000, 50257, 2)):
         assert memory_engine_head.gpu_chunk(N, V, width) == LAUNCH.chunk(N, V, width)
 

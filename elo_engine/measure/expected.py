@@ -115,8 +115,8 @@ def snapshot_host_bytes(setting: Setting) -> int:
     From a GPU all of it is copied; what is on the host already, as a streamed model is, is written from where it lies,
     but weights of 24 bits are joined to fp32 numbers.
     """
-    if setting.device == "cuda" and setting.arm != STREAMED:
-        return snapshot_bytes(setting)
+    if setting.sharded or (setting.device == "cuda" and setting.arm != STREAMED):
+        return snapshot_bytes(setting)  # shares are collected, by one of the processes
     if setting.device == "cuda" and setting.turns is not None:  # the detached layers are there
         return snapshot_bytes(shallow_of(setting, setting.turns)) + snapshot_host_bytes(replace(setting, turns=None))
     return 4 * trainable_parameters(setting) if setting.master_bytes == 1 else 0
@@ -126,10 +126,11 @@ def host_by_part(setting: Setting, memory: MemoryPlan) -> dict[str, int]:
     """Host memory of a stage at its highest moment by part, on top of a process that has torch loaded.
 
     On a CPU that is the step itself, or a snapshot taken after it: weights, gradients and optimizer state are there
-    then, activations are not. What a streamed model keeps on a disk is not in it: the system takes back what it holds
-    of a file.
+    then, activations are not. Of several processes it is all that share the host, of which one writes snapshots. What
+    a streamed model keeps on a disk is not in it: the system takes back what it holds of a file.
     """
-    found, saving = {"reading": READING_BYTES}, snapshot_host_bytes(setting)
+    there = setting.processes.on_host
+    found, saving = {"reading": there * READING_BYTES}, snapshot_host_bytes(setting)
     standing = loading = 0
     if setting.arm == STREAMED:
         if setting.streaming.store == "memory":
@@ -137,16 +138,20 @@ def host_by_part(setting: Setting, memory: MemoryPlan) -> dict[str, int]:
         standing = standing_bytes(setting) + sum(between_turns(setting).values())
         loading = loading_bytes(setting)
     if setting.host_embedding:
-        found["embedding"] = setting.spec.V * setting.spec.D * setting.width
+        found["embedding"] = there * setting.spec.V * setting.spec.D * setting.width
     if setting.device == "cuda":
         return found | {"snapshot": max(saving, loading)}
     parts = memory.components
     if setting.arm != STREAMED:
         gradients = 4 * trainable_parameters(setting)  # in bf16 with one micro-batch half of that
+        gradients //= setting.processes.count if setting.sharded else 1
         standing = parts["weights"] + parts["optimizer"] + gradients
     gaps = int(GAPS_SHARE * (parts["activations"] + parts["loss workspace"]))
-    highest = max(memory.peak_bytes + gaps, standing + max(saving, loading))
-    return found | {"libraries": LIBRARIES_BYTES, "step or snapshot": highest}
+    step = memory.peak_bytes + gaps
+    highest = max(step, standing + max(saving, loading))
+    if there > 1:
+        found["steps of other processes"] = (there - 1) * max(step, standing)
+    return found | {"libraries": there * LIBRARIES_BYTES, "step or snapshot": highest}
 
 
 def host_bytes(setting: Setting, memory: MemoryPlan) -> int:

@@ -15,11 +15,10 @@ from elo_engine.measure.memory_attention import copies_bytes, flash_backward_byt
 from elo_engine.measure.memory_fp8 import Fp8Products, head_bytes
 from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
 from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes, turn_bytes
-from elo_engine.measure.memory_shapes import coded_bytes, projections, split_spike, step_buffer_bytes
+from elo_engine.measure.memory_shapes import adamw_plan_bytes, coded_bytes, projections, split_spike, step_buffer_bytes
 from elo_engine.measure.setting import SHALLOW, Setting
 
 ACT = "activations"
-_ADAMW_TILE, _TILES_PER_SUM = 2048, 8  # kernels/adamw_plan.py: a map entry (two int32) a tile, an fp32 sum for eight
 
 
 @dataclass
@@ -43,8 +42,8 @@ class EngineStep:
         self.NHE, self.NKE = N * spec.H * spec.E * self.w, N * spec.K * spec.E * self.w
         self.NC = self.NHE + 2 * self.NKE
         self.wide_ND = 4 * N * spec.D  # in fp32
-        self.parts, self.fp8 = projections(spec), Fp8Products(setting, ledger)
-        self.gradients = Gradients(ledger, widens=self.w == 2, copies=not self.cuda)
+        self.parts, self.fp8, at_once = projections(spec), Fp8Products(setting, ledger), setting.one_gradient_summed
+        self.gradients = Gradients(ledger, widens=self.w == 2, copies=not self.cuda, at_once=at_once)
         self.outer = None if self.shallow else OuterSums(setting, ledger)
         self._graph = ledger.add(ACT, 0)
 
@@ -72,8 +71,7 @@ class EngineStep:
             ledger.add("optimizer", sum(leaves) * 8)
         ledger.add("optimizer", sum(leaves) * self.setting.master_bytes)
         if self.cuda:
-            tiles = sum(-(-size // _ADAMW_TILE) for size in leaves)
-            ledger.add("optimizer", 8 * tiles + 4 * -(-tiles // _TILES_PER_SUM))
+            ledger.add("optimizer", adamw_plan_bytes(leaves))
         ledger.add(ACT, table_bytes(self.setting) + step_buffer_bytes(self.setting))
         ledger.add("weights", head_bytes(self.setting))
 
@@ -385,7 +383,7 @@ class EngineStep:
             ledger.moment = "gradients of embedding and head"
             self.outer.finish()
         ledger.moment = "optimizer step"
-        if not self.cuda and self.w == 2 and setting.micro_batches == 1:
+        if not self.cuda and self.w == 2 and setting.micro_batches == 1 and not setting.one_gradient_summed:
             ledger.spike(GRAD, 4 * (sum if setting.state == "fp32" else max)(self.leaves()))
         if setting.master_bytes == 1:
             ledger.spike("optimizer", split_spike(max(self.leaves())))

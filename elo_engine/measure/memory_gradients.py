@@ -18,10 +18,11 @@ class Gradients:
     Args:
         widens: this engine's way in bf16: a first gradient is set aside as it came, a second makes the sum fp32.
         copies: torch adds bf16 to fp32 by way of an fp32 copy, as it does on the CPU.
+        at_once: a gradient is made fp32 as it comes, to be summed over processes (`train/adding_up.py`).
     """
 
-    def __init__(self, ledger: Ledger, *, widens: bool, copies: bool = False) -> None:
-        self._ledger, self._widens, self._copies = ledger, widens, copies
+    def __init__(self, ledger: Ledger, *, widens: bool, copies: bool = False, at_once: bool = False) -> None:
+        self._ledger, self._widens, self._copies, self._at_once = ledger, widens, copies, at_once
         self._sums: dict[str, Held] = {}
         self._wide: set[str] = set()
         self._arrived: list[tuple[str, Held]] = []
@@ -36,6 +37,9 @@ class Gradients:
             before = self._sums.get(name)
             if before is None:
                 self._sums[name] = arrived
+                if self._widens and self._at_once:
+                    self._sums[name] = self._ledger.add(GRAD, 2 * arrived.bytes)
+                    self._ledger.drop(arrived)
                 continue
             wide = self._widens and name not in self._wide
             if wide:
@@ -84,11 +88,15 @@ class OuterSums:
         if tied:
             ledger.drop(*self._rows)  # added to the sum
         narrow = self._setting.width == 2 and self._setting.micro_batches == 1
-        if narrow:
+        several = self._setting.one_gradient_summed
+        if narrow and not several:
             ledger.add(GRAD, 2 * self._size)
             ledger.drop(self._sum)
         if not tied:
-            ledger.add(GRAD, (2 if narrow else 4) * self._size)
+            made = ledger.add(GRAD, (2 if narrow else 4) * self._size)
             if narrow:
                 ledger.spike(GRAD, 2 * self._U * self._setting.spec.D)
             ledger.drop(*self._rows)
+            if narrow and several:
+                ledger.add(GRAD, 4 * self._size)
+                ledger.drop(made)

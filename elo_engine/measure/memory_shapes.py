@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elo_engine.measure.setting import SHALLOW, Setting
@@ -12,6 +13,15 @@ SCALE_GROUP = 256  # parameters that share an 8-bit state's scale, in this engin
 # Weights of 24 bits are updated so many elements at a time (model/split_weights.py): the number in fp32, and 64-bit
 # integers for the random bits with a temporary of theirs.
 SPLIT_CHUNK, _SPLIT_BYTES = 256 * 16384, 20
+
+
+ADAMW_TILE, TILES_PER_SUM = 2048, 8  # kernels/adamw_plan.py: a map entry (two int32) a tile, an fp32 sum for eight
+
+
+def adamw_plan_bytes(leaves: Sequence[int]) -> int:
+    """On a GPU, of what AdamW's kernels are launched by, of leaves of so many elements."""
+    tiles = sum(-(-size // ADAMW_TILE) for size in leaves)
+    return 8 * tiles + 4 * -(-tiles // TILES_PER_SUM)
 
 
 # Of a step that is a CUDA graph (train/step_buffers.py): documents that a micro-batch has room for at least, and the

@@ -1,9 +1,9 @@
 """Peak memory of one optimizer step, predicted from shapes alone, by component.
 
 The step is gone through as the code goes through it, op by op, with a ledger of what each allocates and frees:
-`memory_engine` for this engine's arms, `memory_streamed` for the one with a few layers on the device,
-`memory_transformers` for the others. `tests/test_planner.py` holds the result against every byte that torch's CPU
-allocator hands out.
+`memory_engine` for this engine's arms, `memory_streamed` for the one with a few layers on the device, `memory_sharded`
+for one process of several that share a model, `memory_transformers` for the others. `tests/test_planner.py` and
+`tests/test_planner_processes.py` hold the result against every byte that torch's CPU allocator hands out.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ class MemoryPlan:
 
 def run_step(setting: Setting, ledger: Ledger) -> None:
     """Enter one steady optimizer step of any arm: what lives when it ends stays on the device."""
-    from elo_engine.measure import memory_engine, memory_streamed, memory_transformers
+    from elo_engine.measure import memory_engine, memory_sharded, memory_streamed, memory_transformers
 
     if setting.arm == STREAMED:
         memory_streamed.run_step(setting, ledger)
+    elif setting.sharded:
+        memory_sharded.run_step(setting, ledger)
     else:
         (memory_engine if setting.arm in ENGINE else memory_transformers).run_step(setting, ledger)
 

@@ -60,6 +60,17 @@ def vocabulary_slices(spec: ModelSpec) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
+class Processes:
+    """Of a run: how many there are, one a device, and how many of them share the memory of one host."""
+
+    count: int = 1
+    on_host: int = 1
+
+
+ALONE = Processes()
+
+
+@dataclass(frozen=True)
 class ShallowTurns:
     """The shallow steps that take turns with those of (g) in one run (`align.when: interleaved`); as in `Setting`."""
 
@@ -91,6 +102,8 @@ class Setting:
         graph: a step of elo_pretrain or elo_align is a CUDA graph, fed from buffers that hold a whole step's tokens;
             in turns with others it keeps its memory.
         fp8: elo_pretrain's products of 8-bit operands: the head's, or the layers' too.
+        processes: of the run; `micro_batch`, `micro_batches` and all bytes of the device are of one of them.
+        sharded: the model of elo_align is spread over them (`model/sharded.py`); else each has the whole of it.
         streaming: of arm (s), whose layers are always run again, whatever `recompute` says.
     """
 
@@ -112,6 +125,8 @@ class Setting:
     host_embedding: bool = False
     graph: bool = False
     fp8: Literal["none", "head", "all"] = "none"
+    processes: Processes = ALONE
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         assert self.recompute in get_args(Recompute), f"recompute {self.recompute!r} is not of {get_args(Recompute)}"
@@ -136,5 +151,10 @@ class Setting:
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions that one optimizer step is fed."""
+        """Positions that one optimizer step is fed, of one process."""
         return self.N * self.micro_batches
+
+    @property
+    def one_gradient_summed(self) -> bool:
+        """Whether the gradients of a single micro-batch are summed over processes, for which bf16 ones become fp32."""
+        return self.processes.count > 1 and self.micro_batches == 1

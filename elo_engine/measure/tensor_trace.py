@@ -101,6 +101,10 @@ def _living_storages() -> Iterator[tuple[Any, torch.UntypedStorage]]:
         if isinstance(holder, Tensor):
             if holder.is_leaf and holder.grad is not None:
                 todo.append(holder.grad)
+            if hasattr(holder, "__tensor_flatten__"):  # a wrapper, such as a DTensor: its parts have the storages
+                parts = [getattr(holder, part) for part in holder.__tensor_flatten__()[0]]
+                todo.extend(part for part in parts if isinstance(part, Tensor))
+                continue
             if holder.layout != torch.strided:
                 continue
             storage = holder.untyped_storage()

@@ -6,6 +6,7 @@ when a second one arrives, so a step of one micro-batch pays for nothing.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -30,7 +31,7 @@ class Gradients:
         if world.size() > 1:
             self._sums = sums = AddingUp([leaf.names[0] for leaf in leaves], self._wide)
             for i, leaf in enumerate(leaves):  # after what sets it aside
-                leaf.tensor.register_post_accumulate_grad_hook(lambda _, i=i: sums.arrived(i))
+                leaf.tensor.register_post_accumulate_grad_hook(_tell(sums, i))
 
     def clear(self) -> None:
         """Drop the gradients; the next backward pass allocates them where it needs them."""
@@ -109,5 +110,16 @@ def _set_aside(aside: list[Tensor | None], i: int) -> Callable[[Tensor], None]:
         else:
             aside[i] = before.float().add_(leaf.grad)
         leaf.grad = None
+
+    return hook
+
+
+def _tell(sums: AddingUp, i: int) -> Callable[[Tensor], None]:
+    """A hook that does not keep the sums, which know the leaves: no collector sees the circle through a tensor."""
+    there = weakref.ref(sums)
+
+    def hook(_: Tensor) -> None:
+        if (alive := there()) is not None:
+            alive.arrived(i)
 
     return hook

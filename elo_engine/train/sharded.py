@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from elo_engine.config import OptimizerConfig
 from elo_engine.data import RowBatch
-from elo_engine.errors import FailedError, UsageError
+from elo_engine.errors import FailedError
+from elo_engine.measure.components import held_bytes
 from elo_engine.model.decoder import Leaf
 from elo_engine.model.ops.adamw import AdamwState, StepResult, adamw_update, leaf_norms, step_numbers
 from elo_engine.model.sharded import ShardedModel
@@ -50,11 +51,7 @@ class ShardedAdamW:
     """
 
     def __init__(self, model: ShardedModel, config: OptimizerConfig) -> None:
-        if config.state != "fp32":
-            raise UsageError(
-                f"align.optimizer.state: {config.state} is for whole leaves, and the model is in shares of "
-                f"{world.size()} processes; set align.optimizer.state: fp32, or align.engine: resident"
-            )
+        world.require_whole_leaves(config.state, world.size())
         self._config = config
         pairs = list(model.leaves)
         self._leaves, self._weights = [leaf for leaf, _ in pairs], [weight for _, weight in pairs]
@@ -115,6 +112,10 @@ class ShardedAdamW:
     def moments(self) -> dict[str, Tensor]:
         """See `collected`."""
         return self.collected().moments()
+
+    def moments_here(self) -> list[Tensor]:
+        """This process's share of both."""
+        return [*self._first, *self._second]
 
     def collected(self) -> Collected:
         """The whole state on rank 0's host, leaf by leaf, in the format of `LeafState`; all processes call it."""
@@ -196,6 +197,12 @@ class ShardedEngine:
     def scorer(self) -> ShardedModel:
         """Whose held-out losses are scored."""
         return self.model
+
+    def held(self) -> dict[str, int]:
+        """Bytes on this process's device by component, after a step whose gradients are still there."""
+        pairs = list(self.model.leaves)
+        weights, gradients = [leaf.tensor for leaf, _ in pairs], [_local(weight) for _, weight in pairs]
+        return held_bytes(weights, gradients, self.optimizer.moments_here(), self.device)
 
     def collected(self) -> Collected:
         """See `ShardedAdamW.collected`."""

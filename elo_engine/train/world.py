@@ -20,6 +20,7 @@ from torch import Tensor
 
 from elo_engine.data import RowBatch
 from elo_engine.errors import Elsewhere, FailedError, UsageError
+from elo_engine.measure.setting import Processes
 
 T = TypeVar("T")
 
@@ -201,13 +202,29 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     return total
 
 
-def require_whole_shares(rows: int, what: str) -> None:
+def require_whole_shares(rows: int, what: str, processes: int) -> None:
     """UsageError: the rows of a step cannot be shared evenly."""
-    if rows % size():
+    if rows % processes:
         raise UsageError(
-            f"{what}: {rows} rows a step do not divide by {size()} processes; set tokens_per_step to a multiple of "
-            f"{size()} rows, so that every process has the same work"
+            f"{what}: {rows} rows a step do not divide by {processes} processes; set tokens_per_step to a multiple of "
+            f"{processes} rows, so that every process has the same work"
         )
+
+
+def require_whole_leaves(state: str, processes: int) -> None:
+    """UsageError: an optimizer state that is of whole leaves, of a model in shares."""
+    if state != "fp32":
+        raise UsageError(
+            f"align.optimizer.state: {state} is for whole leaves, and the model is in shares of {processes} processes; "
+            "set align.optimizer.state: fp32, or align.engine: resident"
+        )
+
+
+def counted() -> Processes:
+    """How many there are, and how many of them on this machine."""
+    count = size()
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return Processes(count, min(count, int(told)) if told.isdecimal() and int(told) else count)
 
 
 def share(rows: RowBatch) -> RowBatch:
