@@ -232,7 +232,7 @@ def test_in_turns_the_engine_follows_the_choice(
     source: Any = SimpleNamespace(spec=SPEC, device=Model.device, dtype=Model.dtype, layers=(0, 31))
     setting = SimpleNamespace(turns=SimpleNamespace(graph=room))
     fitted = SimpleNamespace(bridges={}, statistics={})
-    align._load(run, source, None, SimpleNamespace(streaming=None, setting=setting), fitted)  # type: ignore[arg-type]
+    align._load(run, source, None, SimpleNamespace(engine="resident", streaming=None, setting=setting), fitted)  # type: ignore[arg-type]
     if how == "off" or not room:
         assert given == [None] and any(graphs.NO_ROOM in text for text in said) is not room
     else:

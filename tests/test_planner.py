@@ -112,6 +112,17 @@ def test_bf16(arm: ArmName, fields: dict[str, Any]) -> None:
         assert 1.0 <= predict_memory(setting).peak_bytes / measured_peak(setting) <= MOST
 
 
+@pytest.mark.parametrize(("T", "rows", "recompute"), [(66, 8, "none"), (66, 8, "layer"), (70, 3, "selective")])
+def test_bf16_rows_that_are_padded(T: int, rows: int, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention on a CPU, to 128 tokens; what is not counted is missing."""
+    spec = llama(4, 300, 128, 160, 8, 8, tied=True)
+    setting = case("engine_full", spec, T, rows, dtype="bf16", recompute=recompute)
+    measured = measured_peak(setting)
+    assert 1.0 <= predict_memory(setting).peak_bytes / measured <= MOST
+    monkeypatch.setattr(memory_engine, "padded_bytes", lambda setting, index: 0)
+    assert predict_memory(setting).peak_bytes < measured
+
+
 @pytest.mark.parametrize(("tied", "fields"), [(True, {"dtype": "bf16"}), (False, {}), (False, {"micro_batches": 4})])
 def test_a_step_whose_peak_is_its_end(tied: bool, fields: dict[str, Any]) -> None:
     """Where the vocabulary outweighs the rest, the gradients of embedding and head are the peak while they are made."""

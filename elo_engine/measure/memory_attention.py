@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from elo_engine.measure.memory_shapes import padded_documents
 from elo_engine.measure.setting import Setting
+from elo_engine.model.cpu_attention import few_lengths
 
 
 def flash_backward_bytes(setting: Setting) -> int:
@@ -32,6 +33,11 @@ def lse_bytes(setting: Setting) -> int:
     return 4 * setting.spec.H * setting.N * (2 if setting.device == "cpu" and setting.spec.softcap is not None else 1)
 
 
+def kept_bytes(setting: Setting, index: int) -> int:
+    """Beside queries, keys, values and output of a layer, for its backward pass."""
+    return lse_bytes(setting) + repeated_bytes(setting)
+
+
 def repeated_bytes(setting: Setting) -> int:
     """Keys and values once for every query head, which torch's memory-efficient attention wants in fp32 on a GPU and
     keeps for the backward pass (model/cpu_attention.py); rows of one document.
@@ -40,6 +46,21 @@ def repeated_bytes(setting: Setting) -> int:
     if setting.device == "cpu" or setting.width == 2 or spec.H == spec.K:
         return 0
     return 2 * setting.N * spec.H * spec.E * setting.width
+
+
+def padded_bytes(setting: Setting, index: int) -> int:
+    """In bf16 on a CPU, of rows whose tokens are no multiple of 64 (model/cpu_attention.py): queries, keys and values
+    padded, which are kept instead of views, and by how much the output is larger, or of several rows all
+    of it, of which the rest is cut out.
+    """
+    spec, T, rows = setting.spec, setting.sequence_length, setting.micro_batch
+    if setting.device == "cuda" or setting.width == 4 or in_cpp(setting, index):
+        return 0
+    T_padded = few_lengths(T)
+    if T_padded == T:
+        return 0
+    output = T_padded - T if rows == 1 else T_padded
+    return setting.width * rows * spec.E * (T_padded * (spec.H + 2 * spec.K) + output * spec.H)
 
 
 def copies_bytes(setting: Setting, index: int, *, backward: bool) -> int:

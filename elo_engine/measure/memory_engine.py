@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from elo_engine.measure import memory_engine_head as head
 from elo_engine.measure import memory_engine_mlp as mlp
 from elo_engine.measure.ledger import Held, Ledger
-from elo_engine.measure.memory_attention import copies_bytes, flash_backward_bytes, lse_bytes, repeated_bytes
+from elo_engine.measure.memory_attention import copies_bytes, flash_backward_bytes, kept_bytes, padded_bytes
 from elo_engine.measure.memory_fp8 import Fp8Products, head_bytes
 from elo_engine.measure.memory_gradients import GRAD, Gradients, OuterSums
 from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes, turn_bytes
@@ -173,10 +173,12 @@ class EngineStep:
         if self.spec.head_norms is not None:
             self.head_norms(kept)
         ledger.spike(ACT, turn_bytes(self.setting, index, back=False))
-        kept["lse"] = ledger.add(ACT, lse_bytes(self.setting) + repeated_bytes(self.setting))
+        kept["lse"], padded = (ledger.add(ACT, size(self.setting, index)) for size in (kept_bytes, padded_bytes))
         ledger.spike(ACT, copies_bytes(self.setting, index, backward=False))
         kept["mixed"] = ledger.add(ACT, self.NHE)
         update = self.fp8.out(self.ND, self.spec.H * self.spec.E)
+        ledger.drop(kept["qkv"] if padded.bytes else padded)
+        kept["qkv"] = padded if padded.bytes else kept["qkv"]
         if self.spec.norms != "pre":
             kept["update"], (update, kept["rstd3"]) = update, self.norm()
         return kept, update
