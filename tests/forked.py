@@ -23,8 +23,13 @@ import torch
 # Third parties alone: a fork imports elo_engine itself, after its environment was set.
 SERVER = """
 import gc, json, os, sys, time
-import numpy, pydantic, rich.console, safetensors.torch, torch, torch.distributed, typer, yaml
+import numpy, pydantic, requests, rich.console, safetensors.torch, torch, torch.distributed, typer, yaml
+from pydantic import BaseModel, TypeAdapter  # both bring most of pydantic, which its own name does not
 import torch.fx.experimental.symbolic_shapes  # and so sympy, as the first backward pass does
+try:
+    import torch.utils.tensorboard  # as every run does, where it is installed
+except ImportError:
+    pass
 torch.set_num_threads(1)
 gc.collect()
 gc.freeze()
@@ -108,17 +113,20 @@ class Child:
 
 
 class Forked:
-    """`forked(program, *arguments)` runs a program as `python -c program *arguments` would."""
+    """`forked(program, *arguments)` runs a program as `python -c program *arguments` would.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._number = folder, 0
+    first: what is imported too before anything is forked, for programs that all need it.
+    """
+
+    def __init__(self, folder: Path, first: str = "") -> None:
+        self._folder, self._number, self._first = folder, 0, first
         self._server: subprocess.Popen[str] | None = None
 
     def ask(self, **what: Any) -> Any:
         """The answer of the process that forks, which is started by the first question."""
         if self._server is None:
             self._server = subprocess.Popen(
-                [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                [sys.executable, "-c", f"{self._first}\n{SERVER}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         assert self._server.stdin is not None and self._server.stdout is not None
