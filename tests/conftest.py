@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import random
@@ -28,9 +29,13 @@ sys.path.insert(
 )  # the fixture modules beside the tests; the repository root stays off the path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import quick_interpreter  # noqa: E402
 from forked import Forked  # noqa: E402
 from store_fixture import make_store_folder  # noqa: E402
 from tokenizer_fixture import make_tokenizer  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    quick_interpreter.install()
 
 VOCABULARY = 320
 WORDS = (

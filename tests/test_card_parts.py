@@ -59,8 +59,10 @@ def test_the_bound_is_what_sums_that_are_all_cut_off_do_to_the_loss() -> None:
 PLANTED_SUMS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
+import quick_interpreter
 from launching import _round_as_hardware_does
 _round_as_hardware_does()
+quick_interpreter.install()
 import torch
 from elo_engine.benchmarks import fp8_bias
 
