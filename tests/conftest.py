@@ -87,9 +87,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """And between two files, where much was imported since."""
+    """And after a test that imported much."""
     yield
-    if nextitem is not None and nextitem.path != item.path and len(sys.modules) > _known[0] + 100:
+    if nextitem is not None and len(sys.modules) > _known[0] + 100:
         _freeze()
 
 

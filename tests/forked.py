@@ -72,6 +72,7 @@ del children, line, number, stream, place, folder
 exec(compile(program, "<forked>", "exec"), {"__name__": "__main__"})
 """
 NO_PICTURE = "from elo_engine import report; report._plot = lambda *of: False\n"  # as conftest.py has it
+PYTEST = "import sys, pytest; sys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
 ELO = f"{NO_PICTURE}from elo_engine.cli import main; main()"
 
 
@@ -126,7 +127,8 @@ class Forked:
         """The answer of the process that forks, which is started by the first question."""
         if self._server is None:
             self._server = subprocess.Popen(
-                [sys.executable, "-c", f"{self._first}\n{SERVER}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                [sys.executable, "-c", f"{self._first}\n{SERVER}"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         assert self._server.stdin is not None and self._server.stdout is not None

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load, save
 
 sys.path.insert(0, str(Path(__file__).parent))
-import quick_interpreter  # noqa: E402
+import quick_interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWER_SECONDS = 120.0

@@ -1,12 +1,13 @@
 """Triton's interpreter without what it does again for every call of a device function.
 
-It finds the builtins of the language by going through all members of its modules, twice for every kernel that is
-launched and for every function that a kernel calls: a third of the time of the kernels' tests. What it finds is the same
+It finds the builtins of the language by going through all members of its modules, for every kernel that is launched
+and again for every function that a kernel calls: a third of the time of the kernels' tests. What it finds is the same
 each time, so it is found once; and what is patched already is left as it is. What a kernel computes is untouched.
 """
 
 from __future__ import annotations
 
+import gc
 import inspect
 from typing import Any
 
@@ -18,6 +19,7 @@ def install() -> None:
 
     if getattr(interpreter._patch_lang, "quick", False):
         return
+    gc.set_threshold(50_000, 20, 100)  # of the many objects of a launch hardly any is part of a cycle
     patch_all, patch_attribute = interpreter._patch_lang, interpreter._patch_attr
     owners = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
     builtins = {
