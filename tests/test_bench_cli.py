@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked import Forked
 
 from elo_engine.benchmarks.recording import read_record
 from elo_engine.benchmarks.reporting import faults
@@ -15,7 +18,14 @@ from elo_engine.benchmarks.reporting import faults
 Elo = Callable[..., tuple[int, str]]
 
 
-def test_speedup_of_a_checkpoint_keeps_a_record(elo: Elo, tied: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def arms_fork(forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a comparison need not import torch."""
+    made = SimpleNamespace(**vars(subprocess) | {"Popen": forked.piped})
+    monkeypatch.setattr("elo_engine.benchmarks.processes.subprocess", made)
+
+
+def test_speedup_of_a_checkpoint_keeps_a_record(elo: Elo, tied: Path, tmp_path: Path, arms_fork: None) -> None:
     """Arms in processes of their own, the engagement check, the ratios and the record, on a tiny real checkpoint;
     streamed alignment beside the resident one.
     """
