@@ -7,9 +7,11 @@ import importlib.util
 import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +129,13 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
     made = Forked(tmp_path_factory.mktemp("forked"))
     yield made
     made.close()
+
+
+@pytest.fixture
+def arms_fork(forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arms of `elo bench`, processes still, need not import torch."""
+    made = SimpleNamespace(**vars(subprocess) | {"Popen": forked.piped})
+    monkeypatch.setattr("elo_engine.benchmarks.processes.subprocess", made)
 
 
 @pytest.fixture(scope="session", name="make_tokenizer")

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from forked import Forked
 
 from elo_engine.benchmarks.recording import read_record
 from elo_engine.benchmarks.reporting import faults
 
 Elo = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def arms_fork(forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processes of a comparison need not import torch."""
-    made = SimpleNamespace(**vars(subprocess) | {"Popen": forked.piped})
-    monkeypatch.setattr("elo_engine.benchmarks.processes.subprocess", made)
 
 
 def test_speedup_of_a_checkpoint_keeps_a_record(elo: Elo, tied: Path, tmp_path: Path, arms_fork: None) -> None:
@@ -80,7 +70,8 @@ def test_memory_is_predicted_without_a_device(elo: Elo, tmp_path: Path) -> None:
     assert {point["status"] for point in result["points"]} == {"not run"}
 
 
-def test_memory_measured_lies_within_the_prediction(elo: Elo, tmp_path: Path) -> None:
+def test_memory_measured_lies_within_the_prediction(elo: Elo, tmp_path: Path, arms_fork: None) -> None:
+    """What tensors take at most, which is the same in a process that was forked."""
     status, said = elo(
         "bench", "memory", "--model", "llama-3.1-8b-mini", "--device", "cpu", "--arms", "f,s", "--sequence-lengths",
         "64", "--micro-batches", "2", "--records", str(tmp_path),
