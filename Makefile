@@ -28,7 +28,7 @@ LATER := transformers/models/|torch/(_inductor|testing)/|/tests/
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '$(LATER)' .venv/lib || true
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test test-all test-oldest lint types audit faults fuzz fuzz-readers soak scale bench card clean
+.PHONY: setup demo test test-all test-oldest lint .mypy audit faults fuzz fuzz-readers soak scale bench card clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.stamp
@@ -50,9 +50,9 @@ test-oldest: .venv-oldest/.stamp
 
 lint: .venv/.stamp-test
 	$(BIN)/ruff check .
-	@+$(MAKE) --no-print-directory -j2 types audit
+	@+$(MAKE) --no-print-directory -j2 .mypy audit
 
-types: .venv/.stamp-test
+.mypy: .venv/.stamp-test
 	$(BIN)/mypy
 
 # What cannot be asked about is no vulnerability, and is said: without a network, or with an index that has packages alone,
