@@ -21,12 +21,14 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# pip would compile thousands of files one after another; this takes all cores, and leaves what does not compile.
+# pip would compile thousands of files one after another; this takes all cores, and leaves what does not compile. The
+# models of transformers, torch's compiler and others' tests are a third of all: what of them is used, Python compiles.
 INSTALL := $(PIP) install --quiet --no-compile
-COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+LATER := transformers/models/|torch/(_inductor|testing)/|/tests/
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '$(LATER)' .venv/lib || true
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test test-all test-oldest lint audit faults fuzz fuzz-readers soak scale bench card clean
+.PHONY: setup demo test test-all test-oldest lint .mypy audit faults fuzz fuzz-readers soak scale bench card clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.stamp
@@ -48,8 +50,10 @@ test-oldest: .venv-oldest/.stamp
 
 lint: .venv/.stamp-test
 	$(BIN)/ruff check .
+	@+$(MAKE) --no-print-directory -j2 .mypy audit
+
+.mypy: .venv/.stamp-test
 	$(BIN)/mypy
-	@$(MAKE) --no-print-directory audit
 
 # What cannot be asked about is no vulnerability, and is said: without a network, or with an index that has packages alone,
 # nothing is known.
@@ -110,6 +114,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "elo-engine needs Python 3.11 or newer and $(PYTHON) is older; name one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	@$(INSTALL) -c $(CONSTRAINTS) pip || echo "pip: it stays as Python brought it, which may be slower"
 
 # torch comes first and by itself, so that nothing else decides its build. Without a GPU the CPU build saves gigabytes of
 # CUDA libraries; --no-deps, because its index has torch but not the pinned versions of what torch needs. Where that
@@ -124,19 +129,33 @@ $(BIN)/python:
 	fi
 	@touch $@
 
-.venv/.stamp: .venv/.torch $(SOURCES)
-	$(INSTALL) -c $(CONSTRAINTS) -e '.[demo]'
+# The C++ extension compiles while the packages come, each on a core: `--no-deps` here, and the packages by themselves.
+.venv/.extension: $(SOURCES) | $(BIN)/python
+	$(INSTALL) -c $(CONSTRAINTS) --no-deps -e .
+	@touch $@
+
+.venv/.packages-%: .venv/.torch pyproject.toml constraints.txt
+	@$(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*p["dependencies"], *(d for e in sys.argv[1].split("-") for d in p["optional-dependencies"][e]), sep="\n")' \
+		$* > .venv/packages-$*.txt
+	$(INSTALL) -c $(CONSTRAINTS) -r .venv/packages-$*.txt
+	@touch $@
+
+BOTH := $(MAKE) --no-print-directory -j2 .venv/.extension
+
+.venv/.stamp: $(SOURCES) | $(BIN)/python
+	@+$(BOTH) .venv/.packages-demo
 	@$(COMPILE)
 	@touch $@
 
 # triton (extra gpu) is for the kernels' tests, which interpret and compile them without a GPU.
-.venv/.stamp-test: .venv/.torch $(SOURCES)
-	$(INSTALL) -c $(CONSTRAINTS) -e '.[demo,dev,gpu,test]'
+.venv/.stamp-test: $(SOURCES) | $(BIN)/python
+	@+$(BOTH) .venv/.packages-demo-dev-gpu-test
 	@$(COMPILE)
 	@touch $@ .venv/.stamp
 
-.venv/.stamp-bench: .venv/.torch $(SOURCES)
-	$(INSTALL) -c $(CONSTRAINTS) -e '.[bench]'
+.venv/.stamp-bench: $(SOURCES) | $(BIN)/python
+	@+$(BOTH) .venv/.packages-bench
 	@$(COMPILE)
 	@touch $@ .venv/.stamp
 

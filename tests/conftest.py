@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +31,13 @@ sys.path.insert(
 )  # the fixture modules beside the tests; the repository root stays off the path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import quick_interpreter  # noqa: E402
 from forked import Forked  # noqa: E402
 from store_fixture import make_store_folder  # noqa: E402
 from tokenizer_fixture import make_tokenizer  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    quick_interpreter.install()
 
 VOCABULARY = 320
 WORDS = (
@@ -82,9 +89,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """And between two files, where much was imported since."""
+    """And after a test that imported much."""
     yield
-    if nextitem is not None and nextitem.path != item.path and len(sys.modules) > _known[0] + 100:
+    if nextitem is not None and len(sys.modules) > _known[0] + 100:
         _freeze()
 
 
@@ -122,6 +129,13 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
     made = Forked(tmp_path_factory.mktemp("forked"))
     yield made
     made.close()
+
+
+@pytest.fixture
+def arms_fork(forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arms of `elo bench`, processes still, need not import torch."""
+    made = SimpleNamespace(**vars(subprocess) | {"Popen": forked.piped})
+    monkeypatch.setattr("elo_engine.benchmarks.processes.subprocess", made)
 
 
 @pytest.fixture(scope="session", name="make_tokenizer")

@@ -16,15 +16,20 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 # Third parties alone: a fork imports elo_engine itself, after its environment was set.
 SERVER = """
 import gc, json, os, sys, time
-import numpy, pydantic, rich.console, safetensors.torch, torch, torch.distributed, typer, yaml
+import numpy, pydantic, requests, rich.console, safetensors.torch, torch, torch.distributed, typer, yaml
+from pydantic import BaseModel, TypeAdapter  # both bring most of pydantic, which its own name does not
 import torch.fx.experimental.symbolic_shapes  # and so sympy, as the first backward pass does
+try:
+    import torch.utils.tensorboard  # as every run does, where it is installed
+except ImportError:
+    pass
 torch.set_num_threads(1)
 gc.collect()
 gc.freeze()
@@ -44,14 +49,18 @@ for line in sys.stdin:
             else:
                 time.sleep(0.002)
         continue
+    streams = [os.open(asked.get("in", os.devnull), os.O_RDONLY)]
+    streams += [os.open(asked[place], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for place in ("out", "err")]
     number = os.fork()
     if number:
+        for stream in streams:
+            os.close(stream)
         children[number] = True
         print(number, flush=True)
         continue
-    for stream, place in ((1, asked["out"]), (2, asked["err"])):
-        os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for place, stream in enumerate(streams):
+        os.dup2(stream, place)
+        os.close(stream)
     os.environ.clear()
     os.environ.update(asked["environment"])
     for folder in reversed(asked["environment"].get("PYTHONPATH", "").split(os.pathsep)):
@@ -63,10 +72,11 @@ for line in sys.stdin:
     break
 else:
     sys.exit()
-del children, line, number, stream, place, folder
+del children, line, number, streams, stream, place, folder
 exec(compile(program, "<forked>", "exec"), {"__name__": "__main__"})
 """
 NO_PICTURE = "from elo_engine import report; report._plot = lambda *of: False\n"  # as conftest.py has it
+PYTEST = "import sys, pytest; sys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
 ELO = f"{NO_PICTURE}from elo_engine.cli import main; main()"
 
 
@@ -107,18 +117,41 @@ class Child:
         return subprocess.CompletedProcess("forked", status, out, err)
 
 
-class Forked:
-    """`forked(program, *arguments)` runs a program as `python -c program *arguments` would."""
+class Piped:
+    """In place of subprocess.Popen with pipes to and from it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._number = folder, 0
+    def __init__(self, child: Child, stdin: IO[bytes], stdout: IO[bytes]) -> None:
+        self.stdin, self.stdout, self.poll, self.kill, self._child = stdin, stdout, child.poll, child.kill, child
+
+    @property
+    def returncode(self) -> int | None:
+        """As `poll` or `wait` found it."""
+        return self._child.returncode
+
+    def wait(self, timeout: float = 120.0) -> int:
+        """Exit status; raises subprocess.TimeoutExpired."""
+        status = self._child.poll(timeout)
+        if status is None:
+            raise subprocess.TimeoutExpired("forked", timeout)
+        return status
+
+
+class Forked:
+    """`forked(program, *arguments)` runs a program as `python -c program *arguments` would.
+
+    first: what is imported too before anything is forked, for programs that all need it.
+    """
+
+    def __init__(self, folder: Path, first: str = "") -> None:
+        self._folder, self._number, self._first = folder, 0, first
         self._server: subprocess.Popen[str] | None = None
 
     def ask(self, **what: Any) -> Any:
         """The answer of the process that forks, which is started by the first question."""
         if self._server is None:
             self._server = subprocess.Popen(
-                [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                [sys.executable, "-c", f"{self._first}\n{SERVER}"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         assert self._server.stdin is not None and self._server.stdout is not None
@@ -127,16 +160,20 @@ class Forked:
         return json.loads(self._server.stdout.readline())
 
     def start(
-        self, program: str, *arguments: object, environment: Mapping[str, str] | None = None, folder: Path | None = None
-    ) -> Child:
-        """The process, while it runs. environment: all of it, else this process's; folder: where it works."""
+        self, program: str, *arguments: object, environment: Mapping[str, str] | None = None,
+        folder: Path | None = None, places: Mapping[str, str] | None = None,
+    ) -> Child:  # fmt: skip
+        """The process, while it runs. environment: all of it, else this process's; folder: where it works; places:
+        of its standard streams `in`, `out` and `err`, else nothing and files of its own.
+        """
         self._number += 1
         environment = dict(os.environ if environment is None else environment)
         out, err = (self._folder / f"{self._number}.{kind}" for kind in ("out", "err"))
         number = self.ask(
-            program=program, arguments=["-c", *map(str, arguments)], out=str(out), err=str(err),
-            environment=environment, folder=str(folder or Path.cwd()),
+            program=program, arguments=["-c", *map(str, arguments)], environment=environment,
+            folder=str(folder or Path.cwd()),
             threads=int(environment.get("OMP_NUM_THREADS") or torch.get_num_threads()),
+            **({"out": str(out), "err": str(err)} | dict(places or {})),
         )  # fmt: skip
         return Child(self, number, out, err)
 
@@ -147,6 +184,17 @@ class Forked:
         module, *arguments = command[2:]
         program = f"{first}\nimport runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
         return self.start(program, *arguments, environment=env)
+
+    def piped(self, command: list[str], *, env: Mapping[str, str], stderr: IO[bytes], **streams: Any) -> Piped:
+        """In place of subprocess.Popen for `python -m module arguments` that is asked and answers through pipes."""
+        asks, answers = os.pipe(), os.pipe()
+        own, module = f"/proc/{os.getpid()}/fd", command[2]
+        program = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        places = {"in": f"{own}/{asks[0]}", "out": f"{own}/{answers[1]}", "err": f"{own}/{stderr.fileno()}"}
+        child = self.start(program, *command[3:], environment=env, places=places)
+        os.close(asks[0])
+        os.close(answers[1])
+        return Piped(child, os.fdopen(asks[1], "wb"), os.fdopen(answers[0], "rb"))
 
     def __call__(self, program: str, *arguments: object, timeout_s: float = 120.0, **where: Any) -> Any:
         """Exit status, standard output and error; where: as of `start`."""

@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import quick_interpreter
 import torch
 from launching import _round_as_hardware_does as round_as_hardware_does
 from planted_graphs import ScaleOfTheHost
@@ -378,6 +379,7 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     round_as_hardware_does()
+    quick_interpreter.install()
     choice.configure("fused", CPU)
     ops.attention = attention
     tape_launches()

@@ -337,8 +337,10 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from elo_engine.kernels import adamw, adamw_8bit, adamw_norms
 from elo_engine.model.ops import choice
+import quick_interpreter
 import tests.test_adamw_parts as t
 
+quick_interpreter.install()
 launches = []
 
 class Counted:

@@ -15,7 +15,7 @@ from elo_engine.benchmarks.reporting import faults
 Elo = Callable[..., tuple[int, str]]
 
 
-def test_speedup_of_a_checkpoint_keeps_a_record(elo: Elo, tied: Path, tmp_path: Path) -> None:
+def test_speedup_of_a_checkpoint_keeps_a_record(elo: Elo, tied: Path, tmp_path: Path, arms_fork: None) -> None:
     """Arms in processes of their own, the engagement check, the ratios and the record, on a tiny real checkpoint;
     streamed alignment beside the resident one.
     """
@@ -70,7 +70,8 @@ def test_memory_is_predicted_without_a_device(elo: Elo, tmp_path: Path) -> None:
     assert {point["status"] for point in result["points"]} == {"not run"}
 
 
-def test_memory_measured_lies_within_the_prediction(elo: Elo, tmp_path: Path) -> None:
+def test_memory_measured_lies_within_the_prediction(elo: Elo, tmp_path: Path, arms_fork: None) -> None:
+    """What tensors take at most, which is the same in a process that was forked."""
     status, said = elo(
         "bench", "memory", "--model", "llama-3.1-8b-mini", "--device", "cpu", "--arms", "f,s", "--sequence-lengths",
         "64", "--micro-batches", "2", "--records", str(tmp_path),

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from test_speedup import run_arm, setting
 
 from elo_engine.benchmarks import evidence, first_step, fp8_bias, graph_turns, speedup
@@ -59,8 +58,10 @@ def test_the_bound_is_what_sums_that_are_all_cut_off_do_to_the_loss() -> None:
 PLANTED_SUMS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
+import quick_interpreter
 from launching import _round_as_hardware_does
 _round_as_hardware_does()
+quick_interpreter.install()
 import torch
 from elo_engine.benchmarks import fp8_bias
 
@@ -75,15 +76,12 @@ print(json.dumps(found))
 """
 
 
-def test_sums_that_lean_one_way_are_seen_through_the_kernel() -> None:
+def test_sums_that_lean_one_way_are_seen_through_the_kernel(forked: Forked) -> None:
     """The kernel itself, in Triton's interpreter, with planted products: exact ones, ones that are off by as much as
     the bound allows, and by four times that.
     """
     pytest.importorskip("triton", reason="triton is not installed; pip install 'elo-engine[gpu]'")
-    done = subprocess.run(
-        [sys.executable, "-c", PLANTED_SUMS, str(Path(__file__).parent)], capture_output=True, text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )  # fmt: skip
+    done = forked(PLANTED_SUMS, Path(__file__).parent, environment=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
     exact, cut, more = json.loads(done.stdout.splitlines()[-1])
     assert exact["share_of_bound"] < 0.02 and exact["largest_difference_nats"] < 1e-3
@@ -257,7 +255,7 @@ def test_anywhere(): raise AssertionError("not one of a card's")
 """
 
 
-def test_the_tests_that_need_a_card_are_told_from_the_others(tmp_path: Path) -> None:
+def test_the_tests_that_need_a_card_are_told_from_the_others(tmp_path: Path, forked: Forked) -> None:
     """Planted: one that fails on a card, one that is skipped, one that passes, and two that any machine could run."""
     (tmp_path / "test_planted.py").write_text(PLANTED_TESTS)
     program = (
@@ -265,16 +263,14 @@ def test_the_tests_that_need_a_card_are_told_from_the_others(tmp_path: Path) -> 
         "run(Path(sys.argv[1]), [Path(sys.argv[2])])"
     )
     out = tmp_path / "out.json"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(out), str(tmp_path / "test_planted.py")], capture_output=True, text=True
-    )
+    done = forked(program, out, tmp_path / "test_planted.py")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert found["figures"] == {"passed": 1.0, "failed": 1.0, "skipped": 1.0}
     assert found["notes"] == {"failed": "test_planted.py::test_kernel[cuda]", "skipped": "needs a GPU: real widths"}
 
 
-def test_a_file_that_cannot_be_read_is_a_failure_and_the_others_run(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_a_failure_and_the_others_run(tmp_path: Path, forked: Forked) -> None:
     for name, source in (("broken", "import nothing_that_there_is\n"), ("planted", PLANTED_TESTS)):
         (tmp_path / f"test_{name}.py").write_text(source)
     program = (
@@ -282,7 +278,7 @@ def test_a_file_that_cannot_be_read_is_a_failure_and_the_others_run(tmp_path: Pa
         "run(Path(sys.argv[1]), [Path(sys.argv[2], f'test_{name}.py') for name in ('broken', 'planted')])"
     )
     out = tmp_path / "out.json"
-    done = subprocess.run([sys.executable, "-c", program, str(out), str(tmp_path)], capture_output=True, text=True)
+    done = forked(program, out, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert found["figures"] == {"passed": 1.0, "failed": 2.0, "skipped": 1.0}

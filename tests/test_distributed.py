@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,29 @@ def torchrun(processes: int, *arguments: object) -> list[str]:
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port()),
         *map(str, arguments),
     ]  # fmt: skip
+
+
+# torchrun's own agent, whose processes are forks of it instead of new interpreters.
+AGENT = f"""
+import sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def process():
+    exec(compile({ELO!r}, "<forked>", "exec"), {{"__name__": "__main__"}})
+port = sys.argv.pop(1)
+elastic_launch(
+    LaunchConfig(1, 1, 2, rdzv_backend="static", rdzv_endpoint="127.0.0.1:" + port, rdzv_configs={{"rank": 0}},
+                 max_restarts=0, monitor_interval=0.1, start_method="fork"), process)()
+"""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    """In place of conftest.py's: FSDP2 is imported too, and what it imports with its first step, for seconds a process.
+    """
+    first = "import torch.distributed.fsdp, torch.distributed.tensor, torch.distributed.launcher.api, torch._dynamo"
+    made = Forked(tmp_path_factory.mktemp("forked"), first)
+    yield made
+    made.close()
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -169,29 +192,37 @@ def test_bf16_shares_stay_near_the_resident_model(start: Start, tmp_path: Path) 
     assert found == pytest.approx(losses(tmp_path / "one", "align"), rel=2**-8) and found[-1] < found[0]
 
 
-def test_interrupted_killed_and_resumed_is_bit_for_bit_what_it_was(start: Start, tmp_path: Path) -> None:
+def test_interrupted_killed_and_resumed_is_bit_for_bit_what_it_was(
+    start: Start, tmp_path: Path, forked: Forked
+) -> None:
     """SIGTERM to torchrun in the pretraining, SIGKILL to one process in the alignment; then the rest of the run."""
     long = ("evaluate.every=0", "pretrain.tokens=3200", "align.tokens=3200", "snapshot.every=5")
     start(2, "run", "whole", *long)
     cut = tmp_path / "cut"
-    for stage, victim in (("pretrain", "torchrun"), ("align", "process")):
-        process = subprocess.Popen(
-            torchrun(2, "-m", "elo_engine", "run", tmp_path / "config.yaml", f"output={cut}", "--resume=auto", *long),
-            env=environment(), stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    command = ("run", tmp_path / "config.yaml", f"output={cut}", "--resume=auto", *long)
+
+    def reach(stage: str, ended: Callable[[], int | None]) -> None:
         ends = time.monotonic() + 120
         while not any((cut / stage).glob("step-*/COMMIT.json")):
-            assert process.poll() is None and time.monotonic() < ends, "the run ended before it was cut"
+            assert ended() is None and time.monotonic() < ends, "the run ended before it was cut"
             time.sleep(0.02)
-        if victim == "torchrun":
-            process.send_signal(signal.SIGTERM)
-        else:
-            os.kill(json.loads((cut / "STATUS").read_text())["pid"], signal.SIGKILL)
-        _, shown = process.communicate(timeout=90)
-        assert process.returncode != 0
+
+    def is_cut(stage: str, status: int) -> None:
+        assert status != 0
         assert not (cut / stage / "step-00000025").exists(), "it was over before it was cut"
-        if victim == "torchrun":
-            assert "interrupted by SIGTERM after step" in shown
+
+    process = subprocess.Popen(
+        torchrun(2, "-m", "elo_engine", *command), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    reach("pretrain", process.poll)
+    process.send_signal(signal.SIGTERM)
+    _, shown = process.communicate(timeout=90)
+    is_cut("pretrain", process.returncode)
+    assert "interrupted by SIGTERM after step" in shown
+    agent = forked.start(AGENT, port(), *command, environment=environment())
+    reach("align", agent.poll)
+    os.kill(json.loads((cut / "STATUS").read_text())["pid"], signal.SIGKILL)
+    is_cut("align", agent.wait(90).returncode)
     start(2, "run", "cut", "--resume", "auto", *long)
     for stage in ("pretrain", "align"):
         assert differing(snapshot(tmp_path / "whole" / stage), snapshot(cut / stage)) == []

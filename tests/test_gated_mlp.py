@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from family_cases import CASES, SHAPE
+from forked import PYTEST, Forked
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -185,14 +184,11 @@ def test_an_unknown_word_is_refused() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")
-def test_the_same_under_tritons_interpreter() -> None:
+def test_the_same_under_tritons_interpreter(forked: Forked) -> None:
     pytest.importorskip("triton", reason="triton is not installed; pip install 'elo-engine[gpu]'")
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(Path(__file__)), "-k",
-         "bits and whole and (llama or gemma2)"], cwd=root,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    chosen = ("-k", "bits and whole and (llama or gemma2)")
+    done = forked(PYTEST, __file__, *chosen, environment=environment, folder=root, timeout_s=300)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 
 pytest.importorskip("triton", reason="triton is not installed; pip install 'elo-engine[gpu]'")
 
@@ -35,17 +34,16 @@ PLANTS = "RateOfTheHost", "TextOfTheHost", "ScaleOfTheHost", "RowsOfTheHost"  # 
 
 
 @pytest.mark.parametrize("which", CASES)
-def test_taped_steps_train_as_launched_ones(which: str) -> None:
+def test_taped_steps_train_as_launched_ones(which: str, forked: Forked) -> None:
     """Rates, keys, text and numbers of documents are others each step; one step has a loss that is no number and
     changes nothing; going on from a snapshot puts other steps into graphs and gives the same bits.
     """
     script = Path(__file__).with_name("graph_tape.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(script.parents[1])
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(CASES[which])], env=environment, capture_output=True, text=True,
-        timeout=590,
-    )  # fmt: skip
+    environment["PYTHONPATH"] += os.pathsep + str(script.parent)
+    program = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = forked(program, json.dumps(CASES[which]), environment=environment, timeout_s=590)
     assert done.returncode == 0, done.stderr[-3000:]
     all_told: dict[str, Any] = json.loads(done.stdout)
     for name, case in CASES[which].items():

@@ -5,13 +5,11 @@ products of the rounded operands; and that a whole layer's gradients go through 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from forked import PYTEST, Forked
 from torch import Tensor
 
 from elo_engine.config import Recompute
@@ -141,18 +139,14 @@ def test_a_layer_that_is_run_again_is_the_same_layer(way: str, monkeypatch: pyte
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")
-def test_the_same_under_tritons_interpreter() -> None:
+def test_the_same_under_tritons_interpreter(forked: Forked) -> None:
     """The whole file again, with the kernels that round and torch's product of 8-bit matrices on a CPU."""
     pytest.importorskip("triton", reason="triton is not installed; pip install 'elo-engine[gpu]'")
     from .launching import ROOT
 
-    program = (
-        "import sys; sys.path.insert(0, '.'); from tests import launching; launching._round_as_hardware_does(); "
-        f"import pytest; sys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', {str(Path(__file__))!r}]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    rounded = "sys.path.insert(0, '.'); from tests import launching; launching._round_as_hardware_does()"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    program = f"import sys; {rounded}\n{PYTEST}"
+    done = forked(program, __file__, environment=environment, folder=ROOT, timeout_s=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert " passed" in done.stdout

@@ -160,7 +160,7 @@ def test_a_process_that_fails_is_its_point_and_no_other(stand_in: type[StandIn])
     assert len(said) == 4 and all("engine_full" in line and "illegal memory access" in line for line in said)
 
 
-def test_a_checkpoint_that_is_gone_is_said_by_the_process_itself(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_gone_is_said_by_the_process_itself(tmp_path: Path, arms_fork: None) -> None:
     """A real process, which ends with an error that is not about memory."""
     found = memory.measure_point(of("elo_pretrain", SMALL), str(tmp_path / "in-memory-of"), None, tmp_path)
     assert found["status"] == "failed" and "in-memory-of" in found["why"]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import PYTEST, Forked
 from kernel_errors import ARITHMETIC, HALF_UNIT, error_by_row
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -382,14 +381,11 @@ def test_no_gradient_is_made_where_none_is_needed() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")
-def test_the_same_under_tritons_interpreter() -> None:
+def test_the_same_under_tritons_interpreter(forked: Forked) -> None:
     """The whole file again, with Triton's kernels in place of the CPU's."""
     pytest.importorskip("triton", reason="triton is not installed; pip install 'elo-engine[gpu]'")
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))], cwd=root,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = forked(PYTEST, __file__, environment=environment, folder=root, timeout_s=300)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout

@@ -341,6 +341,7 @@ def test_through_triton_three_launches_a_step_and_the_same_numbers(forked: Forke
     program = """
 import sys
 sys.path.insert(0, sys.argv[1])
+import quick_interpreter
 import torch
 import test_optim as t
 from elo_engine.config import OptimizerConfig
@@ -348,6 +349,7 @@ from elo_engine.kernels import adamw, adamw_8bit
 from elo_engine.model.ops import choice
 from elo_engine.train.optim import MasterAdamW
 
+quick_interpreter.install()
 launches = []
 
 class Counted:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from planner_cases import case, llama, measured_peak, only_what_is_made_here
 
-from elo_engine.measure import memory_engine_head, memory_shapes, memory_transformers_head
+from elo_engine.measure import memory_engine, memory_engine_head, memory_shapes, memory_transformers_head
 from elo_engine.measure.ledger import COMPONENTS, Ledger
 from elo_engine.measure.planner import MemoryPlan, fits, largest_micro_batch, predict_memory
 from elo_engine.measure.setting import ARMS, ArmName, Setting

@@ -48,7 +48,8 @@ def train(
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if kernels == "fused" else {}
     start = f"import sys; sys.argv = ['elo', {verb!r}, {str(config)!r}]"
-    program = f"{start}\n{plant}\n{ELO}"
+    quick = f"sys.path.append({str(Path(__file__).parent)!r}); import quick_interpreter; quick_interpreter.install()"
+    program = f"{start}\n{quick if interpreted else ''}\n{plant}\n{ELO}"
     environment = {**os.environ, **interpreted, "OMP_NUM_THREADS": "1"}
     done = forked(program, environment=environment, timeout_s=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -209,7 +209,7 @@ def test_a_layer_that_does_not_learn_is_caught(monkeypatch: pytest.MonkeyPatch) 
         evidence.require_engagement(setting("transformers_full"), found)
 
 
-def test_a_process_serves_steps_and_an_unknown_model_is_its_row(tmp_path: Path) -> None:
+def test_a_process_serves_steps_and_an_unknown_model_is_its_row(tmp_path: Path, arms_fork: None) -> None:
     made = replace(setting("elo_pretrain"), sequence_length=16)
     one = Contestant(made)
     process = ArmProcess(one, spec_of(one, str(tmp_path / "nowhere"), 1e-4), tmp_path)
