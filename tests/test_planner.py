@@ -112,7 +112,7 @@ def test_bf16(arm: ArmName, fields: dict[str, Any]) -> None:
         assert 1.0 <= predict_memory(setting).peak_bytes / measured_peak(setting) <= MOST
 
 
-@pytest.mark.parametrize(("T", "rows", "recompute"), [(66, 8, "none"), (66, 8, "layer"), (70, 3, "selective")])
+@pytest.mark.parametrize(("T", "rows", "recompute"), [(66, 8, "none"), (66, 8, "layer"), (66, 8, "selective")])
 def test_bf16_rows_that_are_padded(T: int, rows: int, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention on a CPU, to 128 tokens; what is not counted is missing."""
     spec = llama(4, 300, 128, 160, 8, 8, tied=True)
