@@ -52,7 +52,7 @@ def test_torchs_variable_length_attention_is_called_as_it_is_defined(
         for name in ("cu_seq_q", "cu_seq_k"):
             assert given[name].dtype == torch.int32 and given[name].tolist() == STARTS
         assert given["max_q"] == given["max_k"] == 7
-        assert given.get("enable_gqa", "enable_gqa" not in signature.parameters)  # 2.11 has grouped heads without a word
+        assert given.get("enable_gqa", "enable_gqa" not in signature.parameters)  # 2.11 has them anyway
         left, right = given["window_size"]
         assert right == 0, "causal"
         seen = None if left == -1 else left + 1
