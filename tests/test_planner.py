@@ -12,11 +12,17 @@ from typing import Any
 import pytest
 from planner_cases import case, llama, measured_peak, only_what_is_made_here
 
-from elo_engine.measure import memory_engine, memory_engine_head, memory_shapes, memory_transformers_head
+from elo_engine.measure import (
+    memory_attention,
+    memory_engine,
+    memory_engine_head,
+    memory_shapes,
+    memory_transformers_head,
+)
 from elo_engine.measure.ledger import COMPONENTS, Ledger
 from elo_engine.measure.planner import MemoryPlan, fits, largest_micro_batch, predict_memory
 from elo_engine.measure.setting import ARMS, ArmName, Setting
-from elo_engine.model import split_weights
+from elo_engine.model import cpu_attention, split_weights
 from elo_engine.model.presets import preset_spec
 
 MOST = 1.08
@@ -110,6 +116,10 @@ def test_bf16(arm: ArmName, fields: dict[str, Any]) -> None:
     for spec, T in ((llama(3, 4000, 64, 160, 2, 1, tied=True), 16), (llama(3, 300, 64, 160, 2, 1, tied=False), 128)):
         setting = case(arm, spec, T, 1, dtype="bf16", **fields)
         assert 1.0 <= predict_memory(setting).peak_bytes / measured_peak(setting) <= MOST
+
+
+def test_rows_are_padded_as_attention_pads_them() -> None:
+    assert all(memory_attention.padded_tokens(T) == cpu_attention.few_lengths(T) for T in range(1, 9000))
 
 
 @pytest.mark.parametrize(("T", "rows", "recompute"), [(66, 8, "none"), (66, 8, "layer"), (66, 8, "selective")])

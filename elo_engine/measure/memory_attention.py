@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from elo_engine.measure.memory_shapes import padded_documents
 from elo_engine.measure.setting import Setting
-from elo_engine.model.cpu_attention import few_lengths
 
 
 def flash_backward_bytes(setting: Setting) -> int:
@@ -48,6 +47,12 @@ def repeated_bytes(setting: Setting) -> int:
     return 2 * setting.N * spec.H * spec.E * setting.width
 
 
+def padded_tokens(T: int) -> int:
+    """`few_lengths` of model/cpu_attention.py."""
+    step = 64 if T > 48 else 16
+    return -(-T // step) * step
+
+
 def padded_bytes(setting: Setting, index: int) -> int:
     """In bf16 on a CPU, of rows whose tokens are no multiple of 64 (model/cpu_attention.py): queries, keys and values
     padded, which are kept instead of views, and by how much the output is larger, or of several rows all
@@ -56,7 +61,7 @@ def padded_bytes(setting: Setting, index: int) -> int:
     spec, T, rows = setting.spec, setting.sequence_length, setting.micro_batch
     if setting.device == "cuda" or setting.width == 4 or in_cpp(setting, index):
         return 0
-    T_padded = few_lengths(T)
+    T_padded = padded_tokens(T)
     if T_padded == T:
         return 0
     output = T_padded - T if rows == 1 else T_padded
