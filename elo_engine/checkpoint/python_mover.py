@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import mmap
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -48,9 +50,27 @@ class _Job:
 
 
 def _work(jobs: SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None:
+    while (job := jobs.get()) is not None and not _ending.is_set():
         job.work()
         del job  # its memory is not this thread's to keep
+
+
+_ending = threading.Event()
+_threads = weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[_Job | None]]()
+_PATIENCE_S = 10.0  # with a transfer that is under way when the interpreter ends
+
+
+@atexit.register
+def _end() -> None:
+    """Nobody waits for transfers any more, so none is begun. Those under way are waited for: a thread that comes back
+    from one when the interpreter is going is ended where it stands, and where that is within C++ the process crashes.
+    """
+    _ending.set()
+    ends = time.monotonic() + _PATIENCE_S
+    for jobs in _threads.values():
+        jobs.put(None)
+    for thread in list(_threads):
+        thread.join(max(0.0, ends - time.monotonic()))
 
 
 def _dismiss(jobs: SimpleQueue[_Job | None], threads: int) -> None:
@@ -68,7 +88,9 @@ class PythonMover(Mover):
         self.ring = torch.frombuffer(_huge_memory(slots * slot_bytes), dtype=torch.uint8)
         self._queue: SimpleQueue[_Job | None] = SimpleQueue()
         for _ in range(threads):
-            threading.Thread(target=_work, args=(self._queue,), name="mover", daemon=True).start()
+            thread = threading.Thread(target=_work, args=(self._queue,), name="mover", daemon=True)
+            thread.start()
+            _threads[thread] = self._queue
         weakref.finalize(self, _dismiss, self._queue, threads)
         self._own = threading.local()
         self._generation = 0
