@@ -183,7 +183,7 @@ with using(kind), CheckpointReader(index, "pread") as reader:
 def test_an_interpreter_that_ends_in_the_middle_of_a_read(
     kind: str, where: str, untied: Path, forked: Forked
 ) -> None:
-    """Fault 34: no hang, no crash, the status that was asked for. Transfers under way end at other moments each time."""
+    """Fault 34: no hang, no crash, the status that was asked for. Transfers end at other moments each time."""
     for _ in range(6 if where == "transfer" else 1):
         done = forked(EXITS, kind, untied, where, timeout_s=60)
         assert done.returncode == 7, (done.returncode, done.stderr[-2000:])
