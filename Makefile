@@ -114,12 +114,16 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "elo-engine needs Python 3.11 or newer and $(PYTHON) is older; name one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	@$(INSTALL) -c $(CONSTRAINTS) pip || echo "pip: it stays as Python brought it, which may be slower"
+
+# Before anything else is installed, and by itself: what installs two things side by side is not to change meanwhile.
+.venv/.pip: constraints.txt | $(BIN)/python
+	@$(INSTALL) --retries 1 --timeout 15 -c $(CONSTRAINTS) pip || echo "pip: it stays as it is, which may be slower"
+	@touch $@
 
 # torch comes first and by itself, so that nothing else decides its build. Without a GPU the CPU build saves gigabytes of
 # CUDA libraries; --no-deps, because its index has torch but not the pinned versions of what torch needs. Where that
 # index cannot be reached, and with a GPU, the packages below bring it from pip's own, as they bring what it needs.
-.venv/.torch: constraints.txt | $(BIN)/python
+.venv/.torch: constraints.txt .venv/.pip
 	@if nvidia-smi >/dev/null 2>&1; then \
 		echo "torch: this machine has an NVIDIA GPU, so the CUDA build"; \
 	else \
@@ -130,7 +134,7 @@ $(BIN)/python:
 	@touch $@
 
 # The C++ extension compiles while the packages come, each on a core: `--no-deps` here, and the packages by themselves.
-.venv/.extension: $(SOURCES) | $(BIN)/python
+.venv/.extension: $(SOURCES) .venv/.pip
 	$(INSTALL) -c $(CONSTRAINTS) --no-deps -e .
 	@touch $@
 

@@ -180,7 +180,7 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             else:
                 row |= {"notes": row["notes"] | {"pipeline": f"{compared} was not measured"}}
         elif fp8 and ours is not None:
-            row = row | {"notes": row["notes"] | {"over_bf16": f"{base} was not measured"}}
+            row = row | {"notes": row["notes"] | dict.fromkeys(("over_bf16", "pipeline"), f"{base} was not measured")}
         found.append(row)
     return found
 

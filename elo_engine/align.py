@@ -135,6 +135,8 @@ def _load(
             optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)
             return graphs.resident_engine(config, "align", model, optimizer, run.say)
         graphs.launched(config, "align", graphs.LAYER_BY_LAYER, source.device, run.say)
+        if turns:
+            graphs.launched(config, "pretrain", graphs.BESIDE_STREAMED, source.device, run.say)
         engine = open_streamed(
             spec, source.dtype, section, source.device, choice.streaming, config.data.sequence_length,
             seed=config.seed, folder=run.path, apart=source.layers if turns else (), kind=WholeTurn if turns else None,

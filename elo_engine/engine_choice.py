@@ -115,8 +115,9 @@ def choose(
         return EngineChoice("resident", None, resident, "as align.engine says")
     if processes.count > 1:  # `ranks.refuse_what_needs_one_process` is for those who ask for another
         setting = replace(resident, sharded=True)
+        each = human_bytes(needs_of(setting).memory.peak_bytes)
         why = f"the whole model is spread over {processes.count} processes"
-        return EngineChoice("sharded", None, setting, f"{why}, and each needs {_each(needs_of(setting))}")
+        return EngineChoice("sharded", None, setting, f"{why}, and each needs {each} of its device")
     said, resident_bytes = "as align.engine says", None
     if wanted == "auto":
         needs = needs_of(resident)
@@ -132,10 +133,6 @@ def choose(
     streaming, rest = _streaming(config.align.stream, resident, rooms, needs_of)
     setting = streamed_setting(resident, streaming)
     return EngineChoice("streamed", streaming, setting, f"{said}, {rest}", resident_bytes)
-
-
-def _each(needs: Needs) -> str:
-    return f"{human_bytes(needs.memory.peak_bytes)} of its device"
 
 
 def streamed_setting(resident: Setting, streaming: Streaming) -> Setting:

@@ -93,8 +93,8 @@ def graph_plan(config: RunConfig, stage: Stage, setting: Setting, align: Setting
     memory = None  # what was chosen because of it
     if setting.arm == STREAMED:
         memory = LAYER_BY_LAYER
-    elif stage == "pretrain" and align.turns is not None and not align.turns.graph:
-        memory = BESIDE_STREAMED if align.arm == STREAMED else NO_ROOM
+    elif stage == "pretrain":
+        memory = _beside(align)
     why = f"{stage}.graph: off" if how == "off" else None
     several = SEVERAL if setting.processes.count > 1 else None
     why = why or why_not(config, stage, setting.spec, setting.device, setting.dtype) or memory or several
@@ -103,7 +103,18 @@ def graph_plan(config: RunConfig, stage: Stage, setting: Setting, align: Setting
         refusal = _refusal(stage, f"{memory}, and the whole model does not fit")
     elif several is not None and how == "on":
         refusal = _refusal(stage, several)
+    if align.turns is not None:  # both kinds of steps are one stage, which refuses for either
+        beside, refusal = _beside(align), None
+        if stage == "align" and beside is not None and config.pretrain.graph == "on":
+            refusal = _refusal("pretrain", f"{beside}, and the whole model does not fit")
     return {"used": setting.graph, "buffer_bytes": step_buffer_bytes(setting), "why_not": why, "refusal": refusal}
+
+
+def _beside(align: Setting) -> str | None:
+    """What of the memory keeps shallow steps, in turns with these, from being graphs."""
+    if align.turns is None or align.turns.graph:
+        return None
+    return BESIDE_STREAMED if align.arm == STREAMED else NO_ROOM
 
 
 def launched(

@@ -151,7 +151,10 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
     """Keys and values that could make the stage smaller."""
     found: list[tuple[str, Any]] = []
     if stage == "align" and config.align.engine == "resident":
-        found.append(("align.engine", "streamed" if setting.processes.count == 1 else "auto"))  # auto: spread over them
+        if setting.processes.count == 1:
+            found.append(("align.engine", "streamed"))
+        elif setting.state == "fp32":  # spread over them, which 8-bit state cannot be
+            found.append(("align.engine", "auto"))
     if setting.arm == STREAMED:
         if setting.turns is not None:
             found.append(("align.when", "after"))  # then the shallow model is not there beside it

@@ -364,8 +364,8 @@ def plan_command(
     config = load_config(path / "config.resolved.yaml" if path.is_dir() else path, overrides)
     if path.is_dir():
         config = config.model_copy(update={"output": str(path)})
-    target, count = _target(config, gpu, host, measure), processes or world.wanted_size()
-    target = replace(target, processes=Processes(count, count))
+    count = world.counted(world.wanted_size()) if processes is None else Processes(processes, processes)
+    target = replace(_target(config, gpu, host, measure), processes=count)
     if shapes is not None:
         return make_plan(config, Subject.preset(shapes), target)
     config = pinned(config)

@@ -100,7 +100,10 @@ _tapes: list[Tape] = []
 class Taped:
     """`Captures` of tapes; a capture does nothing, so the first repetition is what is taped."""
 
+    eagerly = 0
+
     def eager(self, body: Callable[[], Any]) -> Any:
+        self.eagerly += 1
         return body()
 
     def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
@@ -270,6 +273,9 @@ def in_turns(engine: InterleavedEngine) -> list[Any]:
         outcome = turn.engine.step(rows, rows.tokens_loss, rate, first=step == 0, should_stop=lambda: False)
         assert outcome is not None
         made = outcome.updated
+        rest = (grad for name, grad in engine.optimizer.of("align").gradients() if name not in engine.optimizer._names)
+        if turn.kind == "pretrain" and any(grad is not None for grad in rest):
+            found.append("a shallow step ends beside gradients of the whole model")
         found.append([turn.kind, outcome.loss_sum if made else "", outcome.norm if made else "", made])
     return found
 
@@ -277,10 +283,12 @@ def in_turns(engine: InterleavedEngine) -> list[Any]:
 def compare_turns(case: dict[str, Any]) -> dict[str, Any]:
     """Launched, with shallow steps as graphs, and with a planted error."""
     decoder.run_layer = layer_as_defined  # type: ignore[assignment]
-    plain, graphed, wrong = interleaved(False), interleaved(True), interleaved(True, plant=True)
+    state = case["state"]
+    plain, graphed, wrong = interleaved(False, state), interleaved(True, state), interleaved(True, state, plant=True)
     right = in_turns(plain)
     told: dict[str, Any] = {"steps": right, "outcomes": in_turns(graphed) == right}
-    told["graphs"] = len(graphed.shallow._graphs)  # type: ignore[attr-defined]
+    shallow: Any = graphed.shallow
+    told["graphs"], told["eagerly"] = len(shallow._graphs), shallow._captures.eagerly
     told["differing"] = differing(state_of(plain), state_of(graphed))
     return told | {"another bridge": in_turns(wrong) == right and not differing(state_of(plain), state_of(wrong))}
 

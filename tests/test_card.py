@@ -231,7 +231,7 @@ def test_interrupted_what_is_there_is_kept_and_nothing_more_is_begun(
     driven: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     driven.send_signal(signal.SIGINT)
-    said, _ = driven.communicate(timeout=30)
+    said, _ = driven.communicate(timeout=90)
     assert said.strip() == "True"
     rows = read_rows(tmp_path / ROWS)
     assert [row["status"] for row in rows] == ["ran", "interrupted", "not run"]

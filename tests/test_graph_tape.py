@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         # rows are rounded to bf16 and put into a matrix of zeros
         "untied, one micro-batch": {"micro_batch": 2, "state": "fp32", "whole": "untied"},
     },
-    "in turns": {"shallow steps among whole-model steps": {"turns": True}},
+    "in turns": {"shallow steps among whole-model steps": {"turns": True, "state": "8bit"}},
 }
 PLANTS = "RateOfTheHost", "TextOfTheHost", "ScaleOfTheHost", "RowsOfTheHost"  # what they are: graph_tape.py
 
@@ -52,6 +52,7 @@ def test_taped_steps_train_as_launched_ones(which: str, forked: Forked) -> None:
             kinds = [(kind, made) for kind, _, _, made in told["steps"]]
             shallow, whole = ("pretrain", True), ("align", True)
             assert kinds == [shallow, shallow, whole, shallow, ("pretrain", False), whole]
+            assert told["eagerly"] == 3, "one shallow step and both of the whole model, on the stream of the graphs"
             assert told["graphs"] == 2 and told["outcomes"] and told["differing"] == [] and not told["another bridge"]
             continue
         made = [updated for _, _, updated in told["steps"]]

@@ -204,7 +204,9 @@ def test_in_turns_with_a_streamed_model_there_are_none(config: Path) -> None:
     assert told["align"]["engine"]["name"] == "streamed" and not told["pretrain"]["graph"]["used"]
     assert told["pretrain"]["graph"]["why_not"] == graphs.BESIDE_STREAMED and not told["refusals"]
     refused = planned(config, "rtx4090", *TURNS, "pretrain.graph=on")
-    (text,) = refusals(refused, "pretrain")
+    assert not refusals(refused, "pretrain"), "which no run in turns comes to"
+    (text,) = refusals(refused, "align")
+    assert refused["refusals"] == [text]
     assert text.startswith("pretrain.graph: on, but a streamed") and "does not fit" in text
     with pytest.raises(UsageError, match=r"pretrain.graph: on, but a streamed.*; set pretrain.graph: off"):
         planned(config, "rtx4090", *TURNS, "pretrain.graph=on", "align.engine=streamed")

@@ -122,9 +122,9 @@ def test_rows_are_padded_as_attention_pads_them() -> None:
     assert all(memory_attention.padded_tokens(T) == cpu_attention.few_lengths(T) for T in range(1, 9000))
 
 
-@pytest.mark.parametrize(("T", "rows", "recompute"), [(66, 8, "none"), (66, 8, "layer"), (66, 8, "selective")])
+@pytest.mark.parametrize(("T", "rows", "recompute"), [(130, 8, "none"), (130, 8, "layer"), (66, 8, "selective")])
 def test_bf16_rows_that_are_padded(T: int, rows: int, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention on a CPU, to 128 tokens; what is not counted is missing."""
+    """Attention on a CPU, to 80 tokens and to 192; what is not counted is missing."""
     spec = llama(4, 300, 128, 160, 8, 8, tied=True)
     setting = case("engine_full", spec, T, rows, dtype="bf16", recompute=recompute)
     measured = measured_peak(setting)

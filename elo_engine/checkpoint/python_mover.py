@@ -37,6 +37,8 @@ class _Job:
     def work(self) -> None:
         run, self.run = self.run, None
         try:
+            if _ending.is_set():
+                raise RuntimeError(_ENDS)
             if run is not None:
                 self.transfer = run()
         except BaseException as error:  # the waiter's to raise
@@ -50,12 +52,12 @@ class _Job:
 
 
 def _work(jobs: SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None and not _ending.is_set():
+    while (job := jobs.get()) is not None:
         job.work()
         del job  # its memory is not this thread's to keep
 
 
-_ending = threading.Event()
+_ending, _ENDS = threading.Event(), "mover: the interpreter ends, and no transfer is begun any more"
 _threads = weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[_Job | None]]()
 _PATIENCE_S = 10.0  # with a transfer that is under way when the interpreter ends
 
@@ -121,6 +123,8 @@ class PythonMover(Mover):
         del self._held[slot.index]
 
     def _start(self, job: Callable[..., Transfer], fd: int, offset: int, span: int, memory: Tensor, *more: int) -> int:
+        if _ending.is_set():
+            raise RuntimeError(_ENDS)
         if fd < 0 or offset < 0 or span < 1:
             raise ValueError("mover: a descriptor, an offset or a length is out of range")
         if span > memory.numel():

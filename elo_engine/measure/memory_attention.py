@@ -49,7 +49,7 @@ def repeated_bytes(setting: Setting) -> int:
 
 def padded_tokens(T: int) -> int:
     """`few_lengths` of model/cpu_attention.py."""
-    step = 64 if T > 48 else 16
+    step = 64 if T > 128 else 16
     return -(-T // step) * step
 
 

@@ -12,14 +12,13 @@ from elo_engine.measure.ledger import Held, Ledger
 from elo_engine.measure.memory_engine import ACT, EngineStep, SavedLayer
 from elo_engine.measure.memory_gradients import GRAD, Gradients
 from elo_engine.measure.memory_rotary import gathered_bytes, rows_bytes, table_bytes
-from elo_engine.measure.memory_shapes import split_spike
+from elo_engine.measure.memory_shapes import ADAMW_TILE, split_spike
 from elo_engine.measure.memory_units import UnitBytes, Units
 from elo_engine.measure.setting import Setting
 
 _AHEAD = 4  # buffers on the device for hidden states that are kept on the host: stream/hidden.py
 _SLOTS = 2  # layers on the device: stream/device.py
 _DETAILED = 3  # micro-batches gone through op by op: the first makes the gradients, the second widens their sums
-_ADAMW_TILE = 2048  # kernels/adamw_plan.py: a map entry (two int32) a tile, kept for each kind of unit
 
 
 def standing_bytes(setting: Setting) -> int:
@@ -63,7 +62,7 @@ class StreamedStep(EngineStep):
             ledger.add(ACT, _AHEAD * self.ND)
         if self.cuda:
             sizes = [size for unit in self.units.all(1) for size in unit.sizes]
-            ledger.add("optimizer", 8 * sum(-(-size // _ADAMW_TILE) for size in sizes))
+            ledger.add("optimizer", 8 * sum(-(-size // ADAMW_TILE) for size in sizes))
 
     def room(self) -> tuple[int, int]:
         """Of a slot, and of the state beside it."""

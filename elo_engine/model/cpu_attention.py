@@ -140,8 +140,10 @@ def attention_by_segment(
             stop += 1
         span = slice(segment_starts[run], segment_starts[stop])
         q, k, v = (x[span].unflatten(0, (stop - run, T)).transpose(1, 2) for x in (q_NHE, k_NKE, v_NKE))
-        if softcap is None and (window is None or window >= T):
-            k, v = _heads_for(q, k, v, masked=False)
+        whole = window is None or window >= T
+        if softcap is None:
+            k, v = _heads_for(q, k, v, masked=not whole)
+        if softcap is None and whole:
             if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # no query of the segment sees what is added
                 q, k, v = (F.pad(x, (0, 0, 0, few_lengths(T) - T)) if few_lengths(T) > T else x for x in (q, k, v))
             mixed = F.scaled_dot_product_attention(
@@ -165,7 +167,6 @@ def _by_chunk(
         q, k, v = q_SHTE[:, :, first:last], k_SKTE[:, :, oldest:last], v_SKTE[:, :, oldest:last]
         seen_TT = _seen(first, oldest, last, q.device, window)
         if softcap is None:
-            k, v = _heads_for(q, k, v, masked=True)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=seen_TT, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
@@ -176,13 +177,13 @@ def _by_chunk(
 
 
 def few_lengths(T: int) -> int:
-    """To how many tokens a segment of T is padded in bf16 on a CPU: to a multiple of 64, below 49 of 16.
+    """To how many tokens a segment of T is padded in bf16 on a CPU: to a multiple of 64, up to 128 of 16.
 
     torch's backward pass compiles and keeps code for every length that it meets there: 1024 odd lengths up to 2048 took
-    2.4 GB of a process, these 35 take 58 MB (torch 2.13, a Xeon with AMX), and are faster: text of 100 to 700 tokens a
+    2.4 GB of a process, these 38 take 70 MB (torch 2.13, a Xeon with AMX), and are faster: text of 100 to 700 tokens a
     document took 1.3 to 1.9 times as long without.
     """
-    step = 64 if T > 48 else 16
+    step = 64 if T > 128 else 16
     return -(-T // step) * step
 
 
@@ -199,7 +200,7 @@ def _one_for_each_query(q_SHTE: Tensor, *, masked: bool) -> bool:
     than of queries. Its memory-efficient attention does not, and torch would make all T x T scores without a word
     (pytorch#154363).
     """
-    flash = q_SHTE.dtype != torch.float32 and q_SHTE.shape[3] <= 256 and not masked
+    flash = q_SHTE.dtype in (torch.bfloat16, torch.float16) and q_SHTE.shape[3] <= 256 and not masked
     return q_SHTE.device.type != "cpu" and not flash
 
 

@@ -149,18 +149,12 @@ class RopeTable:
         """Tables for these positions; `longest` is one more than the largest of them, known without a device sync."""
         if self._longest < longest:
             tables = [frequencies.table(longest) for frequencies in self._frequencies]
-            self._tables = [(self._sent(cos_PR), self._sent(sin_PR)) for cos_PR, sin_PR in tables]
+            self._tables = [(_sent(cos_PR, self._device), _sent(sin_PR, self._device)) for cos_PR, sin_PR in tables]
             self._longest = longest
         return tuple(
             Rope(*table, frequencies.rows(packing))
             for table, frequencies in zip(self._tables, self._frequencies, strict=True)
         )
-
-    def _sent(self, table_PR: Tensor) -> Tensor:
-        """On the device; a document longer than all before is met in the middle of a step, which is not to wait."""
-        if self._device.type == "cuda":
-            return table_PR.pin_memory().to(self._device, non_blocking=True)
-        return table_PR.to(self._device)
 
 
 def _frequencies(spec: ModelSpec, rope: RopeSpec) -> _Frequencies:

@@ -220,9 +220,9 @@ def require_whole_leaves(state: str, processes: int) -> None:
         )
 
 
-def counted() -> Processes:
-    """How many there are, and how many of them on this machine."""
-    count = size()
+def counted(count: int | None = None) -> Processes:
+    """How many there are, or will be, and how many of them on this machine, as torchrun says."""
+    count = size() if count is None else count
     told = os.environ.get("LOCAL_WORLD_SIZE", "")
     return Processes(count, min(count, int(told)) if told.isdecimal() and int(told) else count)
 

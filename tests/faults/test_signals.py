@@ -189,6 +189,44 @@ def test_an_interpreter_that_ends_in_the_middle_of_a_read(
         assert done.returncode == 7, (done.returncode, done.stderr[-2000:])
 
 
+WAITED = """
+import os, sys, time
+from pathlib import Path
+from elo_engine.checkpoint import python_mover
+from elo_engine.checkpoint.mover import PythonMover
+folder, mark, planted = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def slow(*of):
+    time.sleep(0.7)
+    mark.write_text("ended")
+    raise OSError("planted")
+python_mover._read = slow
+python_mover._PATIENCE_S = 0.0 if planted == "planted" else 30.0
+mover = PythonMover(4, 1 << 16, 2)
+fd = os.open(next(folder.glob("*.safetensors")), os.O_RDONLY)
+mover.fill(mover.acquire(), fd, 0, 1 << 14)
+time.sleep(0.2)
+def late():
+    try:
+        mover.fill(mover.acquire(), fd, 0, 1 << 14)
+    except RuntimeError as error:
+        print(error)
+import atexit
+atexit.unregister(python_mover._end)
+atexit.register(late)
+atexit.register(python_mover._end)
+sys.exit(7)
+"""
+
+
+def test_a_transfer_under_way_is_waited_for_and_none_is_begun(untied: Path, tmp_path: Path, forked: Forked) -> None:
+    """Nothing is left to chance: it takes longer than an interpreter's end, which a wait of no time shows."""
+    done = forked(WAITED, untied, tmp_path / "one", "", timeout_s=60)
+    assert (done.returncode, (tmp_path / "one").exists()) == (7, True), done.stderr[-2000:]
+    assert "no transfer is begun any more" in done.stdout
+    forked(WAITED, untied, tmp_path / "other", "planted", timeout_s=60)
+    assert not (tmp_path / "other").exists()
+
+
 def test_status_beats_while_work_goes_on(
     run_tree: Tree, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
