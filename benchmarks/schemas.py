@@ -182,6 +182,8 @@ def _graph_faults(name: str, options: dict[str, Any]) -> Iterator[str]:
         yield f"arms.{name}: it has no steps that are graphs, and options.graph is {options['graph']!r}"
     elif options.get("graphs", 0) == 0:  # None: it was interrupted before it told
         yield f"arms.{name}: options.graph is {options['graph']!r}, and none was captured"
+    elif not isinstance(options.get("warmup_steps"), int):
+        yield f"arms.{name}: options.graph is {options['graph']!r}, and options.warmup_steps no number"
 
 
 def _streamed_faults(streamed: dict[str, Any] | None, arms: dict[str, Any]) -> Iterator[str]:

@@ -10,11 +10,24 @@ import pytest
 from test_compare import kernels, memory, speedup
 
 from elo_engine.benchmarks.card_figures import FEWEST_STEPS, figures_of
-from elo_engine.benchmarks.card_plan import GROUPS, Machine, headline, parse_groups, plan
+from elo_engine.benchmarks.card_plan import (
+    GROUPS,
+    LENGTH,
+    MODELS,
+    ROWS,
+    Machine,
+    elo_rows,
+    headline,
+    parse_groups,
+    plan,
+)
 from elo_engine.benchmarks.card_process import Part, row_of
 from elo_engine.benchmarks.card_table import Asked, asked, card_tables, judged, with_ratios, wrong_verdicts
+from elo_engine.benchmarks.contestants import Size, choose, needed_bytes
+from elo_engine.benchmarks.models import open_model
 from elo_engine.benchmarks.schemas import check_result
 from elo_engine.errors import FailedError, UsageError
+from elo_engine.measure.cards import CONTEXT_BYTES
 
 GIB = 2**30
 H200 = Machine("cuda", "NVIDIA H200", "h200", 139 * GIB)
@@ -71,6 +84,18 @@ def test_a_small_card_compares_a_smaller_model(gib: int) -> None:
         assert found["pretrain smollm2-135m"].why_not == "not one row of 8192 tokens fits 0.8 GiB"
 
 
+def test_rows_of_a_part_with_graphs_are_those_whose_graphs_fit() -> None:
+    """On a card that has just the room of launched steps, with nothing made again."""
+    size = Size("cuda", "bf16", LENGTH, rows=ROWS, memory_bytes=2**40)
+    model = open_model(MODELS[-1])
+    (one,) = choose(model, (0, model.spec.layers - 1), size, ("elo_pretrain",))
+    machine = Machine("cuda", "a card", "", needed_bytes(one.setting) + 2 * CONTEXT_BYTES)
+    assert elo_rows(MODELS[-1], machine) == 4 and elo_rows(MODELS[-1], machine, graph="on") == 2
+    found = {part.name: part.command for part in plan(machine, "full", ("speedup",))}
+    rows = {name: words[words.index("--elo-micro-batch") + 1] for name, words in found.items() if MODELS[-1] in name}
+    assert rows[f"pretrain {MODELS[-1]}"] == "4" and rows[f"pretrain {MODELS[-1]}, graph"] == "2"
+
+
 def test_every_bound_is_met_at_itself_and_not_just_beyond(wanted: list[Asked], parts: list[Part]) -> None:
     bounded = [(place, one) for place, one in enumerate(wanted) if (one.least, one.most) != (None, None)]
     assert len(bounded) >= 30
@@ -105,7 +130,7 @@ def test_the_figures_that_were_asked_for_are_there(wanted: list[Asked]) -> None:
     small, graph = "pretrain smollm2-135m", "pretrain smollm2-135m, graph"
     for figure in ("tokens_per_s", "ceiling_share", "p90_over_p50"):
         assert found[graph, figure] == found[small, figure], "the same bounds, each judged by itself"
-    assert found[graph, "over_launched"] == (0.99, None) and (small, "over_launched") not in found
+    assert found[graph, "over_launched"] == (None, None) and (small, "over_launched") not in found
     assert asked(["pretrain llama-3.1-8b"], None, "rtx-3060")[0].least is None, "a rate is of a card that is named"
 
 

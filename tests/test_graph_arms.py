@@ -4,6 +4,8 @@ is no result, and what cannot be is refused. In place of CUDA a capture is kept 
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +22,10 @@ from elo_engine import graphs
 from elo_engine.benchmarks import arm, contestants, evidence, graph_arms, processes, rounds, waiting
 from elo_engine.benchmarks import speedup as measuring
 from elo_engine.benchmarks.compare import compare
+from elo_engine.benchmarks.conductor import Conductor
 from elo_engine.benchmarks.contestants import Contestant, Size, choose
 from elo_engine.benchmarks.graph_arms import Watched, warmup_steps
+from elo_engine.benchmarks.models import BenchModel
 from elo_engine.benchmarks.recording import write_record
 from elo_engine.benchmarks.schemas import check_result
 from elo_engine.benchmarks.tables import conditions
@@ -29,7 +33,7 @@ from elo_engine.errors import FailedError, RefusedError, UsageError
 from elo_engine.measure.planner import fits, least_recompute, predict_memory
 from elo_engine.measure.setting import GRAPHED, ArmName, Setting
 from elo_engine.model.ops.adamw import AdamwState
-from elo_engine.model.presets import preset_spec
+from elo_engine.model.presets import preset_config, preset_spec
 from elo_engine.model.spec import RopeSpec
 from elo_engine.train.graphed import EAGER_STEPS, GraphedEngine
 from elo_engine.train.optim import MasterAdamW
@@ -85,6 +89,23 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made_of(name: ArmName, **changes: Any) -> Setting:
     return setting(name, **({"recompute": "none"} if name == "elo_align" else {}), **changes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: steps are captured")
+@pytest.mark.parametrize("name", sorted(GRAPHED))
+def test_on_a_card_an_arm_with_graphs_is_what_it_claims(name: ArmName) -> None:
+    """The same by CUDA's own captures."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    model = BenchModel("small", preset_config("smollm2-135m") | {"num_hidden_layers": 4})
+    made = setting(
+        name, spec=model.spec, sequence_length=512, dtype="bf16", state="8bit", device="cuda", graph=True,
+    )  # fmt: skip
+    replies, seen = io.StringIO(), evidence.Evidence()
+    conductor = Conductor(device, seen, replies, io.StringIO(COMMANDS))
+    arm.run_engine(made, model, 1e-3, device, conductor)
+    evidence.require_engagement(made, seen.to_json())
+    ways = [json.loads(line)["way"] for line in replies.getvalue().splitlines()[1:]]
+    assert ways == ["launched"] * EAGER_STEPS + ["captured"] + ["repeated"] * 2
 
 
 @pytest.mark.parametrize("name", sorted(GRAPHED))
@@ -356,6 +377,8 @@ def test_a_record_says_graphs_where_they_are_and_nothing_where_not() -> None:
     check_result(with_graphs(graphs=None), "interrupted before the arm told")
     with pytest.raises(FailedError, match=r"options\.graph is 'on', and none was captured"):
         check_result(with_graphs(graphs=0), "planted")
+    with pytest.raises(FailedError, match=r"and options\.warmup_steps no number"):
+        check_result(with_graphs(warmup_steps=None), "planted")
     other = plain | {"arms": plain["arms"] | {"lora": plain["arms"]["lora"] | {"options": {"graph": "on"}}}}
     with pytest.raises(FailedError, match=r"arms\.lora: it has no steps that are graphs"):
         check_result(other, "planted")
