@@ -111,6 +111,7 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
     """-> result, raw, settings, as `recording.write_record` keeps them.
 
     Raises:
+        UsageError, RefusedError: options that nothing can be made of, or that this machine or model cannot have.
         FailedError: an arm is not what it claims, arms of one model do not start at one loss, or neither ELO
             pretraining nor a baseline could be measured.
     """
