@@ -1,9 +1,9 @@
 """One arm of the comparison, in a process of its own: `python -m elo_engine.benchmarks.arm SPEC.json`.
 
 SPEC: `model` (name or folder), `arm`, `layers`, `sequence_length`, `micro_batch`, `micro_batches`, `dtype`, `state`,
-`recompute`, `streaming`, `device`, `fp8`, `lr`, and `cap_bytes` (memory beyond it is refused). The first line printed
-describes the arm, then commands are served as `conductor` says, and the last line holds the evidence. An arm that runs
-out of memory prints `{"failed": "out of memory: ..."}`.
+`recompute`, `streaming`, `device`, `fp8`, `graph`, `lr`, and `cap_bytes` (memory beyond it is refused). The first line
+printed describes the arm, then commands are served as `conductor` says, and the last line holds the evidence. An arm
+that runs out of memory prints `{"failed": "out of memory: ..."}`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ FOREVER = 1_000_000_000
 
 def setting_of(spec: dict[str, Any], model: BenchModel) -> Setting:
     """The setting that a SPEC describes."""
-    keys = ("arm", "sequence_length", "micro_batch", "micro_batches", "dtype", "state", "recompute", "device", "fp8")
+    keys = ("arm", "sequence_length", "micro_batch", "micro_batches", "dtype", "state", "recompute", "device", "fp8",
+            "graph")  # fmt: skip
     given = {key: spec[key] for key in keys} | {"streaming": Streaming(**spec["streaming"])}
     return Setting(spec=model.spec, layers=tuple(spec["layers"]), **given)
 
@@ -79,6 +80,11 @@ def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.dev
     )  # fmt: skip
     make = streamed_engine if streamed else resident_engine
     engine, tensors = make(setting, model, section, device, dtype)
+    watched = None
+    if setting.graph:
+        from elo_engine.benchmarks.graph_arms import with_graphs
+
+        engine, watched = with_graphs(engine, setting, section, conductor.evidence)
     ids_RT, labels_RT = random_rows(setting)
 
     class Rows:
@@ -105,9 +111,10 @@ def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.dev
 
     def on_step(progress: Progress, metrics: dict[str, Any]) -> None:
         conductor.stepped()
+        conductor.evidence.read_padded()
         if not conductor.evidence.held:  # a resident engine drops its gradients when the next step begins
             conductor.evidence.held = engine.held()
-        conductor.answer(metrics["loss_nats"], metrics["gradient_norm"])
+        conductor.answer(metrics["loss_nats"], metrics["gradient_norm"], "" if watched is None else watched.way)
         conductor.wait()
 
     if not conductor.finished:

@@ -1,5 +1,12 @@
 """What is asked of a card: figures with their bounds, and the verdict on what was measured, as `elo bench card` prints
 and keeps them.
+
+ELO pretraining whose steps are CUDA graphs has rows of its own beside those of launched steps, with the same bounds,
+and each is judged by itself: the launched ones are what runs unless a user asks otherwise (`pretrain.graph: off`), the
+graphs what a user gets who asks. That a model reaches 75 % of its ceiling is so of the way whose row says it; there is
+no row for the better of both, since the larger of two measurements is too large by what the noise of either gave it.
+The ratio of the two stands beside them without a bound: here the host's time before a step's first launch is part of
+the step, since an arm waits for every command, and `graph_turns.py` judges the ratio as training has it.
 """
 
 from __future__ import annotations
@@ -66,6 +73,7 @@ FP8 = {"head": 1.16, "all": 1.49}
 PREDICTED = (1.0, 1.10)  # memory, over what was measured: nothing missing, and little to spare
 PEAK_GIB = {"llama-3.1-8b": 7.2}  # one row of 8192, 8-bit state
 FIRST_STEP_S = 60.0
+GRAPH = "graph"  # behind a part's name: the same with its steps as CUDA graphs
 SMALL, USUAL = ("smollm2-135m small", "llama-3.2-1b small"), ("smollm2-135m usual", "llama-3.2-1b usual")
 
 
@@ -85,8 +93,7 @@ def asked(parts: list[str], headline: str | None, card: str) -> list[Asked]:
         if group == "speedup":
             found += list(_speedup(part, headline))
         elif group == "pretrain":
-            model, _, fp8 = rest.partition(", fp8 ")
-            found += list(_pretrain(part, model, fp8 or "none", card))
+            found += list(_pretrain(part, *_way(rest), card))
         else:
             found += list(makers[group](part))
     return found
@@ -110,8 +117,14 @@ def _speedup(part: str, headline: str | None) -> Iterator[Asked]:
     yield Asked(part, "tokens_per_s", "ELO pretraining beside them, tokens/s")
 
 
-def _pretrain(part: str, model: str, fp8: str, card: str) -> Iterator[Asked]:
-    what = f"ELO pretraining, {model}"
+def _way(words: str) -> tuple[str, str, bool]:
+    """`llama-3.1-8b, fp8 head` -> the model, its products of 8-bit operands, whether steps are graphs."""
+    model, _, way = words.partition(", ")
+    return model, way.removeprefix("fp8 ") if way.startswith("fp8 ") else "none", way == GRAPH
+
+
+def _pretrain(part: str, model: str, fp8: str, graph: bool, card: str) -> Iterator[Asked]:
+    what = f"ELO pretraining, {model}" + (", CUDA graphs" if graph else "")
     if fp8 != "none":
         what += f", fp8 {fp8}"
         least = FP8[fp8] if model == "llama-3.1-8b" else None
@@ -125,6 +138,8 @@ def _pretrain(part: str, model: str, fp8: str, card: str) -> Iterator[Asked]:
             yield Asked(part, "mfu", f"{what}, MFU", MFU, why=RECORD)
         yield Asked(part, "ceiling_share", f"{what}, share of this run's matmul ceiling", CEILING_SHARE.get(model),
                     why=GOOD if model in CEILING_SHARE else "")  # fmt: skip
+    if graph:
+        yield Asked(part, "over_launched", f"{what}, over launched steps, a wait after each")
     yield Asked(part, "p90_over_p50", f"{what}, step times p90/p50, a wait after each", most=STEADY)
 
 
@@ -163,24 +178,26 @@ def _compile(part: str) -> Iterator[Asked]:
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows in which ELO pretraining with 8-bit operands is also given over that in bf16, where both ran, and the
-    pipeline with it: that of bf16 whose pretraining takes so much less.
+    """Rows in which ELO pretraining with 8-bit operands, or with CUDA graphs, is also given over that without, where
+    both ran, and with 8-bit operands the pipeline: that of bf16 whose pretraining takes so much less.
     """
     figures = {row["part"]: row["figures"] for row in rows}
     found = []
     for row in rows:
-        base, _, fp8 = row["part"].partition(", fp8 ")
+        base, _, _ = row["part"].partition(", ")
+        _, fp8, graph = _way(row["part"])
         compared = "speedup " + base.removeprefix("pretrain ")
-        ours, bf16 = row["figures"].get("tokens_per_s"), figures.get(base, {}).get("tokens_per_s")
-        if fp8 and ours is not None and bf16 is not None:
-            ratio, beside = ours / bf16, figures.get(compared, {})
-            row = row | {"figures": row["figures"] | {"over_bf16": ratio}}
-            if {"pipeline", *_OF_PIPELINE} <= beside.keys():
+        over = ("over_launched",) if graph else ("over_bf16", "pipeline") if fp8 != "none" else ()
+        ours, plain = row["figures"].get("tokens_per_s"), figures.get(base, {}).get("tokens_per_s")
+        if over and ours is not None and plain is not None:
+            ratio, beside = ours / plain, figures.get(compared, {})
+            row = row | {"figures": row["figures"] | {over[0]: ratio}}
+            if "pipeline" in over and {"pipeline", *_OF_PIPELINE} <= beside.keys():
                 row["figures"] |= {"pipeline": _pipeline(ratio, *(beside[name] for name in _OF_PIPELINE))}
-            else:
+            elif "pipeline" in over:
                 row |= {"notes": row["notes"] | {"pipeline": f"{compared} was not measured"}}
-        elif fp8 and ours is not None:
-            row = row | {"notes": row["notes"] | dict.fromkeys(("over_bf16", "pipeline"), f"{base} was not measured")}
+        elif over and ours is not None:
+            row = row | {"notes": row["notes"] | dict.fromkeys(over, f"{base} was not measured")}
         found.append(row)
     return found
 

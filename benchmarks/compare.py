@@ -113,9 +113,13 @@ def differences(first: Record, second: Record) -> list[str]:
     for fields in settings:
         fields["model"] = fields.get("model", {}).get("name")
         fields["device"] = fields.get("device", {}).get("name")
+        arms = fields.get("arms") or {}
+        graphs = [name for name, arm in arms.items() if (arm.get("options") or {}).get("graph", "off") != "off"]
+        fields["steps that are CUDA graphs"] = ", ".join(graphs) or "none"
         if loading := fields.pop("results", None):
             fields |= {name: loading.get(name) for name in ("model", "device", "wanted_bytes")}
-    essential = ("model", "device", "dtype", "sequence_length", "micro_batch", "split", "wanted_bytes")
+    essential = ("model", "device", "dtype", "sequence_length", "micro_batch", "split", "wanted_bytes",
+                 "steps that are CUDA graphs")  # fmt: skip
     lines = []
     if found := pairs(essential, *settings):
         lines += ["NOT THE SAME SETTING: the ratios below are not of the code alone.", *found]

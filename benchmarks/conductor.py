@@ -89,9 +89,13 @@ class Conductor:
         if self._trace is not None:
             self._answer |= {"tensor_peak_bytes": self._trace.peak_bytes}
 
-    def answer(self, loss: float, gradient_norm: float) -> None:
-        """The step's loss and the norm of its gradient before clipping are known: answer the command."""
-        self.say(self._answer | {"loss": loss, "gradient_norm": gradient_norm})
+    def answer(self, loss: float, gradient_norm: float, way: str = "") -> None:
+        """The step's loss and the norm of its gradient before clipping are known: answer the command.
+
+        way: how a step was made that could be a graph (`graph_arms.Way`).
+        """
+        known = {"loss": loss, "gradient_norm": gradient_norm} | ({"way": way} if way else {})
+        self.say(self._answer | known)
 
     def say(self, message: dict[str, Any]) -> None:
         """One line to the harness."""

@@ -17,7 +17,7 @@ from elo_engine.measure.machine import host_room
 from elo_engine.measure.memory_units import host_parts
 from elo_engine.measure.meter import human_bytes
 from elo_engine.measure.planner import STREAMED, fits, largest_micro_batch, least_recompute, predict_memory
-from elo_engine.measure.setting import ARMS, SHALLOW, ArmName, Setting
+from elo_engine.measure.setting import ARMS, GRAPHED, SHALLOW, ArmName, Setting
 from elo_engine.model.ops import Fp8
 
 LETTERS: dict[ArmName, str] = {
@@ -83,6 +83,7 @@ class Size:
     align_recompute: str = "auto"  # of (g): auto, the least that fits; none, selective or layer, whatever fits
     streamed_inputs: str = "auto"  # of (s): auto, on the device where they fit, else on the host; device or host
     fp8: str = "none"  # of (f), `pretrain.fp8`: none, head or all
+    graph: str = "off"  # of the arms of GRAPHED, `pretrain.graph` and `align.graph`: off or on
 
 
 def missing(arm: ArmName, size: Size) -> str:
@@ -114,13 +115,14 @@ def choose(model: BenchModel, layers: tuple[int, ...], size: Size, wanted: tuple
     engine are where their plan does not fit otherwise. Streamed alignment always runs its layers again.
 
     Raises:
-        UsageError: rows of a step that are no whole number of micro-batches, or an unknown word for how (f), (g) or (s)
-            run.
+        UsageError: rows of a step that are no whole number of micro-batches, or an unknown word for how (c), (f),
+            (g) or (s) run.
     """
     for option, word, known in (
         ("--align-recompute", size.align_recompute, ("auto", *get_args(Recompute))),
         ("--streamed-inputs", size.streamed_inputs, ("auto", "device", "host")),
         ("--fp8", size.fp8, get_args(Fp8)),
+        ("--graph", size.graph, ("off", "on")),
     ):
         if word not in known:
             raise UsageError(f"{option} {word!r}: it is one of {', '.join(known)}")
@@ -135,6 +137,7 @@ def choose(model: BenchModel, layers: tuple[int, ...], size: Size, wanted: tuple
             micro_batches=size.rows // micro, dtype=size.dtype, state=size.state, device=size.device,  # type: ignore[arg-type]
             recompute="none" if arm in SHALLOW or arm == "elo_align" else "layer",
             fp8=size.fp8 if arm == "elo_pretrain" else "none",  # type: ignore[arg-type]
+            graph=size.graph == "on" and arm in GRAPHED,
         )  # fmt: skip
         if arm == "elo_align" and size.align_recompute != "auto":
             setting = replace(setting, recompute=size.align_recompute)  # type: ignore[arg-type]

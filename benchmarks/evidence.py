@@ -39,6 +39,10 @@ class Evidence:
     changed: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)  # bytes by component when the optimizer steps; {}: not counted
+    captured: int = 0  # CUDA graphs of a step
+    repeated: int = 0  # steps that were one
+    # bounds and labels of micro-batches that the device alone knows, until it is through with the step: `read_padded`
+    padded: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def saw_rows(self, lengths: list[int]) -> None:
         """Documents of one micro-batch, as the attention sees them."""
@@ -49,6 +53,15 @@ class Evidence:
     def saw_labels(self, labels: Tensor) -> None:
         """Labels of one micro-batch; counted on their device, without a wait."""
         self._labelled.append((labels >= 0).sum())
+
+    def read_padded(self) -> None:
+        """Count the micro-batches of the step that was made, whose bounds and labels are on the device."""
+        for offsets_S1, labels_N in self.padded:
+            starts: list[int] = offsets_S1.tolist()
+            assert starts[-1] == len(labels_N)
+            self.saw_rows([stop - start for start, stop in pairwise(starts) if stop > start])
+            self.labelled += int((labels_N >= 0).sum())
+        self.padded.clear()
 
     def saw_gradient(self, name: str, elements: int) -> None:
         """A parameter got a gradient."""
@@ -72,7 +85,7 @@ class Evidence:
 
     def to_json(self) -> dict[str, Any]:
         """For the record; checksums are left out."""
-        found = {name: value for name, value in vars(self).items() if name not in ("before", "_labelled")}
+        found = {name: value for name, value in vars(self).items() if name not in ("before", "padded", "_labelled")}
         return found | {"labelled": self.labelled + sum(int(count) for count in self._labelled)}
 
 
@@ -81,11 +94,15 @@ def watch_engine(model: Any, evidence: Evidence) -> None:
     not have, and the decoder's `decoder_layer` and `layer_gradient`, which runs a layer again.
     """
     from elo_engine.model import decoder
+    from elo_engine.model.layers import PaddedPacking
 
     hidden_states, layer, again = model.hidden_states, decoder.decoder_layer, decoder.layer_gradient
     outer_gradients = model.outer_gradients
 
     def counted_states(batch: Any) -> Tensor:
+        if isinstance(batch.packing, PaddedPacking):
+            evidence.padded.append((batch.packing.offsets, batch.labels_N))
+            return hidden_states(batch)  # type: ignore[no-any-return]
         starts = batch.packing.segment_starts
         evidence.saw_rows([stop - start for start, stop in pairwise(starts)])
         assert starts[-1] == len(batch.ids_N)
@@ -235,6 +252,13 @@ def faults(setting: Setting, evidence: dict[str, Any]) -> Iterator[str]:
     if trained != expected_parameters(setting):
         yield f"{trained} parameters got a gradient, not {expected_parameters(setting)}"
     learns = {name for joined in evidence["gradients"] for name in joined.split("+")}
+    if setting.graph:
+        from elo_engine.train.graphed import EAGER_STEPS
+
+        if not evidence["captured"]:
+            yield "no step was captured: all were launched kernel by kernel"
+        elif evidence["repeated"] != steps - EAGER_STEPS:
+            yield f"{evidence['repeated']} of {steps} steps were graphs, not {steps - EAGER_STEPS}"
     for name in evidence["changed"]:
         if name not in learns:
             yield f"{name} is frozen and changed"

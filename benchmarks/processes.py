@@ -157,7 +157,8 @@ def spec_of(
 ) -> dict[str, Any]:
     """What `arm.py` reads; `wait`: what `waiting.py` reads first."""
     setting = contestant.setting
-    keys = ("arm", "sequence_length", "micro_batch", "micro_batches", "dtype", "state", "recompute", "device", "fp8")
+    keys = ("arm", "sequence_length", "micro_batch", "micro_batches", "dtype", "state", "recompute", "device", "fp8",
+            "graph")  # fmt: skip
     spec: dict[str, Any] = {key: getattr(setting, key) for key in keys} | {"streaming": vars(setting.streaming)}
     return spec | {"model": model, "layers": list(setting.layers), "lr": lr, "cap_bytes": cap_bytes, "wait": wait}
 

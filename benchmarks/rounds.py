@@ -16,6 +16,7 @@ from typing import Any
 from elo_engine.benchmarks.ahead import Ahead
 from elo_engine.benchmarks.contestants import SIDE, Contestant
 from elo_engine.benchmarks.evidence import require_engagement
+from elo_engine.benchmarks.graph_arms import warmup_steps
 from elo_engine.benchmarks.processes import ArmFailed, ArmProcess, spec_of
 from elo_engine.errors import FailedError
 from elo_engine.measure.setting import ArmName
@@ -58,7 +59,8 @@ class Schedule:
         rounds: at most this many. seconds: no round is begun that would end later, if it takes as long as the longest
             so far; the first one is run in any case.
         side_rounds: of the arms that no ratio needs: three, or one where every turn is a visit.
-        warmup: untimed steps of a process. steps: timed steps of a visit.
+        warmup: untimed steps of a process, of one with graphs beside those that are launched. steps: timed steps of a
+            visit.
     """
 
     rounds: int
@@ -152,14 +154,20 @@ class _Visits:
         with Ahead(start) as self.ahead:
             yield
 
+    def warm(self, process: ArmProcess) -> list[dict[str, Any]]:
+        """The untimed steps."""
+        count = warmup_steps(process.contestant.setting, self.schedule.warmup)
+        return [process.step("trace" if number == 1 else "step") for number in range(count)]
+
     def turn(self, one: Contestant, following: Contestant | None = None) -> dict[str, list[float]]:
         taken = self.result.taken[one.name]
         first = not taken.last
         with self.ahead.visit(one, following) as process:
             taken.described = process.described()
-            warm = [process.step("trace" if number == 1 else "step") for number in range(self.schedule.warmup)]
+            warm = self.warm(process)
             self.ahead.settle()
             timed = [process.step() for _ in range(self.schedule.steps)]
+            _require_repeated(one, timed)
             last = process.finish()
         require_engagement(one.setting, last["evidence"])
         if first:
@@ -193,7 +201,7 @@ class _Together(_Visits):
                 taken, process = self.result.taken[one.name], self.processes[one.name]
                 try:
                     taken.described = process.described()
-                    warm = [process.step("trace" if number == 1 else "step") for number in range(self.schedule.warmup)]
+                    warm = self.warm(process)
                 except ArmFailed as error:
                     taken.failed = str(error)
                     self.say(f"{one.name}: {taken.failed}")
@@ -206,6 +214,7 @@ class _Together(_Visits):
 
     def turn(self, one: Contestant, following: Contestant | None = None) -> dict[str, list[float]]:
         answer = self.processes[one.name].step()
+        _require_repeated(one, [answer])
         taken = self.result.taken[one.name]
         taken.losses.append(answer["loss"])
         taken.norms.append(answer["gradient_norm"])
@@ -223,6 +232,13 @@ class _Together(_Visits):
                 taken.failed = str(error)
                 continue
             require_engagement(process.contestant.setting, taken.last["evidence"])
+
+
+def _require_repeated(one: Contestant, timed: list[dict[str, Any]]) -> None:
+    """Raises ArmFailed where a step was timed that an arm with graphs launched kernel by kernel, or captured first."""
+    others = {answer.get("way", "launched") for answer in timed} - {"repeated"}
+    if one.setting.graph and others:
+        raise ArmFailed(f"a timed step was {' or '.join(sorted(others))}, where all should repeat a graph")
 
 
 def _note(taken: Taken, warm: list[dict[str, Any]], timed: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from elo_engine.config import Recompute
 from elo_engine.errors import FailedError
 from elo_engine.measure.components import PeakWhat, component_faults
 from elo_engine.measure.planner import STREAMED
-from elo_engine.measure.setting import ArmName
+from elo_engine.measure.setting import GRAPHED, ArmName
 
 SCHEMA = 1
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss workspace", "slack")
@@ -155,6 +155,7 @@ def _speedup_faults(result: dict[str, Any]) -> list[str]:
         if arm["status"] == "ran":
             missing = [field for field in _NEEDED if arm.get(field) is None]
             faults += [f"arms.{name}: it ran, so it needs {', '.join(missing)}"] if missing else []
+            faults += _graph_faults(name, arm.get("options") or {})
         elif not arm["why"]:
             faults.append(f"arms.{name}: its status is {arm['status']!r}, and `why` says nothing")
         for field in ("step_s", "tokens_per_s"):
@@ -171,6 +172,18 @@ def _speedup_faults(result: dict[str, Any]) -> list[str]:
     if over and not _ran(arms, "elo_pretrain"):
         faults.append("ratios are given, and elo_pretrain did not run")
     return faults + list(_streamed_faults(result.get("streamed"), arms))
+
+
+def _graph_faults(name: str, options: dict[str, Any]) -> Iterator[str]:
+    """What is said of an arm with CUDA graphs, which earlier records have not."""
+    if options.get("graph", "off") == "off":
+        return
+    if name not in GRAPHED:
+        yield f"arms.{name}: it has no steps that are graphs, and options.graph is {options['graph']!r}"
+    elif options.get("graphs", 0) == 0:  # None: it was interrupted before it told
+        yield f"arms.{name}: options.graph is {options['graph']!r}, and none was captured"
+    elif not isinstance(options.get("warmup_steps"), int):
+        yield f"arms.{name}: options.graph is {options['graph']!r}, and options.warmup_steps no number"
 
 
 def _streamed_faults(streamed: dict[str, Any] | None, arms: dict[str, Any]) -> Iterator[str]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from elo_engine import console
+from elo_engine.benchmarks import graph_arms
 from elo_engine.benchmarks import rounds as measuring
 from elo_engine.benchmarks.contestants import (
     BASELINES,
@@ -78,6 +79,7 @@ class Options:
     align_recompute: str = "auto"
     streamed_inputs: str = "auto"
     fp8: str = "none"
+    graph: str = "off"
 
 
 def size_of(options: Options) -> Size:
@@ -101,6 +103,7 @@ def size_of(options: Options) -> Size:
         align_recompute=options.align_recompute,
         streamed_inputs=options.streamed_inputs,
         fp8=options.fp8,
+        graph=options.graph,
     )
 
 
@@ -108,6 +111,7 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
     """-> result, raw, settings, as `recording.write_record` keeps them.
 
     Raises:
+        UsageError, RefusedError: options that nothing can be made of, or that this machine or model cannot have.
         FailedError: an arm is not what it claims, arms of one model do not start at one loss, or neither ELO
             pretraining nor a baseline could be measured.
     """
@@ -119,6 +123,8 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
     layers = (0, spec.layers - 1)
     contestants = choose(model, layers, size, options.arms or default_arms(size.device))
     _require_fp8(size, spec)
+    if size.graph == "on":
+        graph_arms.require([one.setting for one in contestants])
     say(f"{model.name}, {size.device}, {size.dtype}, rows of {size.sequence_length}: measuring the ceilings")
     ceilings = ceilings_of(size.device, size.dtype)
     together = together_fit(contestants, size.memory_bytes)
@@ -137,7 +143,7 @@ def measure(options: Options, say: Callable[[str], None]) -> tuple[dict[str, Any
         "state": size.state, "learning_rate": LEARNING_RATE, "arms_alive_together": together,
         "steps_a_visit": None if together else options.steps, "interrupted": run.interrupted,
         "align_recompute": size.align_recompute, "streamed_inputs": size.streamed_inputs,
-        "fp8": size.fp8,
+        "fp8": size.fp8, "graph": size.graph,
     }  # fmt: skip
     if not any(run.rounds) and not run.refused:
         if run.interrupted:
@@ -235,6 +241,9 @@ def arm_result(one: Contestant, run: measuring.Run, ceilings: dict[str, float], 
         "recompute": setting.recompute, "state": setting.state, "micro_batch": setting.micro_batch,
         "micro_batches": setting.micro_batches, "layers": list(setting.layers), "fp8": setting.fp8,
     }  # fmt: skip
+    if setting.graph:
+        options |= {"graph": "on", "warmup_steps": graph_arms.warmup_steps(setting, run.warmup_steps)}
+        options["graphs"] = taken.last["evidence"]["captured"] if taken is not None and taken.last else None
     if one.name == STREAMED:
         options["streaming"] = dict(vars(setting.streaming))
     if taken is None or taken.failed or not seconds:

@@ -95,6 +95,9 @@ def _how(arms: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     eight = [arm for arm in known if arm["options"].get("fp8", "none") != "none"]
     said += [f"({arm['letter']}) with 8-bit operands (pretrain.fp8: {arm['options']['fp8']})" for arm in eight]
     for arm in known:
+        if arm["options"].get("graph", "off") != "off":
+            warm = arm["options"]["warmup_steps"]
+            said.append(f"({arm['letter']}) with its steps as CUDA graphs ({warm} warm-up steps)")
         if how := arm["options"].get("streaming"):
             store = "on disk" if how["store"] == "disk" else "in host memory"
             inputs = f"layers' inputs on the {how['inputs']}"

@@ -30,7 +30,8 @@ def modules(spec: dict[str, Any]) -> list[str]:
 
     if spec["arm"] in ENGINE:
         streamed = ["elo_engine.stream.engine"] if spec["arm"] == STREAMED else []
-        return [*ENGINE_PARTS, *streamed, *(["triton"] if spec["device"] == "cuda" else [])]
+        graph = ["elo_engine.benchmarks.graph_arms"] if spec.get("graph") else []
+        return [*ENGINE_PARTS, *streamed, *graph, *(["triton"] if spec["device"] == "cuda" else [])]
     family = open_model(spec["model"]).config["model_type"]
     liger = ["liger_kernel.transformers"] if spec["arm"] == "liger_full" else []
     return [*TRAINER_PARTS, f"transformers.models.{family}.modeling_{family}", *liger]

@@ -48,6 +48,7 @@ def speedup(
         str, typer.Option(help="where (s) keeps its layers' inputs: auto (on the device if they fit), device or host")
     ] = "auto",
     fp8: Annotated[str, typer.Option(help="products of (f) with 8-bit operands: none, head or all")] = "none",
+    graph: Annotated[str, typer.Option(help="steps of (c), (f) and (g) as CUDA graphs: off or on")] = "off",
     record: Record = True,
     records: Records = None,
 ) -> None:
@@ -57,7 +58,7 @@ def speedup(
     body(
         record, records, arms, model=model, device=device, dtype=dtype, sequence_length=sequence_length, rows=rows,
         elo_micro_batch=elo_micro_batch, micro_batch=micro_batch, state=state, minutes=minutes, rounds=rounds,
-        steps=steps, align_recompute=align_recompute, streamed_inputs=streamed_inputs, fp8=fp8,
+        steps=steps, align_recompute=align_recompute, streamed_inputs=streamed_inputs, fp8=fp8, graph=graph,
     )  # fmt: skip
 
 

@@ -133,6 +133,7 @@ def test_the_loader_runs_under_pytest_benchmark(elo: Elo) -> None:
         (("speedup", "--model", "no-such-model"), "no-such-model"),
         (("speedup", "--model", "smollm2-135m", "--arms", "q"), "'q' is no arm"),
         (("speedup", "--model", "llama-3.1-8b-mini", "--align-recompute", "some"), "--align-recompute 'some'"),
+        (("speedup", "--model", "llama-3.1-8b-mini", "--graph", "auto"), "--graph 'auto': it is one of off, on"),
         (("memory", "--model", "smollm2-135m", "--caps", "eight"), "--caps 'eight'"),
         (("memory", "--model", "smollm2-135m", "--micro-batches", "0"), "above 0"),
         (("kernels", "softmax"), "no such op: softmax"),

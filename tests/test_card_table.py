@@ -10,11 +10,24 @@ import pytest
 from test_compare import kernels, memory, speedup
 
 from elo_engine.benchmarks.card_figures import FEWEST_STEPS, figures_of
-from elo_engine.benchmarks.card_plan import GROUPS, Machine, headline, parse_groups, plan
+from elo_engine.benchmarks.card_plan import (
+    GROUPS,
+    LENGTH,
+    MODELS,
+    ROWS,
+    Machine,
+    elo_rows,
+    headline,
+    parse_groups,
+    plan,
+)
 from elo_engine.benchmarks.card_process import Part, row_of
 from elo_engine.benchmarks.card_table import Asked, asked, card_tables, judged, with_ratios, wrong_verdicts
+from elo_engine.benchmarks.contestants import Size, choose, needed_bytes
+from elo_engine.benchmarks.models import open_model
 from elo_engine.benchmarks.schemas import check_result
 from elo_engine.errors import FailedError, UsageError
+from elo_engine.measure.cards import CONTEXT_BYTES
 
 GIB = 2**30
 H200 = Machine("cuda", "NVIDIA H200", "h200", 139 * GIB)
@@ -47,6 +60,13 @@ def test_parts_come_in_the_order_of_what_matters(parts: list[Part]) -> None:
     assert len({part.name for part in parts}) == len({part.slug for part in parts}) == len(parts)
     assert [part.name for part in parts][1:3] == ["speedup llama-3.1-8b", "pretrain llama-3.1-8b"]
     assert not any(part.why_not for part in parts)
+    names = [part.name for part in parts]
+    place = names.index("pretrain smollm2-135m")
+    assert names[place + 1] == "pretrain smollm2-135m, graph" and parts[place + 1].group == "speedup"
+    launched, graph = (parts[at].command for at in (place, place + 1))
+    differ = [pair for pair in zip(launched, graph, strict=True) if pair[0] != pair[1]]
+    assert differ == [("off", "on")] and graph[graph.index("--graph") + 1] == "on", "the same sizes, beside each other"
+    assert [part.name for part in plan(Machine("cpu", "a CPU", "", GIB), "tiny", ("speedup",))][-1].endswith(", graph")
     assert {part.name for part in plan(H200, "full", ("compile", "bias"))} == {"bias", "compile llama-3.1-8b"}
     assert parse_groups("compile, correct") == ("correct", "compile")
     with pytest.raises(UsageError, match="no such part: all"):
@@ -62,6 +82,18 @@ def test_a_small_card_compares_a_smaller_model(gib: int) -> None:
     if gib == 2:
         assert "no model of" in found["speedup"].why_not
         assert found["pretrain smollm2-135m"].why_not == "not one row of 8192 tokens fits 0.8 GiB"
+
+
+def test_rows_of_a_part_with_graphs_are_those_whose_graphs_fit() -> None:
+    """On a card that has just the room of launched steps, with nothing made again."""
+    size = Size("cuda", "bf16", LENGTH, rows=ROWS, memory_bytes=2**40)
+    model = open_model(MODELS[-1])
+    (one,) = choose(model, (0, model.spec.layers - 1), size, ("elo_pretrain",))
+    machine = Machine("cuda", "a card", "", needed_bytes(one.setting) + 2 * CONTEXT_BYTES)
+    assert elo_rows(MODELS[-1], machine) == 4 and elo_rows(MODELS[-1], machine, graph="on") == 2
+    found = {part.name: part.command for part in plan(machine, "full", ("speedup",))}
+    rows = {name: words[words.index("--elo-micro-batch") + 1] for name, words in found.items() if MODELS[-1] in name}
+    assert rows[f"pretrain {MODELS[-1]}"] == "4" and rows[f"pretrain {MODELS[-1]}, graph"] == "2"
 
 
 def test_every_bound_is_met_at_itself_and_not_just_beyond(wanted: list[Asked], parts: list[Part]) -> None:
@@ -95,6 +127,10 @@ def test_the_figures_that_were_asked_for_are_there(wanted: list[Asked]) -> None:
         assert found[key] == bounds, key
     for model in ("llama-3.1-8b", "llama-3.2-1b", "smollm2-135m"):
         assert found[f"pretrain {model}", "ceiling_share"][0] is not None
+    small, graph = "pretrain smollm2-135m", "pretrain smollm2-135m, graph"
+    for figure in ("tokens_per_s", "ceiling_share", "p90_over_p50"):
+        assert found[graph, figure] == found[small, figure], "the same bounds, each judged by itself"
+    assert found[graph, "over_launched"] == (None, None) and (small, "over_launched") not in found
     assert asked(["pretrain llama-3.1-8b"], None, "rtx-3060")[0].least is None, "a rate is of a card that is named"
 
 
@@ -141,6 +177,29 @@ def test_eight_bits_are_held_against_bf16_of_the_same_run() -> None:
     (alone,) = with_ratios([row("pretrain x, fp8 head", 120.0)])
     assert alone["notes"] == dict.fromkeys(("over_bf16", "pipeline"), "pretrain x was not measured")
     assert "over_bf16" not in alone["figures"]
+
+
+def test_graphs_are_held_against_launched_steps_of_the_same_run() -> None:
+    def row(name: str, **figures: float) -> dict[str, Any]:
+        return row_of(Part(name, "speedup", (), 0, 0), "ran", "", figures=figures)
+
+    launched = row("pretrain x", tokens_per_s=100.0, ceiling_share=0.40)
+    graph = row("pretrain x, graph", tokens_per_s=130.0, ceiling_share=0.52)
+    found = with_ratios([launched, graph])
+    assert found[0] == launched and found[1]["figures"] == graph["figures"] | {"over_launched": 1.3}
+    (alone,) = with_ratios([graph])
+    assert alone["notes"] == {"over_launched": "pretrain x was not measured"} and alone["figures"] == graph["figures"]
+
+
+def test_either_way_of_the_smallest_model_is_judged_by_itself() -> None:
+    """Neither stands in for the other: a user has launched steps unless graphs are asked for."""
+    names = ["pretrain smollm2-135m", "pretrain smollm2-135m, graph"]
+    wanted = asked(names, None, "h200")
+    for shares in ((0.45, 0.47), (0.47, 0.45)):
+        rows = [row_of(Part(name, "speedup", (), 0, 0), "ran", "", figures={"ceiling_share": share})
+                for name, share in zip(names, shares, strict=True)]  # fmt: skip
+        verdicts = [one["verdict"] for one in judged(wanted, rows, "full") if one["figure"] == "ceiling_share"]
+        assert verdicts == ["met" if share >= 0.46 else "not met" for share in shares]
 
 
 def test_the_pipeline_of_eight_bits_is_that_of_bf16_with_a_faster_pretraining() -> None:

@@ -33,6 +33,7 @@ SHALLOW: frozenset[ArmName] = frozenset({"elo_pretrain", "transformers_shallow"}
 # everything learns, in transformers
 WHOLE_PEERS: frozenset[ArmName] = frozenset({"transformers_full", "transformers_full_kept", "liger_full"})
 ENGINE: frozenset[ArmName] = frozenset({"engine_full", "elo_pretrain", "elo_align", "elo_align_streamed"})
+GRAPHED: frozenset[ArmName] = ENGINE - {"elo_align_streamed"}  # whose steps can be CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Setting:
         lora_rank: r of arm (d), on all seven projections of a layer.
         bridges: gaps between, before and behind the detached layers that have an affine map (elo_pretrain): all or 0.
         host_embedding: elo_pretrain's frozen embedding is in the host's memory and not in a GPU's.
-        graph: a step of elo_pretrain or elo_align is a CUDA graph, fed from buffers that hold a whole step's tokens;
-            in turns with others it keeps its memory.
+        graph: a step of elo_pretrain, elo_align or engine_full is a CUDA graph, fed from buffers that hold a whole
+            step's tokens; in turns with others it keeps its memory.
         fp8: elo_pretrain's products of 8-bit operands: the head's, or the layers' too.
         processes: of the run; `micro_batch`, `micro_batches` and all bytes of the device are of one of them.
         sharded: the model of elo_align is spread over them (`model/sharded.py`); else each has the whole of it.
