@@ -63,10 +63,7 @@ def test_taped_steps_in_turns_train_as_launched_ones(forked: Forked) -> None:
     all_told = told_by("graph_turns.py", TURNS, forked)
     for name, case in TURNS.items():
         told = all_told[name]
-        shallow, whole = ["pretrain", True], ["align", True]
-        kinds = [[kind, made] for kind, _, _, made in told["steps"]]
-        assert kinds == [shallow, whole, shallow, whole, shallow, ["align", False], shallow, whole]
-        assert told["kinds"].keys() == set(case["kinds"])
+        assert told["as planned"] and told["kinds"].keys() == set(case["kinds"])
         for kind, found in told["kinds"].items():
             assert found["same"] and found["differing"] == [] and found["let go"], f"{name}, {kind}"
             graphs = {"both": [2, 2], "shallow": [2, 0], "whole": [0, 2]}[kind]
