@@ -83,7 +83,8 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a number of the device is read"
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a number of the device is read")  # as CUDA does
         out = func(*args, **kwargs)
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -119,8 +120,10 @@ class Taped:
         tape = Tape()
         with addresses_noted(states) as deliver, tape:
             _tapes.append(tape)
-            body()
-            _tapes.pop()
+            try:
+                body()
+            finally:
+                _tapes.pop()
         held = deliver()
         self._pool.append(tape)
 

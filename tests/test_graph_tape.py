@@ -73,6 +73,20 @@ def test_taped_steps_in_turns_train_as_launched_ones(forked: Forked) -> None:
             assert told[plant] is False, f"{name}: {plant} is not seen"
 
 
+# of test_graphed_cuda_turns.py, all that a CPU can run but for the times, which mean nothing there
+CARD = {
+    "test_turns_train_as_launched_ones": ["fp32 state", "both"],
+    "test_memory_is_given_back_and_the_next_graphs_are_the_same": [],
+    "test_graphs_in_turns_wait_for_nothing_and_ask_for_no_memory": [],
+    "test_a_whole_model_step_that_cannot_be_captured_ends_both_and_training_goes_on": [],
+}
+
+
+def test_what_a_card_is_asked_of_steps_in_turns_is_sound(forked: Forked) -> None:
+    """Those tests with tapes for graphs, so that none is wrong by itself on the day there is a card."""
+    assert told_by("graph_turns.py", {"card": {"tests": CARD}}, forked)["card"] == dict.fromkeys(CARD, "passed")
+
+
 def told_by(name: str, cases: dict[str, Any], forked: Forked) -> dict[str, Any]:
     """What a script prints of its cases."""
     script = Path(__file__).with_name(name)
