@@ -6,6 +6,7 @@ tensors, as in tests/test_graphed.py; that they train as launched steps is in te
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from torch import Tensor
 from elo_engine.config import make_config
 from elo_engine.data.rows import RowBatch
 from elo_engine.errors import FailedError
+from elo_engine.measure.memory_shapes import step_buffer_bytes
+from elo_engine.measure.planner import predict_memory, shallow_of, sums_bytes
+from elo_engine.measure.setting import Setting, ShallowTurns
 from elo_engine.model.bridge import Bridge, Collector, GapStatistics
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.ops.adamw import AdamwState
@@ -315,6 +319,30 @@ def test_a_capture_that_fails_half_way_holds_no_states_of_the_middle(waits: list
     made.step("whole", rows(20))
     assert waiting == [1] and not whole._seen._waiting[GAP] and whole.model.observers == {}
     assert any("capturing them failed" in text for text in made.said) and loss == whole.model.head_loss
+
+
+def test_what_graphs_hold_besides_their_memory_is_what_the_plan_counts(waits: list[bool]) -> None:
+    """Buffers of both kinds to the byte; sums of the bridge, but for two numbers a feature that are counted more."""
+    made = Kinds(micro_batch=2)
+    for kind in ("shallow", "whole"):
+        made.warm(kind)
+        made.step(kind, rows(20))
+    turns = ShallowTurns((0, 3), micro_batch=2, micro_batches=2, recompute="none", bridges=1, graph=True)
+    setting = Setting(
+        "elo_align", made.engine.model.spec, (0, 1, 2, 3), T, 2, 2, state="fp32", turns=turns, graph=True
+    )
+    planned = [step_buffer_bytes(shallow_of(setting, turns)), step_buffer_bytes(setting)]
+    for engine, counted in zip((made.engine.shallow, made.engine.whole), planned, strict=True):
+        buffers = engine._buffers
+        held = [buffers._tokens_3N, buffers._numbers, *buffers._offsets.values(), buffers.distinct_U]
+        assert sum(tensor.nbytes for tensor in held if tensor is not None) == counted
+    sums = made.engine.whole._seen.statistics[GAP].state().values()
+    assert 0 <= sums_bytes(setting) - sum(total.nbytes for total in sums) <= 16 * setting.spec.D
+    both, none = (predict_memory(replace(setting, graph=on, turns=replace(turns, graph=on))) for on in (True, False))
+    more = both.components["activations"] - none.components["activations"]
+    assert 0 < more <= sum(planned) + sums_bytes(setting) + 2 * 4 * 128 * 15 * setting.spec.H * setting.spec.E
+    for name in ("weights", "gradients", "optimizer", "loss workspace"):
+        assert both.components[name] == none.components[name]
 
 
 def test_it_is_a_collector_of_its_own_that_a_graph_has() -> None:

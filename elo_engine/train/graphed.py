@@ -16,8 +16,9 @@ writes over all that an earlier one of another graph has left. It is right as lo
 
 * replays are ordered: all are launched on one stream, and what is launched beside them waits for it and is waited for;
 * no graph reads what it has not written itself since its replay began, but for what lies outside: weights, moments and
-  powers, the buffers and the bounds, rotary tables, the bridge, AdamW's plans, partial sums and tables. All of those
-  are made before a capture begins, and a graph keeps those of them that nobody else does (`_Captured`);
+  powers, the buffers and the bounds, rotary tables, the bridge, AdamW's plans, partial sums and tables, and what
+  libraries keep for a stream. All of those are made before a capture begins, by the launched steps or by
+  `addresses_noted`, and a graph keeps those of them that nobody else does (`_Captured`);
 * what is read behind a replay lies outside too: the step's numbers, and the sums that a bridge is fitted to.
 
 Gradients are the ones that look as if they lasted. A leaf that both kinds of steps train has one `.grad`, or one place
