@@ -73,11 +73,10 @@ def test_taped_steps_in_turns_train_as_launched_ones(forked: Forked) -> None:
             assert told[plant] is False, f"{name}: {plant} is not seen"
 
 
-# of test_graphed_cuda_turns.py, all that a CPU can run but for the times, which mean nothing there
+# of test_graphed_cuda_turns.py, what means anything on a CPU: times, waits and allocations do not
 CARD = {
     "test_turns_train_as_launched_ones": ["fp32 state", "both"],
     "test_memory_is_given_back_and_the_next_graphs_are_the_same": [],
-    "test_graphs_in_turns_wait_for_nothing_and_ask_for_no_memory": [],
     "test_a_whole_model_step_that_cannot_be_captured_ends_both_and_training_goes_on": [],
 }
 
