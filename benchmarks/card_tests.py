@@ -20,9 +20,8 @@ from elo_engine.benchmarks.recording import ROOT
 from elo_engine.errors import FailedError, RefusedError
 
 # Files that ask for a card somewhere; what nothing else shows comes first, what takes longest last.
-FIRST, LAST = ("test_graphed_cuda.py", "test_linear_cross_entropy_fp8.py", "test_linear_fp8.py"), (
-    "test_same_training.py",
-)
+FIRST = "test_graphed_cuda.py", "test_graphed_cuda_turns.py", "test_linear_cross_entropy_fp8.py", "test_linear_fp8.py"
+LAST = ("test_same_training.py",)
 ASKS = re.compile(r"\bBACKENDS\b|cuda\.is_available\(\)")
 NEEDS = re.compile(r"\b(needs a (GPU|card)|measures a card)", re.IGNORECASE)
 NAMED = 12  # failures that a figure's note names

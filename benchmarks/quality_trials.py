@@ -36,7 +36,7 @@ from elo_engine.model.decoder import Batch, Decoder, embedding_rows
 from elo_engine.model.full import load_full
 from elo_engine.model.layers import decoder_layer, scale_embedded
 from elo_engine.model.ops.adamw import StepResult, adamw_update, leaf_norms, step_numbers
-from elo_engine.train.interleaved import Interleaving, MovingBridge, SharedAdamW
+from elo_engine.train.interleaved import Interleaving, MovingBridge
 from elo_engine.train.leaf_state import LeafState
 from elo_engine.train.loop import (
     Hooks,
@@ -50,6 +50,7 @@ from elo_engine.train.loop import (
 )
 from elo_engine.train.optim import fresh_state
 from elo_engine.train.resident import Optimizer, ResidentEngine
+from elo_engine.train.shared_adamw import SharedAdamW
 
 
 def shallow_with(whole: Decoder, detached: tuple[int, ...], kept: tuple[int, ...], *, shared: bool) -> Decoder:

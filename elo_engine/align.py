@@ -128,9 +128,7 @@ def _load(
             )
             log_model(run, set(model.trainable()), set(model.frozen()), index)
             if turns:
-                room = choice.setting.turns is not None and choice.setting.turns.graph
-                how = graphs.graphing(config, "pretrain", model, run.say, room=room)
-                graphs.launched(config, "align", graphs.WHOLE_TURNS, source.device, run.say)
+                how = graphs.graphing_turns(config, model, run.say, choice.setting)
                 return InterleavedEngine(model, source.layers, config, bridges=bridges, statistics=statistics, how=how)
             optimizer = MasterAdamW(model, section.optimizer, seed=config.seed)
             return graphs.resident_engine(config, "align", model, optimizer, run.say)

@@ -108,9 +108,8 @@ def choose(
     """
     resident = stage_setting(config, "align", spec, device, auto_dtype, processes)
     wanted, rooms = config.align.engine, Rooms(device_room, host_room, disk_room)
-    may_go = resident.turns is not None and resident.turns.graph and config.pretrain.graph == "auto"
-    if may_go and not rooms.has_device(needs_of(resident)):  # what graphs hold between their steps
-        resident = _without_graphs(resident)
+    if resident.turns is not None and not rooms.has_device(needs_of(resident)):
+        resident = _fewer_graphs(config, resident, needs_of)
     if wanted == "resident":
         return EngineChoice("resident", None, resident, "as align.engine says")
     if processes.count > 1:  # `ranks.refuse_what_needs_one_process` is for those who ask for another
@@ -138,6 +137,16 @@ def choose(
 def streamed_setting(resident: Setting, streaming: Streaming) -> Setting:
     """The same alignment with a few layers on the device; they are always run again in the backward pass."""
     return replace(_without_graphs(resident), arm=STREAMED, streaming=streaming, recompute="layer")
+
+
+def _fewer_graphs(config: RunConfig, setting: Setting, needs_of: Callable[[Setting], Needs]) -> Setting:
+    """Steps in turns without the graphs that may go, where they need less memory so: what graphs of one kind hold
+    between their steps is memory that launched steps of the other kind cannot have, but those of the other kind can.
+    """
+    assert setting.turns is not None
+    turns = replace(setting.turns, graph=setting.turns.graph and config.pretrain.graph == "on")
+    fewer = replace(setting, turns=turns, graph=setting.graph and config.align.graph == "on")
+    return min(setting, fewer, key=lambda one: needs_of(one).device)
 
 
 def _without_graphs(setting: Setting) -> Setting:

@@ -27,9 +27,8 @@ from elo_engine.train.resident import ResidentEngine
 Stage = Literal["pretrain", "align"]
 
 LAYER_BY_LAYER = "the streamed engine brings layer after layer to the device, as the host tells it"
-WHOLE_TURNS = "whole-model steps among shallow ones fit the bridge anew, with numbers of the host"
 BESIDE_STREAMED = "a streamed whole-model step needs the memory that graphs would hold between their steps"
-NO_ROOM = "what graphs would hold beside a whole-model step does not fit"
+NO_ROOM = "what graphs would hold beside the other kind of steps does not fit"
 SEVERAL = "several processes add up their gradients between the passes and the update"
 
 
@@ -52,12 +51,10 @@ def why_not(config: RunConfig, stage: Stage, spec: ModelSpec, device: str, auto_
         return f"CUDA graphs are of GPUs, and this is for {device}"
     if not bf16:
         return "flash attention takes bf16, and in fp32 attention goes document by document, as the host tells it"
-    if config.align.when == "interleaved" and stage == "align":
-        return WHOLE_TURNS
-    if config.align.when == "interleaved" and config.align.engine == "streamed":
-        return BESIDE_STREAMED
     if stage == "align" and config.align.engine == "streamed":
         return LAYER_BY_LAYER
+    if config.align.when == "interleaved" and config.align.engine == "streamed":
+        return BESIDE_STREAMED
     if stage == "pretrain" and config.pretrain.embedding == "host":
         return "pretrain.embedding: host would need the rows of a whole step on the device at once"
     if _section(config, stage).optimizer.kept_master(bf16=True) == "24":
@@ -90,11 +87,7 @@ def graph_plan(config: RunConfig, stage: Stage, setting: Setting, align: Setting
         setting: of the stage. align: of alignment, in whose turns the stage may be.
     """
     how = _section(config, stage).graph
-    memory = None  # what was chosen because of it
-    if setting.arm == STREAMED:
-        memory = LAYER_BY_LAYER
-    elif stage == "pretrain":
-        memory = _beside(align)
+    memory = _of_memory(stage, setting, align)
     why = f"{stage}.graph: off" if how == "off" else None
     several = SEVERAL if setting.processes.count > 1 else None
     why = why or why_not(config, stage, setting.spec, setting.device, setting.dtype) or memory or several
@@ -103,18 +96,21 @@ def graph_plan(config: RunConfig, stage: Stage, setting: Setting, align: Setting
         refusal = _refusal(stage, f"{memory}, and the whole model does not fit")
     elif several is not None and how == "on":
         refusal = _refusal(stage, several)
-    if align.turns is not None:  # both kinds of steps are one stage, which refuses for either
-        beside, refusal = _beside(align), None
-        if stage == "align" and beside is not None and config.pretrain.graph == "on":
-            refusal = _refusal("pretrain", f"{beside}, and the whole model does not fit")
+    if align.turns is not None and stage == "pretrain":  # both kinds of steps are one stage, which refuses for either
+        refusal = None
+    elif align.turns is not None and refusal is None and config.pretrain.graph == "on":
+        beside = _of_memory("pretrain", align, align)
+        refusal = None if beside is None else _refusal("pretrain", f"{beside}, and the whole model does not fit")
     return {"used": setting.graph, "buffer_bytes": step_buffer_bytes(setting), "why_not": why, "refusal": refusal}
 
 
-def _beside(align: Setting) -> str | None:
-    """What of the memory keeps shallow steps, in turns with these, from being graphs."""
-    if align.turns is None or align.turns.graph:
-        return None
-    return BESIDE_STREAMED if align.arm == STREAMED else NO_ROOM
+def _of_memory(stage: Stage, setting: Setting, align: Setting) -> str | None:
+    """What of a choice that was made because of the memory keeps the steps of a stage from being graphs."""
+    if align.turns is None:
+        return LAYER_BY_LAYER if setting.arm == STREAMED else None
+    if align.arm == STREAMED:
+        return LAYER_BY_LAYER if stage == "align" else BESIDE_STREAMED
+    return None if (align.graph if stage == "align" else align.turns.graph) else NO_ROOM
 
 
 def launched(
@@ -147,13 +143,31 @@ def resident_engine(
     return GraphedEngine(model, optimizer, section.rows_at_once, making)
 
 
+def graphing_turns(
+    config: RunConfig, model: Decoder, say: Callable[[str], None], setting: Setting
+) -> tuple[Graphing | None, Graphing | None]:
+    """How shallow and whole-model steps that take turns become graphs, in one memory.
+
+    Args:
+        setting: of the alignment, as `engine_choice.choose` found room for it.
+
+    Raises:
+        RefusedError: as `graphing`.
+    """
+    assert setting.turns is not None
+    shallow = graphing(config, "pretrain", model, say, room=setting.turns.graph)
+    return shallow, graphing(config, "align", model, say, room=setting.graph, beside=shallow)
+
+
 def graphing(
-    config: RunConfig, stage: Stage, model: Decoder, say: Callable[[str], None], *, room: bool = True
-) -> Graphing | None:
+    config: RunConfig, stage: Stage, model: Decoder, say: Callable[[str], None], *, room: bool = True,
+    beside: Graphing | None = None,
+) -> Graphing | None:  # fmt: skip
     """How the steps of a stage become graphs; None where they are launched, and then on a GPU it is said why.
 
     Args:
-        room: there is memory for what graphs hold beside another kind of step.
+        room: there is memory for what graphs hold beside another kind of step. beside: of that kind, which they share
+            their memory with.
 
     Raises:
         RefusedError: `graph: on`, and this machine cannot.
@@ -164,7 +178,13 @@ def graphing(
     launched(config, stage, reason, model.device, say)
     if how == "off" or reason is not None:
         return None
-    return Graphing(CudaCaptures(model.device), lambda text: say(f"{stage}: {text}"), how == "on", f"{stage}.graph")
+
+    def told(text: str) -> None:
+        say(f"{stage}: {text}")
+
+    if beside is not None:
+        return beside.beside(told, how == "on", f"{stage}.graph")
+    return Graphing(CudaCaptures(model.device), told, how == "on", f"{stage}.graph")
 
 
 def why_not_here(model: Decoder) -> str | None:

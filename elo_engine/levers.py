@@ -168,6 +168,8 @@ def _overrides(config: RunConfig, stage: StageName, setting: Setting) -> list[tu
             found.append(("align.stream.update", "at_once"))
     if setting.turns is not None and setting.turns.graph:
         found.append(("pretrain.graph", "off"))
+    if setting.turns is not None and setting.graph:
+        found.append(("align.graph", "off"))
     if setting.micro_batch > 1:
         found.append((f"{stage}.micro_batch", 1))
     if setting.arm != STREAMED:  # which runs every layer again

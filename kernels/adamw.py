@@ -25,14 +25,15 @@ from .adamw_plan import (
     CONTROL,
     LAUNCH,
     AdamwPlan,
+    NotedPart,
     check_given,
     check_lists,
     fitting,
     gradients,
     kind,
     part_plan,
+    part_table,
     send,
-    sent_table,
 )
 
 
@@ -329,20 +330,24 @@ def update_fp32(
     lr: float,
     eps: float,
     weight_decay: float,
+    given: torch.Tensor | None = None,
+    noted: NotedPart | None = None,
 ) -> None:
     """The update of some tensors in a step whose control numbers are made, in place; waits for nothing.
 
     Args:
         control_C: of `adamw_norms.step_control`; where it says that the step is not taken nothing changes. lr: the one
-            that was passed there. What is not named here is as in `adamw_fp32`.
+            that was passed there. noted: of `adamw_plan.noting_part`, where the launches are captured. What is not
+            named here is as in `adamw_fp32`.
 
     Raises:
         ValueError: as `adamw_fp32`.
     """
     grad_type = _checked(grads, weights, exp_avgs, exp_avg_sqs, leaves, control_C=control_C)
-    plan = part_plan(weights)
+    check_given(given, control_C)
+    part = noted or part_plan(weights)
     with torch.cuda.device_of(control_C):
         lists = [weights, exp_avgs, exp_avg_sqs, *([] if leaves is None else [leaves])]
-        table_SC, aligned = sent_table(plan, grads, lists)
+        plan, table_SC, aligned = part_table(part, grads, lists)
         has_leaf = leaves is not None
-        _update(table_SC, plan.map_B2, control_C, eps, lr * weight_decay, grad_type, has_leaf, aligned)
+        _update(table_SC, plan.map_B2, control_C, eps, lr * weight_decay, grad_type, has_leaf, aligned, given)

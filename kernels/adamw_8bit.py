@@ -30,14 +30,15 @@ from .adamw_plan import (
     GROUP,
     LAUNCH,
     AdamwPlan,
+    NotedPart,
     check_given,
     check_lists,
     fitting,
     gradients,
     kind,
     part_plan,
+    part_table,
     send,
-    sent_table,
     signed,
 )
 from .arguments import check_float
@@ -265,13 +266,16 @@ def update_8bit(
     weight_decay: float,
     key: int,
     first: int,
+    given: torch.Tensor | None = None,
+    noted: NotedPart | None = None,
 ) -> None:
     """The update of some tensors in a step whose control numbers are made, in place; waits for nothing.
 
     Args:
         control_C: of `adamw_norms.step_control`; where it says that the step is not taken nothing changes. lr: the one
             that was passed there. first: the number that weights[0] has among all tensors of the model, which its
-            random bits depend on. What is not named here is as in `adamw_8bit`.
+            random bits depend on. noted: of `adamw_plan.noting_part`, where the launches are captured. What is not
+            named here is as in `adamw_8bit`.
 
     Raises:
         ValueError: as `adamw_8bit`, or `first` is negative or no 32-bit number.
@@ -280,8 +284,9 @@ def update_8bit(
         raise ValueError(f"first: {first} is outside 0 to 2^31 - 1; pass the number of weights[0] in the model")
     state = (weights, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales)
     grad_type = _checked(grads, *state, key, control_C=control_C)
-    plan = part_plan(weights)
+    check_given(given, control_C)
+    part = noted or part_plan(weights)
     with torch.cuda.device_of(control_C):
-        table_SC, aligned = sent_table(plan, grads, state)
+        plan, table_SC, aligned = part_table(part, grads, state)
         dtype, decay = weights[0].dtype, lr * weight_decay
-        _update(table_SC, plan.map_B2, control_C, eps, decay, key, first, grad_type, dtype, aligned)
+        _update(table_SC, plan.map_B2, control_C, eps, decay, key, first, grad_type, dtype, aligned, given)

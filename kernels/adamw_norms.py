@@ -20,7 +20,17 @@ import triton
 import triton.language as tl
 
 from .adamw import control, sum_squares
-from .adamw_plan import LAUNCH, check_lists, check_vectors, gradients, kind, part_plan, sent_table
+from .adamw_plan import (
+    LAUNCH,
+    NotedPart,
+    check_given,
+    check_lists,
+    check_vectors,
+    gradients,
+    kind,
+    part_plan,
+    part_table,
+)
 
 
 @triton.jit
@@ -35,22 +45,23 @@ def _norms_kernel(sums_ptr, bounds_ptr, norms_ptr, BLOCK_P: tl.constexpr):
     tl.store(norms_ptr + tensor, tl.sqrt(tl.sum(total_P, axis=0)))
 
 
-def leaf_norms(grads: Sequence[torch.Tensor]) -> torch.Tensor:
+def leaf_norms(grads: Sequence[torch.Tensor], noted: NotedPart | None = None) -> torch.Tensor:
     """The norm of each gradient: fp64 [S]; waits for nothing once these sizes have their plan.
 
     Args:
         grads: bf16 or fp32, all of one type, contiguous.
+        noted: of `noting_part`, where the launches are captured.
 
     Raises:
         ValueError: wrong type, strides or device, or no elements.
     """
     named, dtype = gradients(grads, grads)
-    plan = part_plan(grads)
+    part = noted or part_plan(grads)
     norms_S = torch.empty(len(grads), dtype=torch.float64, device=grads[0].device)
     check_lists({**named, "weights": grads}, {}, norms_S=norms_S)
-    sums_P = torch.empty(plan.sums, dtype=torch.float32, device=norms_S.device)
     with torch.cuda.device_of(norms_S):
-        table_SC, aligned = sent_table(plan, grads, [])
+        plan, table_SC, aligned = part_table(part, grads, [])
+        sums_P = torch.empty(plan.sums, dtype=torch.float32, device=norms_S.device)
         sum_squares(table_SC, plan.map_B2, sums_P, kind(dtype), aligned)
         _norms_kernel[(len(grads),)](
             sums_P, plan.bounds_S1, norms_S, BLOCK_P=LAUNCH.sums_per_round, num_warps=LAUNCH.fold_warps
@@ -58,12 +69,14 @@ def leaf_norms(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     return norms_S
 
 
-def step_control(norms_S: torch.Tensor, powers: torch.Tensor, *, lr: float, clip: float | None) -> torch.Tensor:
+def step_control(
+    norms_S: torch.Tensor, powers: torch.Tensor, *, lr: float, clip: float | None, given: torch.Tensor | None = None
+) -> torch.Tensor:
     """The control numbers of a step over tensors with these norms; advances powers; waits for nothing.
 
     Args:
         norms_S: fp64, of all tensors of the model, as `leaf_norms` made them. powers: of `adamw_powers`. clip: largest
-            global norm, None for no clipping. lr: as in torch.optim.AdamW.
+            global norm, None for no clipping. lr: as in torch.optim.AdamW. given: as in `adamw_fp32`.
 
     Returns:
         As `adamw_fp32`; powers stay as they are where the norm is not finite.
@@ -77,5 +90,6 @@ def step_control(norms_S: torch.Tensor, powers: torch.Tensor, *, lr: float, clip
             "leaf_norms made as one contiguous vector"
         )
     check_vectors(powers=powers, norms_S=norms_S)
+    check_given(given, powers)
     with torch.cuda.device_of(powers):
-        return control(norms_S, powers, lr, clip, norms=True)
+        return control(norms_S, powers, lr, clip, norms=True, given=given)

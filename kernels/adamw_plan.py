@@ -139,9 +139,32 @@ def noting(plan: AdamwPlan) -> AdamwPlan:
     return AdamwPlan(plan.sizes, plan.map_B2, plan.sums_P, table_SC=table_SC, noted=True)
 
 
-def deliver(plan: AdamwPlan) -> None:
+@dataclass
+class NotedPart:
+    """Of tensors whose step in parts is captured: their plan, which is kept for as long as launches read it, and a
+    table of their own; see `noting`.
+    """
+
+    plan: PartPlan
+    table_SC: torch.Tensor
+    sent: list[list[int]] = field(default_factory=list)
+
+
+def noting_part(tensors: Sequence[torch.Tensor]) -> NotedPart:
+    """For a step in parts of these tensors. Both are made here, outside of the capture: what is allocated inside is
+    memory that another graph may compute in.
+
+    Raises:
+        ValueError: as `adamw_plan`.
+    """
+    plan = part_plan(tensors)
+    table_SC = torch.empty((len(plan.sizes), COLUMNS), dtype=torch.int64, device=plan.map_B2.device)
+    return NotedPart(plan, table_SC)
+
+
+def deliver(plan: AdamwPlan | NotedPart) -> None:
     """Send the addresses that were noted; waits for nothing."""
-    assert plan.noted and plan.sent and plan.table_SC is not None, "nothing was launched with this plan"
+    assert plan.sent and plan.table_SC is not None, "nothing was launched with this plan"
     plan.table_SC.copy_(_host_table(plan.sent, plan.table_SC.device), non_blocking=True)
 
 
@@ -242,14 +265,20 @@ def send(plan: AdamwPlan, grads: Sequence[torch.Tensor | None], lists: Sequence[
     return _aligned(rows)
 
 
-def sent_table(
-    plan: PartPlan, grads: Sequence[torch.Tensor | None], lists: Sequence[Sequence[torch.Tensor]]
-) -> tuple[torch.Tensor, bool]:
-    """A table of these addresses, sent anew, since another stream may read the last one; True if all is divisible by
-    16.
+def part_table(
+    part: PartPlan | NotedPart, grads: Sequence[torch.Tensor | None], lists: Sequence[Sequence[torch.Tensor]]
+) -> tuple[PartPlan, torch.Tensor, bool]:
+    """The plan; a table of these addresses, sent anew, since another stream may read the last one, or noted; True if
+    all is divisible by 16. The norms of a step note its gradients, the update these and the rest, in one table.
     """
+    plan = part.plan if isinstance(part, NotedPart) else part
     rows = _rows(plan.sizes, grads, lists)
-    return _table(rows, plan.map_B2.device), _aligned(rows)
+    if not isinstance(part, NotedPart):
+        return plan, _table(rows, plan.map_B2.device), _aligned(rows)
+    before = [row[:2] for row in part.sent]
+    assert before in ([], [row[:2] for row in rows]), "gradients have moved between their norms and the update"
+    part.sent = rows
+    return plan, part.table_SC, _aligned(rows)
 
 
 def _rows(

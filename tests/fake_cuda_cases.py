@@ -12,7 +12,7 @@ if __name__ == "__main__" and len(sys.argv) > 1:
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from elo_engine.model import names
 from elo_engine.model.bridge import Bridge
 from elo_engine.model.decoder import Decoder
 from elo_engine.model.full import load_full
+from elo_engine.model.ops.adamw import AdamwState
+from elo_engine.model.ops.adamw_given import addresses_noted
 from elo_engine.model.shallow import load_shallow
 from elo_engine.model.spec import ModelSpec, read_spec
 from elo_engine.stream import device as stream_device
@@ -40,6 +42,8 @@ from elo_engine.stream.interleaved import StreamedInterleaving, WholeTurn
 from elo_engine.stream.lanes import Fence, Lanes
 from elo_engine.stream.reading import CheckpointWeights
 from elo_engine.stream.scoring import LayerMajorScorer
+from elo_engine.train.graphed import CudaCaptures, Graphing
+from elo_engine.train.interleaved import InterleavedEngine
 from elo_engine.train.loop import to_batch
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
@@ -151,6 +155,66 @@ def interleaved(**streaming: Any) -> Callable[[World], None]:
     return run
 
 
+class Repeated(CudaCaptures):
+    """In place of graphs: a step that is captured is made where eager ones are, and repeated where graphs are launched,
+    on the current stream.
+    """
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream(HERE)
+
+    def capture(self, body: Callable[[], None], states: Sequence[AdamwState]) -> Callable[[], None]:
+        with addresses_noted(states) as deliver:
+            self.eager(body)
+        held = deliver()
+        return lambda: body() if held else None
+
+    def let_go(self) -> None:
+        """Nothing is held."""
+
+
+def in_turns(
+    kinds: tuple[bool, bool], bridge: bool, captures: type[Repeated] = Repeated, **optimizer: Any
+) -> Callable[[World], None]:
+    """Steps of these kinds as graphs: of each one that is launched, and one that is captured and repeated, which
+    counts.
+    """
+
+    def run(world: World) -> None:
+        config = configured(2, 2, **optimizer)
+        bridges, statistics = fitted(config, SPEC, torch.float32) if bridge else ({}, {})
+        for known in statistics.values():
+            known._sums = {name: total.to(HERE) for name, total in known._sums.items()}
+        tensors = {name: t.to(HERE) for name, t in random_tensors(SPEC, BF16).items()}
+        model = Decoder(SPEC, tensors, tuple(range(SPEC.layers)), train_outer=True)
+        first = Graphing(captures(), lambda text: None)
+        how = first if kinds[0] else None, first.beside(first.say, True, "align.graph") if kinds[1] else None
+        made = InterleavedEngine(model, LAYERS, config, bridges=bridges, statistics=statistics, how=how)
+        for engine in (made.shallow, made.whole):
+            vars(engine)["_eager_left"] = 1
+        for number in range(4):
+            turn, rows = made.turns.turn(number), step_rows(number)
+            if number == 2:
+                world.waits.clear()
+            assert turn.engine.step(rows, rows.tokens_loss, turn.lr, first=turn.number == 0, should_stop=never)
+        waits = list(world.waits)
+        assert [bool(getattr(one, "_graphs", None)) for one in (made.shallow, made.whole)] == list(kinds)
+        assert made.optimizer.weights() and made.optimizer.moments()
+        made.let_go()
+        made.scorer.token_losses(to_batch(step_rows(7), HERE))
+        world.waits = waits
+
+    return run
+
+
+class NotWaitedFor(Repeated):
+    """What is launched on the graphs' stream begins before what was launched outside of it is done."""
+
+    def eager(self, body: Callable[[], Any]) -> Any:
+        with torch.cuda.stream(self._stream):
+            return body()
+
+
 def read(world: World) -> None:
     """A checkpoint of bf16 that is read as it is and in fp32, whole, in part and layer by layer."""
     spec, dtypes = read_spec(LLAMA), (BF16, torch.float32)
@@ -237,6 +301,8 @@ CASES: dict[str, Callable[[World], None]] = {
     "streamed in slices, untied, inputs on the host": aligned(tied=False, inputs="host", vocabulary="sliced"),
     "streamed, updated at once": aligned(tied=False, update="at_once", inputs="host"),
     "interleaved": interleaved(),
+    "in turns, graphs of both kinds": in_turns((True, True), False, state="8bit"),
+    "in turns, graphs of whole-model steps and a bridge": in_turns((False, True), True),
     "read": read,
     "planted: a tensor of the host": observed(lambda hidden: hidden + torch.ones(64)),
     "planted: a kernel's tensor of the host": observed(kernel_of_the_host),
@@ -244,6 +310,7 @@ CASES: dict[str, Callable[[World], None]] = {
     "planted: a pageable copy": observed(lambda hidden: torch.ones(64).to(hidden.device, non_blocking=True)),
     "planted: readers do not wait": planted(Fence, "before_reading", lambda self: [], aligned()),
     "planted: writers do not wait for readers": planted(Fence, "before_writing", Fence.before_reading, aligned()),
+    "planted: the graphs' stream does not wait": in_turns((True, False), False, NotWaitedFor),
     "planted: memory is not kept": planted(Lanes, "keep_until_read", lambda self, *pieces: None, aligned()),
     "planted: a gradient is let go of": planted(stream_device.DeviceUnits, "send", overwritten, RACING),
 }

@@ -23,6 +23,7 @@ class Stream:
     """As torch.cuda.Stream."""
 
     def __init__(self, device: Any = None, name: str = "") -> None:
+        self.device = device
         self.name = name or f"stream {len(world.streams)}"
         self.seen: dict[str, int] = {}  # how far each stream had come when this one last waited for it
         world.streams[self.name] = self

@@ -1,10 +1,12 @@
 """A CUDA graph's stand-in on the CPU: what a step does is taped once and done again, with the same numbers on the same
 memory, however Python would do it now.
 
-Taped are torch's operations as they reach the dispatcher, and launches of Triton's interpreter. Done again, an
-operation is called with the tensors and numbers it had and its result is written over the first one. So a number of the
-host that was read, or a tensor that is another one in the next step, stays what it was, as in a graph. What this cannot
-see: the order of streams, memory that a graph's allocator gives out twice.
+Taped are torch's operations as they reach the dispatcher, and launches of Triton's interpreter, which do nothing while
+they are taped. Done again, an operation is called with the tensors and numbers it had and its result is written over
+the first one. So a number of the host that was read, or a tensor that is another one in the next step, stays what it
+was, as in a graph. All memory that was asked for while something was taped is one pool, and before anything is done
+again every number in it is spoilt, as if another graph had computed there. What this cannot see: the order of streams,
+and how CUDA's allocator divides the pool.
 
 Started as a script, under TRITON_INTERPRET=1, it trains a small model with an engine and with a graphed one, and prints
 what is the same. The interpreter's time is that of a token and of a launch, so there are few of either: rooms for
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -31,19 +33,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from elo_engine.config import OptimizerConfig, make_config
+from elo_engine.config import OptimizerConfig
 from elo_engine.data import RowBatch
 from elo_engine.model import decoder, names, ops
-from elo_engine.model.bridge import GapStatistics, gaps
 from elo_engine.model.decoder import Decoder, run_layer
 from elo_engine.model.layers import Packing
 from elo_engine.model.ops import choice
 from elo_engine.model.ops.adamw import AdamwState
+from elo_engine.model.ops.adamw_given import addresses_noted
 from elo_engine.model.presets import preset_spec
 from elo_engine.model.spec import ModelSpec
 from elo_engine.train import step_buffers
 from elo_engine.train.graphed import GraphedEngine, Graphing
-from elo_engine.train.interleaved import InterleavedEngine
 from elo_engine.train.optim import MasterAdamW
 from elo_engine.train.resident import ResidentEngine
 
@@ -65,6 +66,12 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[Callable[[], Any]] = []
+        self._own: list[Tensor] = []  # asked for inside of the block
+
+    def spoil(self) -> None:
+        """What another graph would leave there."""
+        for tensor in self._own:
+            tensor.detach().fill_(float("nan") if tensor.is_floating_point() else 85)
 
     def add(self, call: Callable[[], Any]) -> None:
         self._calls.append(call)
@@ -76,12 +83,14 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a number of the device is read"
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a number of the device is read")  # as CUDA does
         out = func(*args, **kwargs)
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         fresh = [x.untyped_storage()._cdata not in given for x in made]
         unwritten = "empty" in func.__name__
+        self._own += [x for x, is_fresh in zip(made, fresh, strict=True) if is_fresh]
         if not unwritten and (any(fresh) or func._schema.is_mutable):
 
             def call() -> None:
@@ -98,34 +107,45 @@ _tapes: list[Tape] = []
 
 
 class Taped:
-    """`Captures` of tapes; a capture does nothing, so the first repetition is what is taped."""
+    """`Captures` of tapes, whose memory is one pool."""
 
-    eagerly = 0
+    def __init__(self) -> None:
+        self.eagerly, self._pool = 0, list[Tape]()
 
     def eager(self, body: Callable[[], Any]) -> Any:
         self.eagerly += 1
         return body()
 
-    def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
+    def capture(self, body: Callable[[], None], states: Sequence[AdamwState]) -> Callable[[], None]:
         tape = Tape()
+        with addresses_noted(states) as deliver, tape:
+            _tapes.append(tape)
+            try:
+                body()
+            finally:
+                _tapes.pop()
+        held = deliver()
+        self._pool.append(tape)
 
         def replay() -> None:
-            if tape._calls:
-                tape.again()
-                return
-            with tape:
-                _tapes.append(tape)
-                body()
-                _tapes.pop()
+            assert held
+            self._spoil()
+            tape.again()
 
         return replay
 
+    def _spoil(self) -> None:
+        with torch.no_grad():
+            for tape in self._pool:
+                tape.spoil()
+
     def let_go(self) -> None:
-        """Nothing is held."""
+        self._spoil()
+        self._pool.clear()
 
 
 def tape_launches() -> None:
-    """Launches of Triton's interpreter are taped whole."""
+    """Launches of Triton's interpreter are taped whole, and then not made."""
     from triton.runtime.interpreter import GridExecutor
 
     launch = GridExecutor.__call__
@@ -133,8 +153,9 @@ def tape_launches() -> None:
     def taped(self: Any, *args: Any, **kwargs: Any) -> None:
         if _tapes:
             _tapes[-1].add(lambda: launch(self, *args, **kwargs))
-        with _disable_current_modes():
-            launch(self, *args, **kwargs)
+        else:
+            with _disable_current_modes():
+                launch(self, *args, **kwargs)
 
     GridExecutor.__call__ = taped
 
@@ -234,71 +255,6 @@ def make(
     return engine
 
 
-def interleaved(graphed: bool, state: str = "fp32", plant: bool = False) -> InterleavedEngine:
-    """Four shallow steps of the first layer and two of the whole model, which move the bridge to the final norm.
-
-    plant: the bridge is another tensor whenever it is fitted.
-    """
-    optimizer = {"state": state, "weight_decay": 0.125, "clip": 0.5}
-    stage = {"tokens_per_step": ROWS * T, "micro_batch": ROWS, "recompute": "none", "optimizer": optimizer}
-    config = make_config(
-        {
-            "model": "x", "output": "y", "seed": 11, "data": {"shards": {"ja": "z"}, "sequence_length": T},
-            "detach": {"layers": [0], "bridge": "linear", "bridge_tokens": 12 * ROWS * T},
-            "pretrain": stage | {"tokens": 4 * ROWS * T},
-            "align": stage | {"tokens": 2 * ROWS * T, "when": "interleaved"},
-        }
-    )
-    spec = replace(SPEC, layers=2)
-    model = Decoder(spec, random_tensors(spec), (0, 1), train_outer=True)
-    D, (gap,) = spec.D, gaps(spec.layers, (0,))
-    known = GapStatistics(D, CPU)
-    before_ND, after_ND = torch.randn(2, 4 * D, D, generator=torch.Generator().manual_seed(5))
-    known.add(before_ND, after_ND)
-    bridges = {gap: known.fit(config.detach.ridge).bridge}
-    how = Graphing(Taped(), said.append) if graphed else None
-    engine = InterleavedEngine(model, (0,), config, bridges=bridges, statistics={gap: known}, how=how)
-    shallow: Any = engine.shallow
-    shallow._eager_left = 1
-    if plant:
-        shallow.model.replace_bridges = shallow.model._set_bridges
-    return engine
-
-
-def in_turns(engine: InterleavedEngine) -> list[Any]:
-    """Loss, norm and whether the step was made, of each in the order of the run."""
-    found = []
-    for step, rate in enumerate(RATES):
-        turn, rows = engine.turns.turn(step), step_rows(step)
-        outcome = turn.engine.step(rows, rows.tokens_loss, rate, first=step == 0, should_stop=lambda: False)
-        assert outcome is not None
-        made = outcome.updated
-        rest = (grad for name, grad in engine.optimizer.of("align").gradients() if name not in engine.optimizer._names)
-        if turn.kind == "pretrain" and any(grad is not None for grad in rest):
-            found.append("a shallow step ends beside gradients of the whole model")
-        found.append([turn.kind, outcome.loss_sum if made else "", outcome.norm if made else "", made])
-    return found
-
-
-def compare_turns(case: dict[str, Any]) -> dict[str, Any]:
-    """Launched, with shallow steps as graphs, and with a planted error."""
-    decoder.run_layer = layer_as_defined  # type: ignore[assignment]
-    state = case["state"]
-    plain, graphed, wrong = interleaved(False, state), interleaved(True, state), interleaved(True, state, plant=True)
-    right = in_turns(plain)
-    told: dict[str, Any] = {"steps": right, "outcomes": in_turns(graphed) == right}
-    shallow: Any = graphed.shallow
-    told["graphs"], told["eagerly"] = len(shallow._graphs), shallow._captures.eagerly
-    told["differing"] = differing(state_of(plain), state_of(graphed))
-    return told | {"another bridge": in_turns(wrong) == right and not differing(state_of(plain), state_of(wrong))}
-
-
-def state_of(engine: InterleavedEngine) -> dict[str, Tensor]:
-    """Leaves, and what a snapshot has."""
-    leaves = {f"leaf {i}": leaf.tensor.detach() for i, leaf in enumerate(engine.model.leaves)}
-    return leaves | engine.optimizer.weights() | engine.optimizer.moments()
-
-
 said: list[str] = []
 
 
@@ -385,14 +341,20 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-if __name__ == "__main__":
+def prepare() -> None:
+    """This process, for all that is taped in it."""
+    from elo_engine.kernels import adamw_plan
+
+    # a program for each tile: of eight, as a GPU has it, all but one would find a tensor's end here
+    object.__setattr__(adamw_plan.LAUNCH, "tiles_per_sum", 1)
     round_as_hardware_does()
     quick_interpreter.install()
     choice.configure("fused", CPU)
     ops.attention = attention
     tape_launches()
     step_buffers.FEWEST_DOCUMENTS = 2
-    told = {
-        name: (compare_turns if case.get("turns") else compare)(case) for name, case in json.loads(sys.argv[1]).items()
-    }
-    print(json.dumps(told | {"said": said}))
+
+
+if __name__ == "__main__":
+    prepare()
+    print(json.dumps({name: compare(case) for name, case in json.loads(sys.argv[1]).items()} | {"said": said}))

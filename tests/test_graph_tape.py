@@ -28,9 +28,14 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         # rows are rounded to bf16 and put into a matrix of zeros
         "untied, one micro-batch": {"micro_batch": 2, "state": "fp32", "whole": "untied"},
     },
-    "in turns": {"shallow steps among whole-model steps": {"turns": True, "state": "8bit"}},
+}
+TURNS: dict[str, dict[str, Any]] = {
+    "8-bit state": {"state": "8bit", "kinds": ["both", "shallow"], "plants": True},
+    "fp32 state": {"state": "fp32", "kinds": ["both"]},
+    "no bridge": {"state": "fp32", "kinds": ["whole"], "bridge": False},
 }
 PLANTS = "RateOfTheHost", "TextOfTheHost", "ScaleOfTheHost", "RowsOfTheHost"  # what they are: graph_tape.py
+TURNS_PLANTS = "another_bridge", "gradients_kept", "sums_in_the_pool", "decay_of_the_other_kind"  # graph_turns.py
 
 
 @pytest.mark.parametrize("which", CASES)
@@ -38,23 +43,9 @@ def test_taped_steps_train_as_launched_ones(which: str, forked: Forked) -> None:
     """Rates, keys, text and numbers of documents are others each step; one step has a loss that is no number and
     changes nothing; going on from a snapshot puts other steps into graphs and gives the same bits.
     """
-    script = Path(__file__).with_name("graph_tape.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(script.parents[1])
-    environment["PYTHONPATH"] += os.pathsep + str(script.parent)
-    program = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
-    done = forked(program, json.dumps(CASES[which]), environment=environment, timeout_s=590)
-    assert done.returncode == 0, done.stderr[-3000:]
-    all_told: dict[str, Any] = json.loads(done.stdout)
+    all_told = told_by("graph_tape.py", CASES[which], forked)
     for name, case in CASES[which].items():
         told = all_told[name]
-        if "turns" in case:
-            kinds = [(kind, made) for kind, _, _, made in told["steps"]]
-            shallow, whole = ("pretrain", True), ("align", True)
-            assert kinds == [shallow, shallow, whole, shallow, ("pretrain", False), whole]
-            assert told["eagerly"] == 3, "one shallow step and both of the whole model, on the stream of the graphs"
-            assert told["graphs"] == 2 and told["outcomes"] and told["differing"] == [] and not told["another bridge"]
-            continue
         made = [updated for _, _, updated in told["steps"]]
         assert made == [True] * 4 + [False, True], f"{name}: the step that is spoilt, and no other"
         assert len(told["rooms"]) == 2, f"{name}: there were two graphs"
@@ -63,3 +54,46 @@ def test_taped_steps_train_as_launched_ones(which: str, forked: Forked) -> None:
         assert ("resumed" in told) == ("resumed" in case)
         for plant in PLANTS if "plants" in case else ():
             assert told[plant] is False, f"{name}: {plant} is not seen"
+
+
+def test_taped_steps_in_turns_train_as_launched_ones(forked: Forked) -> None:
+    """Those of either kind alone, and of both in one pool: going on from a snapshot, to a bridge that moves, with a
+    whole-model step that is not finite, after which the bridge is what it was.
+    """
+    all_told = told_by("graph_turns.py", TURNS, forked)
+    for name, case in TURNS.items():
+        told = all_told[name]
+        assert told["as planned"] and told["kinds"].keys() == set(case["kinds"])
+        for kind, found in told["kinds"].items():
+            assert found["same"] and found["differing"] == [] and found["let go"], f"{name}, {kind}"
+            graphs = {"both": [2, 2], "shallow": [2, 0], "whole": [0, 2]}[kind]
+            assert found["graphs"] == graphs and found["pool"] == sum(graphs), "two rooms of either kind, in one pool"
+            assert found["eagerly"] == (0 if kind == "both" else 3), "launched steps go to the graphs' stream"
+        for plant in TURNS_PLANTS if "plants" in case else ():
+            assert told[plant] is False, f"{name}: {plant} is not seen"
+
+
+# of test_graphed_cuda_turns.py, what means anything on a CPU: times, waits and allocations do not
+CARD = {
+    "test_turns_train_as_launched_ones": ["fp32 state", "both"],
+    "test_memory_is_given_back_and_the_next_graphs_are_the_same": [],
+    "test_a_whole_model_step_that_cannot_be_captured_ends_both_and_training_goes_on": [],
+}
+
+
+def test_what_a_card_is_asked_of_steps_in_turns_is_sound(forked: Forked) -> None:
+    """Those tests with tapes for graphs, so that none is wrong by itself on the day there is a card."""
+    assert told_by("graph_turns.py", {"card": {"tests": CARD}}, forked)["card"] == dict.fromkeys(CARD, "passed")
+
+
+def told_by(name: str, cases: dict[str, Any], forked: Forked) -> dict[str, Any]:
+    """What a script prints of its cases."""
+    script = Path(__file__).with_name(name)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(script.parents[1])
+    environment["PYTHONPATH"] += os.pathsep + str(script.parent)
+    program = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = forked(program, json.dumps(cases), environment=environment, timeout_s=590)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

@@ -4,7 +4,7 @@ host; when it is captured, repeated and given up. Without a card, on meta tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from elo_engine.data.rows import RowBatch
-from elo_engine.model.ops.adamw import AdamwState, addresses_noted
+from elo_engine.model.ops.adamw import AdamwState
+from elo_engine.model.ops.adamw_given import addresses_noted
 from elo_engine.train import graphed
 from elo_engine.train.graphed import EAGER_STEPS, GraphedEngine, Graphing
 from elo_engine.train.loop import StepOutcome
@@ -89,7 +90,7 @@ class Fake:
         self.done.append("eager")
         return body()
 
-    def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
+    def capture(self, body: Callable[[], None], states: Sequence[AdamwState]) -> Callable[[], None]:
         assert self.engine is not None
         number, engine = sum(text.startswith("capture") for text in self.done), self.engine
         self.done.append(f"capture {number}")
@@ -100,10 +101,10 @@ class Fake:
         there = {"tokens": buffers._tokens_3N, "numbers": buffers._numbers, "result": engine._numbers_3}
         there |= {f"bounds {documents}": tensor for documents, tensor in buffers._offsets.items()}
         there |= {} if buffers.distinct_U is None else {"distinct ids": buffers.distinct_U}
-        there |= {f"weight {i}": tensor for i, tensor in enumerate(state.weights)}
+        there |= {f"weight {i}": tensor for i, tensor in enumerate(w for state in states for w in state.weights)}
         there |= {f"leaf {i}": leaf.tensor for i, leaf in enumerate(engine.model.leaves)}
         there |= {f"frozen {name}": tensor for name, tensor in engine.model.frozen().items()}
-        with addresses_noted(state), Trace(there) as trace:
+        with addresses_noted(states), Trace(there | lasting(states)) as trace:
             running.append(trace)
             body()
             running.pop()
@@ -112,6 +113,19 @@ class Fake:
 
     def let_go(self) -> None:
         self.done.append("let go")
+
+
+def lasting(states: Sequence[AdamwState]) -> dict[str, Tensor]:
+    """What AdamW's launches of a capture read and its graph has to find as it is."""
+    found: dict[str, Any] = {}
+    for i, state in enumerate(states):
+        if state._noted is not None:  # of a step in parts
+            found |= {f"table {i}": state._noted.table_SC, f"map {i}": state._noted.plan.map_B2}
+            found |= {f"first sums {i}": state._noted.plan.bounds_S1}
+        else:
+            found |= {f"table {i}": state._plan.table_SC, f"map {i}": state._plan.map_B2}
+        found[f"powers {i}"] = state.powers
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 running: list[Trace] = []

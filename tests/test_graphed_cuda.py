@@ -9,7 +9,7 @@ two additions to zero commute.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import quantiles
@@ -228,12 +228,12 @@ def test_a_capture_that_waits_fails_and_training_goes_on() -> None:
 class Tight(CudaCaptures):
     """A capture finds 4 MiB: enough for what is small, and not for the first of the large tensors."""
 
-    def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
+    def capture(self, body: Callable[[], None], states: Sequence[AdamwState]) -> Callable[[], None]:
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(self._stream.device).total_memory
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (4 << 20)) / total)
         try:
-            return super().capture(body, state)
+            return super().capture(body, states)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -241,12 +241,12 @@ class Tight(CudaCaptures):
 class Greedy(CudaCaptures):
     """A capture asks for more than there is when all else is done."""
 
-    def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
+    def capture(self, body: Callable[[], None], states: Sequence[AdamwState]) -> Callable[[], None]:
         def asking() -> None:
             body()
             torch.empty(1 << 45, dtype=torch.uint8, device=self._stream.device)
 
-        return super().capture(asking, state)
+        return super().capture(asking, states)
 
 
 @pytest.mark.parametrize("captures", [Tight, Greedy])

@@ -4,7 +4,7 @@ tests/test_graphed.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -39,11 +39,11 @@ def test_a_capture_that_fails_half_way_holds_nothing_of_the_step(on_meta: list[i
     held: list[Any] = []
 
     class HalfWay(Fake):
-        def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
+        def capture(self, body: Callable[[], None], states: Sequence[AdamwState]) -> Callable[[], None]:
             assert self.engine is not None
             self.engine.model.observers = {3: lambda hidden: hidden.sum().item()}
             try:
-                return super().capture(body, state)
+                return super().capture(body, states)
             finally:
                 running.clear()
                 held.append(self.engine.model._outer)

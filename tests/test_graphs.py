@@ -16,7 +16,6 @@ from elo_engine.config import changed_keys, load_config
 from elo_engine.errors import RefusedError, UsageError
 from elo_engine.levers import stage_setting
 from elo_engine.measure.cards import find_card
-from elo_engine.measure.machine import Room
 from elo_engine.measure.memory_shapes import FEWEST_DOCUMENTS, outer_rows, padded_documents, step_buffer_bytes
 from elo_engine.measure.planner import predict_memory
 from elo_engine.model.ops import attention, choice, why_not_padded
@@ -58,7 +57,6 @@ BOTH, PRETRAIN, ALIGN = ("pretrain", "align"), ("pretrain",), ("align",)
         (BOTH, (), SPEC, "cpu", "fp32", "CUDA graphs are of GPUs, and this is for cpu"),
         (BOTH, (), SPEC, "cuda", "fp32", "flash attention takes bf16"),
         (BOTH, ("dtype=fp32",), SPEC, "cuda", "bf16", "flash attention takes bf16"),
-        (ALIGN, ("align.when=interleaved",), SPEC, "cuda", "bf16", "whole-model steps among shallow ones"),
         (PRETRAIN, ("pretrain.embedding=host",), SPEC, "cuda", "bf16", "pretrain.embedding: host would need the rows"),
         (PRETRAIN, ("pretrain.optimizer.master=24",), SPEC, "cuda", "bf16", "optimizer.master: 24 draws"),
         (ALIGN, ("align.optimizer.master=24",), SPEC, "cuda", "bf16", "optimizer.master: 24 draws"),
@@ -162,83 +160,6 @@ def test_an_alignment_that_does_not_fit_resident_has_no_graphs(config: Path) -> 
     assert not refusals(planned(config, "rtx4090"), "align")
     lines = "\n".join(describe_plan(large))
     assert "align's steps are CUDA graphs, fed from 7." in lines and "pretrain.graph: off" in lines
-
-
-TURNS = "align.when=interleaved", "align.micro_batch=1", "align.recompute=none"
-
-
-def test_in_turns_the_plan_counts_what_graphs_keep(config: Path) -> None:
-    """Beside a whole-model step there is all that shallow steps computed in."""
-    with_graphs, without = (planned(config, "h200", *TURNS, f"pretrain.graph={how}") for how in ("on", "off"))
-    for plan, used in ((with_graphs, True), (without, False)):
-        assert plan["pretrain"]["graph"]["used"] is used and plan["align"]["engine"]["name"] == "resident"
-        assert not plan["refusals"] and not plan["align"]["graph"]["used"]
-    kept, one, other = (plan[stage]["memory"]["components"] for plan, stage in (
-        (with_graphs, "pretrain"), (with_graphs, "align"), (without, "align")))  # fmt: skip
-    for name in ("gradients", "activations", "loss workspace"):
-        assert one[name] == other[name] + kept[name] and kept[name] > 0
-    assert [one[name] for name in ("weights", "optimizer")] == [other[name] for name in ("weights", "optimizer")]
-
-
-def test_in_turns_graphs_are_given_up_before_anything_else_is(config: Path) -> None:
-    """Where there is no room for what they keep: with `auto`. With `on` it does not fit, and `off` is a lever."""
-    needs = [planned(config, "h200", *TURNS, f"pretrain.graph={how}")["align"]["device_bytes"] for how in ("on", "off")]
-    between = replace(Target.card(find_card("h200")), room=Room((needs[0] + needs[1]) // 2, "a card between"))
-    for how, engine in (("auto", "auto"), ("auto", "resident"), ("on", "resident")):
-        loaded = load_config(config, [*EIGHT, *TURNS, f"pretrain.graph={how}", f"align.engine={engine}"])
-        plan = make_plan(loaded, Subject.preset("llama-3.1-8b"), between)
-        assert plan["align"]["engine"]["name"] == "resident"
-        graph = plan["pretrain"]["graph"]
-        if how == "auto":
-            assert (graph["used"], graph["why_not"], graph["refusal"]) == (False, graphs.NO_ROOM, None)
-            assert not plan["refusals"] and plan["align"]["device_bytes"] == needs[1]
-        else:
-            assert graph["used"] and plan["align"]["device_bytes"] == needs[0]
-            assert len(plan["refusals"]) == 1
-            levers = {one["override"]: one["saves_bytes"] for one in plan["align"]["advice"]["levers"]}
-            assert levers["pretrain.graph=off"] == needs[0] - needs[1]
-
-
-def test_in_turns_with_a_streamed_model_there_are_none(config: Path) -> None:
-    told = planned(config, "rtx4090", *TURNS, "pretrain.graph=auto")
-    assert told["align"]["engine"]["name"] == "streamed" and not told["pretrain"]["graph"]["used"]
-    assert told["pretrain"]["graph"]["why_not"] == graphs.BESIDE_STREAMED and not told["refusals"]
-    refused = planned(config, "rtx4090", *TURNS, "pretrain.graph=on")
-    assert not refusals(refused, "pretrain"), "which no run in turns comes to"
-    (text,) = refusals(refused, "align")
-    assert refused["refusals"] == [text]
-    assert text.startswith("pretrain.graph: on, but a streamed") and "does not fit" in text
-    with pytest.raises(UsageError, match=r"pretrain.graph: on, but a streamed.*; set pretrain.graph: off"):
-        planned(config, "rtx4090", *TURNS, "pretrain.graph=on", "align.engine=streamed")
-
-
-@pytest.mark.parametrize(("how", "room"), [("auto", True), ("auto", False), ("on", True), ("off", True)])
-def test_in_turns_the_engine_follows_the_choice(
-    how: str, room: bool, config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from elo_engine import align
-
-    given: list[Any] = []
-    monkeypatch.setattr(align, "InterleavedEngine", lambda *args, how, **rest: given.append(how))
-    monkeypatch.setattr(align, "load_full", lambda *args, **rest: (model, None))
-    monkeypatch.setattr(align, "log_model", lambda *args: None)
-    monkeypatch.setattr(graphs, "CudaCaptures", lambda device: None)
-    monkeypatch.setattr(graphs, "why_not_here", lambda model: None)
-    model: Any = Model()
-    model.trainable = model.frozen = dict
-    said: list[str] = []
-    run = SimpleNamespace(
-        config=load_config(config, [*EIGHT, *TURNS, f"pretrain.graph={how}"]), say=said.append,
-        beating=lambda *rest: None,
-    )  # fmt: skip
-    source: Any = SimpleNamespace(spec=SPEC, device=Model.device, dtype=Model.dtype, layers=(0, 31))
-    setting = SimpleNamespace(turns=SimpleNamespace(graph=room))
-    fitted = SimpleNamespace(bridges={}, statistics={})
-    align._load(run, source, None, SimpleNamespace(engine="resident", streaming=None, setting=setting), fitted)  # type: ignore[arg-type]
-    if how == "off" or not room:
-        assert given == [None] and any(graphs.NO_ROOM in text for text in said) is not room
-    else:
-        assert given[0].key == "pretrain.graph" and given[0].must is (how == "on") and len(said) == 1
 
 
 def test_engines_that_have_no_graphs_say_so_or_refuse(config: Path) -> None:

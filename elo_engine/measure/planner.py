@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from elo_engine.config import Recompute
 from elo_engine.measure.ledger import COMPONENTS, Ledger
+from elo_engine.measure.memory_shapes import step_buffer_bytes
 from elo_engine.measure.setting import ENGINE, ArmName, Setting, ShallowTurns
 
 STREAMED: ArmName = "elo_align_streamed"
@@ -98,6 +99,10 @@ def sums_bytes(setting: Setting) -> int:
 def _with_turns(setting: Setting, turns: ShallowTurns, whole: MemoryPlan) -> MemoryPlan:
     """The higher of two peaks: of a whole-model step that takes the sums of its bridges, and of a shallow step beside
     what the other kind keeps: weights and optimizer state of the whole model, or the room of a streamed one.
+
+    What graphs computed in stays theirs, beside launched steps of the other kind, whose gradients are gone when one is
+    repeated. Graphs of both kinds have one memory between them, the larger one's, and each its buffers; what is left
+    over there where a block of one kind is no size of the other's is not counted.
     """
     from elo_engine.measure.memory_streamed import step_of
 
@@ -105,10 +110,16 @@ def _with_turns(setting: Setting, turns: ShallowTurns, whole: MemoryPlan) -> Mem
     first = {name: whole.components[name] + kept[name] for name in COMPONENTS}
     if turns.bridges:  # the sums of the step; states in fp64 as they are counted, or what solving for a map takes
         first["activations"] += sums + max(16 * min(setting.N * D, _FP64_CHUNK // 16), 8 * 8 * D**2)
-    shallow = predict_memory(shallow_of(setting, turns))
-    if turns.graph:  # what its steps computed in stays theirs; a graph that replays has no gradients of the other kind
-        first = {name: first[name] + (shallow.components[name] if name in _OF_GRAPHS else 0) for name in COMPONENTS}
+    alone = shallow_of(setting, turns)
+    shallow = predict_memory(alone)
     second = dict(shallow.components)
+    if turns.graph and setting.graph:
+        first["activations"] += step_buffer_bytes(alone)
+        second["activations"] += step_buffer_bytes(setting) + sums
+    elif turns.graph:
+        first = {name: first[name] + (shallow.components[name] if name in _OF_GRAPHS else 0) for name in COMPONENTS}
+    elif setting.graph:
+        second = {name: second[name] + (first[name] if name in _OF_GRAPHS else 0) for name in COMPONENTS}
     if setting.arm == STREAMED:
         room = Ledger()
         step_of(setting, room).standing()

@@ -146,6 +146,12 @@ class GapStatistics:
             total *= factor
 
     @torch.no_grad()
+    def clear(self) -> None:
+        """Nothing is counted any more; the sums stay where they are."""
+        for total in self._sums.values():
+            total.zero_()
+
+    @torch.no_grad()
     def merge(self, other: GapStatistics) -> None:
         """Add what another one has counted."""
         for name, total in self._sums.items():

@@ -8,14 +8,33 @@ other, compile what is to be compiled, and have the same bits as a graph's.
 
 Gradients need no places that are prepared: autograd's own lie in the graphs' memory, at the addresses that the capture
 found. The table of them that AdamW's kernels read is sent after it (`addresses_noted`).
+
+**One memory.** The graphs of an engine, for other rooms, and of two engines whose steps take turns
+(`train/interleaved.py`) compute in one pool, so that together they hold what the largest of them does. A capture is
+given whatever of the pool no tensor of Python's holds, so addresses of one graph are those of another, and a replay
+writes over all that an earlier one of another graph has left. It is right as long as
+
+* replays are ordered: all are launched on one stream, and what is launched beside them waits for it and is waited for;
+* no graph reads what it has not written itself since its replay began, but for what lies outside: weights, moments and
+  powers, the buffers and the bounds, rotary tables, the bridge, AdamW's plans, partial sums and tables, and what
+  libraries keep for a stream. All of those are made before a capture begins, by the launched steps or by
+  `addresses_noted`, and a graph keeps those of them that nobody else does (`_Captured`);
+* what is read behind a replay lies outside too: the step's numbers, and the sums that a bridge is fitted to.
+
+Gradients are the ones that look as if they lasted. A leaf that both kinds of steps train has one `.grad`, or one place
+aside, and after a capture that is a tensor in the pool, whose numbers are another graph's temporaries by the next
+replay. So nobody reads it: every step, captured or launched, drops the gradients before its first backward pass
+(`_make`, `ResidentEngine.step`), and autograd never adds to one of the step before. They are dropped before a capture
+as well, so that it can have their memory. What is launched between two graphs computes outside of the pool.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -23,7 +42,8 @@ from torch import Tensor
 from elo_engine.data import RowBatch
 from elo_engine.errors import FailedError
 from elo_engine.model.decoder import Decoder
-from elo_engine.model.ops.adamw import AdamwState, StepResult, addresses_noted
+from elo_engine.model.ops.adamw import AdamwState, StepResult
+from elo_engine.model.ops.adamw_given import addresses_noted
 from elo_engine.train.guards import scale_of
 from elo_engine.train.loop import StepOutcome
 from elo_engine.train.resident import Optimizer, ResidentEngine, check_first_gradients
@@ -42,11 +62,11 @@ class Captures(Protocol):
     def eager(self, body: Callable[[], T]) -> T:
         """Run it now, in the order of the current stream, where `capture` would."""
 
-    def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
+    def capture(self, body: Callable[[], None], states: Sequence[AdamwState]) -> Callable[[], None]:
         """Note what it launches, without doing it -> does it, in the order of the current stream.
 
         Args:
-            body: makes a step with this state, after `eager` has made some.
+            body: makes a step with these states, of `addresses_noted`, after `eager` has made some.
 
         Raises:
             RuntimeError: it cannot be captured, or there is no memory for it; nothing was changed.
@@ -69,7 +89,7 @@ class _Captured:
 
 
 class CudaCaptures:
-    """CUDA graphs that share their memory: they run one after another, and nothing in it lasts from one to the next."""
+    """CUDA graphs that share their memory, as the module's text argues that they can."""
 
     def __init__(self, device: torch.device) -> None:
         # Its own, because the legacy default stream cannot be captured, and the same for both, because autograd adds a
@@ -86,14 +106,14 @@ class CudaCaptures:
         outside.wait_stream(self._stream)
         return made
 
-    def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
+    def capture(self, body: Callable[[], None], states: Sequence[AdamwState]) -> Callable[[], None]:
         """See `Captures`; waits for the device, and gives the memory of the eager steps back to it first."""
         graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
         gc.collect()
         collects = gc.isenabled()
         gc.disable()  # a graph or an event that is collected meanwhile would be destroyed in the middle of a capture
         try:
-            with addresses_noted(state) as deliver, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with addresses_noted(states) as deliver, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 body()
         except BaseException:
             self._tidy(graph)
@@ -150,19 +170,26 @@ class Graphing:
         captures: what captures them. say: told once what is captured, and once why nothing is.
         must: a capture that fails is an error, which names `key` of the configuration; else the steps go on as they
             were.
+        engines: all whose graphs share the captures' memory; whoever has one of another kind of steps beside these
+            passes them on (`beside`).
     """
 
     captures: Captures
     say: Callable[[str], None]
     must: bool = False
     key: str = "pretrain.graph"
+    engines: WeakSet[GraphedEngine] = field(default_factory=WeakSet, repr=False, compare=False)
+
+    def beside(self, say: Callable[[str], None], must: bool, key: str) -> Graphing:
+        """Of another kind of steps, which take turns with these."""
+        return Graphing(self.captures, say, must, key, self.engines)
 
 
 class GivenOptimizer(Optimizer, Protocol):
     """What a captured step asks of `MasterAdamW`, which see, besides."""
 
     @property
-    def state(self) -> AdamwState: ...
+    def states(self) -> Sequence[AdamwState]: ...
 
     def next_given(self, lr: float) -> Tensor: ...
 
@@ -185,6 +212,8 @@ class GraphedEngine(ResidentEngine):
         super().__init__(model, optimizer, micro_batch)
         assert not model.observers and model.host_embedding_VD is None
         self._captures, self._say, self._must, self._key = how.captures, how.say, how.must, how.key
+        self._sharing = how.engines
+        self._sharing.add(self)
         self._eager_left, self._told = EAGER_STEPS, False
         self._graphs: dict[Room, Callable[[], None]] | None = {}  # None: capturing has failed
         self._buffers: StepBuffers | None = None
@@ -207,18 +236,32 @@ class GraphedEngine(ResidentEngine):
         if replay is not None:
             replay()
         else:
+            if any(engine._graphs for engine in self._sharing if engine is not self):
+                self.let_go()  # a launched step has memory of its own, and no more is there than for one of both kinds
             self._captures.eager(lambda: self._make(room, first=first))
             self._eager_left -= 1
         return StepOutcome(self._numbers_3)
 
     def let_go(self) -> None:
-        """Give the graphs' memory back, in which nothing but they can compute, before something else needs room. The
-        next step is captured anew, at the price of a wait for the device and of asking for its memory again.
+        """Give the graphs' memory back, in which nothing but they can compute, before something else needs room: with
+        it go the graphs of all engines that share it. The next step is captured anew, at the price of a wait for the
+        device and of asking for its memory again.
         """
-        if self._graphs:
-            self.optimizer.zero_grad()  # these lie in it
-            self._graphs.clear()
-            self._captures.let_go()
+        if any(engine._graphs for engine in self._sharing):
+            self._drop_all()
+
+    def _drop_all(self) -> None:
+        for engine in self._sharing:
+            engine.optimizer.zero_grad()  # these lie in it
+            if engine._graphs:
+                engine._graphs.clear()
+        self._captures.let_go()
+
+    def _give_up(self, why: str) -> None:
+        """No more graphs, unless they must be."""
+        if self._graphs is not None and not self._must:
+            self._say(f"steps are launched kernel by kernel from here on: {why}")
+            self._graphs = None
 
     def _graph(self, room: Room) -> Callable[[], None] | None:
         """The graph with this room, captured if there is none yet; None where capturing has failed."""
@@ -226,7 +269,7 @@ class GraphedEngine(ResidentEngine):
             return None if self._graphs is None else self._graphs[room]
         self.optimizer.zero_grad()  # the last gradients' memory can be the graph's
         try:
-            replay = self._captures.capture(lambda: self._make(room), self.optimizer.state)
+            replay = self._captures.capture(lambda: self._make(room), self.optimizer.states)
         except RuntimeError as error:  # whatever CUDA or a library finds wrong with it, memory too
             cause = _cause(error)
             if self._must and isinstance(cause, torch.OutOfMemoryError):
@@ -236,12 +279,12 @@ class GraphedEngine(ResidentEngine):
                     f"{self._key}: on, but the step cannot be captured: {cause}; set {self._key}: off, or auto, which "
                     "goes on without"
                 ) from error
-            self._say(f"steps are launched kernel by kernel from here on: capturing them failed ({cause})")
-            self._graphs = None
+            self._give_up(f"capturing them failed ({cause})")
         if self._graphs is None:
             self.model.drop_step()
-            self.optimizer.zero_grad()
-            self._captures.let_go()  # here, where the error holds no tensors any more
+            self._drop_all()  # here, where the error holds no tensors any more
+            for engine in self._sharing:  # what is launched lets the graphs of others go before each step
+                engine._give_up("capturing those that they take turns with failed")
             return None
         if not self._told:
             self._told = True

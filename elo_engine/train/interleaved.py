@@ -10,165 +10,23 @@ tokens, and the bridge is fitted anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from elo_engine.config import OptimizerConfig, RunConfig, StageConfig
+from elo_engine.config import RunConfig, StageConfig
 from elo_engine.data import RowBatch
 from elo_engine.measure.components import held_bytes
 from elo_engine.model.bridge import Bridge, Collector, Gap, GapStatistics
 from elo_engine.model.decoder import Decoder
-from elo_engine.model.ops.adamw import (
-    AdamwState,
-    StepResult,
-    adamw_step,
-    adamw_update,
-    given_bits,
-    leaf_norms,
-    step_numbers,
-)
-from elo_engine.model.reference_adamw import step_key
-from elo_engine.train.gradients import Gradients
 from elo_engine.train.graphed import GraphedEngine, Graphing
-from elo_engine.train.leaf_state import LeafState
 from elo_engine.train.loop import Engine, StepOutcome, Turn
-from elo_engine.train.optim import fresh_state
-from elo_engine.train.resident import Optimizer, ResidentEngine
+from elo_engine.train.resident import ResidentEngine
 from elo_engine.train.schedule import learning_rate
-from elo_engine.train.shared_state import SharedState
-
-
-class _Group(LeafState):
-    """Leaves that are updated together."""
-
-    def attempt(self) -> int:
-        """One more step, taken or skipped; how many there were before."""
-        self.attempts += 1
-        return self.attempts - 1
-
-
-class SharedAdamW(SharedState):
-    """AdamW for steps of two kinds; what a snapshot holds is under the names of every other snapshot.
-
-    Args:
-        whole, shallow: models of the same tensors.
-        configs: of shallow steps and of whole-model steps; equal in what the state is made of.
-        bridge: what else a snapshot keeps.
-    """
-
-    def __init__(
-        self, whole: Decoder, shallow: Decoder, configs: tuple[OptimizerConfig, OptimizerConfig], *, seed: int,
-        bridge: MovingBridge | None,
-    ) -> None:  # fmt: skip
-        inside = {id(leaf.tensor) for leaf in shallow.leaves}
-        self._places = (
-            [i for i, leaf in enumerate(whole.leaves) if id(leaf.tensor) in inside],
-            [i for i, leaf in enumerate(whole.leaves) if id(leaf.tensor) not in inside],
-        )
-        leaves = [[whole.leaves[i] for i in places] for places in self._places]
-        detached, rest = (_Group(part, fresh_state(part, configs[1])) for part in leaves)
-        super().__init__(detached, rest, bridge)
-        self._groups = detached, rest
-        self._names = {name for leaf in shallow.leaves for name in leaf.names}
-        self._configs, self._seed = configs, seed
-        self._grads = Gradients(whole.leaves)
-
-    def step(self, lr: float, *, whole: bool) -> StepResult:
-        """As `MasterAdamW.step`, of the leaves of either kind of step; clipped by the norm of their gradients."""
-        key = self._next_key()
-        if not whole:
-            return self._shallow_step(lr, key)
-        config, grads = self._configs[whole], self._grads.of_one_type()
-        own = [[grads[i] for i in places] for places in self._places]
-        rates: dict[str, Any] = {"lr": lr, "eps": config.eps, "weight_decay": config.weight_decay}
-        rest = self._groups[1]
-        rest.attempt()
-        there = [[grad for grad in part if grad is not None] for part in own]
-        assert [len(part) for part in there] == [len(places) for places in self._places], "everything learns"
-        norms, first, result = leaf_norms([*there[0], *there[1]]), 0, None
-        for group, part in zip(self._groups, there, strict=True):
-            numbers = step_numbers(
-                group.state.powers, norms, bits=8 if config.state == "8bit" else 32, clip=config.clip, key=key, **rates
-            )
-            adamw_update(group.state, part, numbers, first=first)
-            first, result = len(part), numbers.result
-        assert result is not None
-        return result
-
-    def next_given(self, lr: float) -> Tensor:
-        """As `MasterAdamW.next_given`, of a shallow step."""
-        return given_bits(lr, self._configs[0].weight_decay, self._next_key())
-
-    def step_given(self, given: Tensor) -> StepResult:
-        """As `MasterAdamW.step_given`, of a shallow step."""
-        return self._shallow_step(0.0, 0, given)
-
-    def _next_key(self) -> int:
-        number = self._groups[0].attempt()
-        return step_key(self._seed, number) if self._configs[0].state == "8bit" else 0
-
-    def _shallow_step(self, lr: float, key: int, given: Tensor | None = None) -> StepResult:
-        config, grads = self._configs[0], self._grads.of_one_type()
-        return adamw_step(
-            self._groups[0].state, [grads[i] for i in self._places[0]], lr=lr, eps=config.eps,
-            weight_decay=config.weight_decay, clip=config.clip, key=key, given=given,
-        )  # fmt: skip
-
-    def of(self, kind: str) -> _OneKind:
-        """What an engine takes for an optimizer: of `pretrain` or of `align`."""
-        return _OneKind(self, kind == "align")
-
-
-class _OneKind(Optimizer):
-    """The optimizer as one of the two engines sees it."""
-
-    def __init__(self, shared: SharedAdamW, whole: bool) -> None:
-        self.shared, self._whole = shared, whole
-
-    @property
-    def attempts(self) -> int:
-        """Steps of either kind that were begun before."""
-        return max(group.attempts for group in self.shared._groups)
-
-    def zero_grad(self) -> None:
-        """Drop the gradients."""
-        self.shared._grads.clear()
-
-    def begin_adding_up(self) -> None:
-        """There is one process."""
-
-    def add_up(self) -> None:
-        """There is one process."""
-
-    def take(self, outer: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """Gradients of leaves that were added up beside autograd."""
-        self.shared._grads.take(outer)
-
-    def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Checkpoint name -> gradient of the step so far, of what this kind of step trains."""
-        names = self.shared._names
-        return ((name, grad) for name, grad in self.shared._grads.by_name() if self._whole or name in names)
-
-    def step(self, lr: float) -> StepResult:
-        """See `SharedAdamW.step`."""
-        return self.shared.step(lr, whole=self._whole)
-
-    @property
-    def state(self) -> AdamwState:
-        """AdamW's of the leaves that shallow steps train."""
-        return self.shared._groups[0].state
-
-    def next_given(self, lr: float) -> Tensor:
-        """See `SharedAdamW.next_given`."""
-        return self.shared.next_given(lr)
-
-    def step_given(self, given: Tensor) -> StepResult:
-        """See `SharedAdamW.step_given`."""
-        return self.shared.step_given(given)
+from elo_engine.train.shared_adamw import OneKind, SharedAdamW
+from elo_engine.train.step_buffers import Room
 
 
 class MovingBridge:
@@ -223,29 +81,37 @@ class MovingBridge:
         self._fit()
 
 
-class _ShallowGraphs(GraphedEngine):
-    """Shallow steps as graphs, between whole-model steps that are launched."""
+class _Launched(ResidentEngine):
+    """Steps that are launched kernel by kernel.
+
+    Args:
+        how: of the other kind of steps, where those are graphs. A leaf's gradients are to be added up on one stream,
+            the graphs', so these go there too.
+    """
+
+    def __init__(self, model: Decoder, optimizer: OneKind, micro_batch: int, how: Graphing | None) -> None:
+        super().__init__(model, optimizer, micro_batch)
+        self._how = how
 
     def step(
         self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
     ) -> StepOutcome | None:
-        """See `Engine`. A graph drops no gradients before its own, and those of a whole-model step are large."""
-        self.optimizer.zero_grad()
-        return super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
+        """See `Engine`."""
+
+        def make() -> StepOutcome | None:
+            return super(_Launched, self).step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
+
+        return make() if self._how is None else self._how.captures.eager(make)
 
 
-class _WholeEngine(ResidentEngine):
-    """Whole-model steps that move the bridge.
-
-    Args:
-        how: of the shallow steps. A leaf's gradients are to be added up on one stream, theirs, so these go there too.
-    """
+class _WholeLaunched(_Launched):
+    """Whole-model steps that move the bridge."""
 
     def __init__(
-        self, model: Decoder, optimizer: _OneKind, micro_batch: int, bridge: MovingBridge | None, how: Graphing | None
+        self, model: Decoder, optimizer: OneKind, micro_batch: int, bridge: MovingBridge | None, how: Graphing | None
     ) -> None:
-        super().__init__(model, optimizer, micro_batch)
-        self._bridge, self._how = bridge, how
+        super().__init__(model, optimizer, micro_batch, how)
+        self._bridge = bridge
 
     def step(
         self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
@@ -253,22 +119,69 @@ class _WholeEngine(ResidentEngine):
         """See `Engine`. A step that is given up, or skipped, leaves the bridge as it was."""
 
         def make() -> StepOutcome | None:
-            return super(_WholeEngine, self).step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
-
-        def make_where_it_belongs() -> StepOutcome | None:
-            return make() if self._how is None else self._how.captures.eager(make)
+            return super(_WholeLaunched, self).step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
 
         if self._bridge is None:
-            return make_where_it_belongs()
+            return make()
         seen = Collector(self._bridge.fresh())
         self.model.observers = seen.observers
         try:
-            outcome = make_where_it_belongs()
+            outcome = make()
         finally:
             self.model.observers = {}
         if outcome is not None and outcome.updated:
             self._bridge.move(seen.statistics)
         return outcome
+
+
+class _Graphs(GraphedEngine):
+    """Steps as graphs, among others of another kind."""
+
+    optimizer: OneKind
+
+    def step(
+        self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
+    ) -> StepOutcome | None:
+        """See `Engine`. A graph drops no gradients before its own, and those of a launched step are large."""
+        self.optimizer.zero_grad()
+        return super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
+
+
+class _WholeGraphs(_Graphs):
+    """Whole-model steps that move the bridge, as graphs: a graph counts the states of its own step, from zero on, in
+    sums that lie where all of them find them, and the host does the rest when it has seen that the step was made, as
+    after a launched one.
+    """
+
+    def __init__(
+        self, model: Decoder, optimizer: OneKind, micro_batch: int, bridge: MovingBridge | None, how: Graphing
+    ) -> None:
+        super().__init__(model, optimizer, micro_batch, how)
+        self._bridge = bridge
+        # not in the graphs' memory, since they are read when a graph is through
+        self._seen = None if bridge is None else Collector(bridge.fresh())
+
+    def step(
+        self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
+    ) -> StepOutcome | None:
+        """See `Engine`. A step that is skipped leaves the bridge as it was."""
+        outcome = super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
+        if self._bridge is not None and self._seen is not None and outcome is not None and outcome.updated:
+            self._bridge.move(self._seen.statistics)
+        return outcome
+
+    def _make(self, room: Room, *, first: bool = False) -> None:
+        if self._seen is None:
+            super()._make(room, first=first)
+            return
+        for sums in self._seen.statistics.values():
+            sums.clear()
+        self.model.observers = self._seen.observers
+        try:
+            super()._make(room, first=first)
+        finally:
+            self.model.observers = {}
+            self._seen.drop()
 
 
 @dataclass(frozen=True)
@@ -310,12 +223,12 @@ class InterleavedEngine:
     Args:
         whole: everything learns.
         layers: the detached ones. bridges: what stands in for the others, of the fit to these `statistics`.
-        how: shallow steps become graphs; None: they are launched.
+        how: shallow and whole-model steps become graphs, with the same `captures`; None: they are launched.
     """
 
     def __init__(
         self, whole: Decoder, layers: tuple[int, ...], config: RunConfig, *, bridges: Mapping[Gap, Bridge],
-        statistics: Mapping[Gap, GapStatistics], how: Graphing | None = None,
+        statistics: Mapping[Gap, GapStatistics], how: tuple[Graphing | None, Graphing | None] = (None, None),
     ) -> None:  # fmt: skip
         self.model = whole
         sections: tuple[StageConfig, StageConfig] = (config.pretrain, config.align)
@@ -323,11 +236,18 @@ class InterleavedEngine:
         moving = MovingBridge.of(shallow, statistics, config) if bridges else None
         configs = sections[0].optimizer, sections[1].optimizer
         self.optimizer = SharedAdamW(whole, shallow, configs, seed=config.seed, bridge=moving)
-        kinds, rows = (self.optimizer.of("pretrain"), self.optimizer.of("align")), sections[0].rows_at_once
-        self.shallow = (
-            ResidentEngine(shallow, kinds[0], rows) if how is None else _ShallowGraphs(shallow, kinds[0], rows, how)
-        )
-        self.whole = _WholeEngine(whole, kinds[1], sections[1].rows_at_once, moving, how)
+        kinds = self.optimizer.of("pretrain"), self.optimizer.of("align")
+        rows, beside = [section.rows_at_once for section in sections], (how[1], how[0])
+        self.shallow: ResidentEngine
+        self.whole: ResidentEngine
+        if how[0] is None:
+            self.shallow = _Launched(shallow, kinds[0], rows[0], beside[0])
+        else:
+            self.shallow = _Graphs(shallow, kinds[0], rows[0], how[0])
+        if how[1] is None:
+            self.whole = _WholeLaunched(whole, kinds[1], rows[1], moving, beside[1])
+        else:
+            self.whole = _WholeGraphs(whole, kinds[1], rows[1], moving, how[1])
         self.turns = Interleaving.of(self.shallow, self.whole, config)
 
     @property
@@ -346,9 +266,10 @@ class InterleavedEngine:
         return self.model
 
     def let_go(self) -> None:
-        """Of the memory of shallow steps that are graphs."""
-        if isinstance(self.shallow, GraphedEngine):
-            self.shallow.let_go()
+        """Of the memory of steps that are graphs, of both kinds."""
+        for engine in (self.shallow, self.whole):
+            if isinstance(engine, GraphedEngine):
+                engine.let_go()
 
     def held(self) -> dict[str, int]:
         """Bytes on the device by component, after a step whose gradients are still there."""

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from elo_engine.config import OptimizerConfig
 from elo_engine.model.decoder import Decoder, Leaf
-from elo_engine.model.ops.adamw import AdamwState, StepResult, adamw_step, given_bits
+from elo_engine.model.ops.adamw import AdamwState, StepResult, adamw_step
+from elo_engine.model.ops.adamw_given import given_bits
 from elo_engine.model.reference_adamw import step_key
 from elo_engine.train.gradients import Gradients
 from elo_engine.train.leaf_state import LeafState
@@ -75,6 +76,11 @@ class MasterAdamW(LeafState):
         whether it was finite, as scalars on the device; if it was not, nothing was changed.
         """
         return self._update(lr, self._next_key())
+
+    @property
+    def states(self) -> tuple[AdamwState, ...]:
+        """AdamW's of all leaves, which are one."""
+        return (self._state,)
 
     def next_given(self, lr: float) -> Tensor:
         """Count a step, and the numbers that are its own, on the host: what `step_given` finds on the device."""

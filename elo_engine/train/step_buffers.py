@@ -23,7 +23,7 @@ from torch import Tensor
 from elo_engine.data import RowBatch
 from elo_engine.model.decoder import Batch
 from elo_engine.model.layers import PaddedPacking
-from elo_engine.model.ops.adamw import GIVEN
+from elo_engine.model.ops.adamw_given import GIVEN
 
 # Documents that a micro-batch has room for at least. An empty one is a few thousand blocks of attention that return at
 # once and 128 rows of its backward pass's sum; a step that outgrows its room is another capture.

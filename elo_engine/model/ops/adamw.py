@@ -10,8 +10,7 @@ each layer whenever it is there, if need be in the middle of the next step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -49,6 +48,7 @@ class AdamwState:
     powers: Tensor
     lows: list[Tensor] | None = None
     _plan: Any = field(default=None, repr=False)
+    _noted: Any = field(default=None, repr=False)  # of `adamw_given.addresses_noted`
 
     @classmethod
     def zeros(
@@ -84,6 +84,7 @@ class StepNumbers:
     control_C: Triton's vector of norm, whether it is taken, clip factor and bias corrections; None on other paths.
     host: the clip factor and what else depends on norm and count, by names of the path's own; {} where the step is not
         taken, and under Triton.
+    given: as of `adamw_step`.
     """
 
     result: StepResult
@@ -94,6 +95,7 @@ class StepNumbers:
     key: int
     control_C: Tensor | None
     host: Mapping[str, float]
+    given: Tensor | None = None
 
 
 def _set_count(powers: Tensor, count: int) -> None:
@@ -117,8 +119,8 @@ def adamw_step(
     Args:
         grads: one a weight, contiguous, all fp32 or all bf16; None leaves a weight as it is. May be scaled in place.
         clip: the largest norm, None for no clipping. key: `reference_adamw.step_key`, of the random rounding.
-        given: of `given_bits` on the device, under Triton alone: what is there takes the place of lr, weight_decay and
-            key, so that a step that is captured and repeated sees its own.
+        given: of `adamw_given.given_bits` on the device, under Triton alone: what is there takes the place of lr,
+            weight_decay and key, so that a step that is captured and repeated sees its own.
 
     Returns:
         The norm, and whether it was finite. If not, nothing was changed.
@@ -150,51 +152,19 @@ def adamw_step(
     return _torch_step(state, grads, **options)
 
 
-GIVEN = 3  # int32 numbers of `given_bits`
-
-
-def given_bits(lr: float, weight_decay: float, key: int) -> Tensor:
-    """int32 [GIVEN] on the host: what `adamw_step` takes as `given` once it is on the device."""
-    from elo_engine.kernels import adamw_plan
-
-    bits: Tensor = adamw_plan.given_bits(lr, weight_decay, key)
-    return bits
-
-
-@contextmanager
-def addresses_noted(state: AdamwState) -> Iterator[Callable[[], Any]]:
-    """Inside, `adamw_step` sends nothing from the host: the addresses of the gradients, which a capture finds out, are
-    noted. What is given, called once the capture is done, sends them; its result is to be kept as long as what was
-    captured. Steps outside of the block are as before.
-    """
-    from elo_engine.kernels import adamw_plan
-
-    before = state._plan = state._plan or adamw_plan.adamw_plan(state.weights)
-    own = state._plan = adamw_plan.noting(before)
-
-    def deliver() -> Any:
-        adamw_plan.deliver(own)
-        return own
-
-    try:
-        yield deliver
-    finally:
-        state._plan = before
-
-
 @torch.no_grad()
-def leaf_norms(grads: Sequence[Tensor]) -> list[Tensor]:
+def leaf_norms(grads: Sequence[Tensor], state: AdamwState | None = None) -> list[Tensor]:
     """The norm of each leaf's gradient, as the step makes it on its way to the norm of all: scalars on the device.
 
     Nothing waits for the device, but under Triton the first call with tensors of new sizes, which sends their plan.
 
     Args:
-        grads: contiguous, all fp32 or all bf16.
+        grads: contiguous, all fp32 or all bf16. state: of these leaves, where the step is captured.
     """
     if grads and choice.use_triton(grads[0]):
         from elo_engine.kernels import adamw_norms
 
-        return list(adamw_norms.leaf_norms(grads).unbind())
+        return list(adamw_norms.leaf_norms(grads, None if state is None else state._noted).unbind())
     return reference_adamw.leaf_norms(grads)
 
 
@@ -209,6 +179,7 @@ def step_numbers(
     weight_decay: float,
     clip: float | None,
     key: int = 0,
+    given: Tensor | None = None,
 ) -> StepNumbers:
     """What the step does to every element; advances `powers` unless the norm is not finite. Under Triton nothing waits
     for the device.
@@ -218,20 +189,22 @@ def step_numbers(
         norms: `leaf_norms` of all leaves that have a gradient, in the order of the leaves, from however many calls.
         bits: of the moments. The others are as in `adamw_step`.
     """
-    given: dict[str, Any] = {"bits": bits, "lr": lr, "eps": eps, "weight_decay": weight_decay, "key": key}
+    known: dict[str, Any] = {"bits": bits, "lr": lr, "eps": eps, "weight_decay": weight_decay, "key": key}
     if choice.use_triton(powers):
         from elo_engine.kernels import adamw_norms
 
         norms_S = torch.stack(list(norms)) if norms else powers.new_empty(0)
-        control_C = adamw_norms.step_control(norms_S, powers, lr=lr, clip=clip)
-        return StepNumbers(StepResult(control_C[0], control_C[1]), control_C=control_C, host={}, **given)
+        control_C = adamw_norms.step_control(norms_S, powers, lr=lr, clip=clip, given=given)
+        result = StepResult(control_C[0], control_C[1])
+        return StepNumbers(result, control_C=control_C, host={}, given=given, **known)
+    assert given is None, "only Triton's kernels read numbers from the device"
     if bits == 8:
         pair, host = reference_adamw.control(norms, powers, lr, clip)
-        return StepNumbers(StepResult(*pair), control_C=None, host=host, **given)
+        return StepNumbers(StepResult(*pair), control_C=None, host=host, **known)
     # What torch.nn.utils.get_total_norm does with the norms of a list.
     norm = torch.linalg.vector_norm(torch.stack(list(norms))) if norms else torch.tensor(0.0)
     result, host = _torch_control(norm, powers, clip)
-    return StepNumbers(result, control_C=None, host=host, **given)
+    return StepNumbers(result, control_C=None, host=host, **known)
 
 
 @torch.no_grad()
@@ -258,10 +231,11 @@ def adamw_update(state: AdamwState, grads: Sequence[Tensor], numbers: StepNumber
         _update_split(state, grads, numbers, first=first)
         return
     lists = (state.weights, state.exp_avgs, state.exp_avg_sqs)
-    options = {"lr": numbers.lr, "eps": numbers.eps, "weight_decay": numbers.weight_decay}
+    options: dict[str, Any] = {"lr": numbers.lr, "eps": numbers.eps, "weight_decay": numbers.weight_decay}
     if numbers.control_C is not None:
         from elo_engine.kernels import adamw, adamw_8bit
 
+        options |= {"given": numbers.given, "noted": state._noted}
         if state.scales is None:
             adamw.update_fp32(grads, *lists, state.leaves, numbers.control_C, **options)
         else:
@@ -330,6 +304,7 @@ def _update_split(state: AdamwState, grads: Sequence[Tensor | None], numbers: St
     Where the step is not taken on the device their bits come back as they were.
     """
     assert state.scales is not None and state.lows is not None
+    assert numbers.given is None, "weights of 24 bits take their keys from the host"
     if numbers.control_C is None and not numbers.host:
         return
     chunk, group = split_weights.CHUNK, reference_adamw.GROUP
