@@ -30,9 +30,11 @@ def _speedup(result: dict[str, Any]) -> tuple[Figures, Notes]:
         step = ours["step_s"]
         figures |= {
             "tokens_per_s": ours["tokens_per_s"]["median"], "ceiling_share": ours["ceiling_share"],
-            "steps": step["count"],
+            "steps": step["count"], "executed_gflop_per_token": ours["executed_gflop_per_token"],
             "matmul_tflop_per_s": result["ceilings"]["matmul_flop_per_s"] / 1e12,
         }  # fmt: skip
+        if rows := ours["options"].get("micro_batch"):  # the oldest records have none
+            figures["micro_batch"] = rows
         if step["count"] >= FEWEST_STEPS:
             figures["p90_over_p50"] = step["p90"] / step["median"]
         else:

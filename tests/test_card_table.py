@@ -191,6 +191,31 @@ def test_graphs_are_held_against_launched_steps_of_the_same_run() -> None:
     assert alone["notes"] == {"over_launched": "pretrain x was not measured"} and alone["figures"] == graph["figures"]
 
 
+@pytest.mark.parametrize(("way", "over"), [("graph", ["over_launched"]), ("fp8 head", ["over_bf16", "pipeline"])])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"micro_batch": 2.0}, "not of the same work: 2 rows at once here, 4 in pretrain x"),
+        ({"executed_gflop_per_token": 1.2}, "not of the same work: 1.2 GFLOP a token with what is made again here, 0.9 "
+         "in pretrain x"),
+        ({}, ""),
+    ],
+)  # fmt: skip
+def test_parts_that_fit_in_other_sizes_have_no_ratio(
+    way: str, over: list[str], changed: dict[str, float], said: str
+) -> None:
+    """On a small card one way takes fewer rows at once, or makes layers again: a row says so in place of a figure."""
+    figures = {"tokens_per_s": 100.0, "micro_batch": 4.0, "executed_gflop_per_token": 0.9}
+    parts = [("pretrain x", figures), (f"pretrain x, {way}", figures | {"tokens_per_s": 130.0} | changed)]
+    plain, other = with_ratios([row_of(Part(name, "speedup", (), 0, 0), "ran", "", figures=found)
+                                for name, found in parts])  # fmt: skip
+    assert plain["notes"] == {} and (over[0] in other["figures"]) is not bool(said)
+    if said:
+        assert other["notes"] == dict.fromkeys(over, said) and "pipeline" not in other["figures"]
+        (one,) = judged([Asked(f"pretrain x, {way}", over[0], "a ratio", 1.0)], [plain, other], "full")
+        assert (one["verdict"], one["why"]) == ("not run", said)
+
+
 def test_either_way_of_the_smallest_model_is_judged_by_itself() -> None:
     """Neither stands in for the other: a user has launched steps unless graphs are asked for."""
     names = ["pretrain smollm2-135m", "pretrain smollm2-135m, graph"]

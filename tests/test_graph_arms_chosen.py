@@ -157,8 +157,8 @@ def test_records_with_and_without_graphs_are_not_of_the_same_setting(tmp_path: P
             command=["elo"], name=name,
         )  # fmt: skip
     said = "\n".join(compare(kept["with"], kept["without"]))
-    assert "NOT THE SAME SETTING" in said and "CUDA graphs: elo_pretrain in A, none in B" in said
-    assert "CUDA graphs" not in "\n".join(compare(kept["with"], kept["with"]))
+    assert "NOT THE SAME SETTING" in said and "\n  elo_pretrain, graph: on in A, off in B\n" in said
+    assert "NOT THE SAME" not in "\n".join(compare(kept["with"], kept["with"]))
 
 
 def test_the_presets_can_be_graphs_where_a_card_has_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
