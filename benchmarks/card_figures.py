@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from elo_engine.benchmarks.schemas import measured_peak
+
 Figures = dict[str, float]
 Notes = dict[str, str]  # of a figure that is not there, why
 _OURS = ("engine", "cce, filtered")  # arms that an engine's is not held against: its own, and one that leaves out terms
@@ -35,6 +37,8 @@ def _speedup(result: dict[str, Any]) -> tuple[Figures, Notes]:
         }  # fmt: skip
         if rows := ours["options"].get("micro_batch"):  # the oldest records have none
             figures["micro_batch"] = rows
+        if (peak := measured_peak(ours["memory"])) is not None and peak[2]:
+            figures["predicted_over_measured"] = ours["memory"]["predicted_bytes"] / peak[0]
         if step["count"] >= FEWEST_STEPS:
             figures["p90_over_p50"] = step["p90"] / step["median"]
         else:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from elo_engine.benchmarks.card_figures import Figures
 from elo_engine.report import markdown_table
 
 Verdict = Literal["met", "not met", "not run", "not judged"]
@@ -141,6 +140,7 @@ def _pretrain(part: str, model: str, fp8: str, graph: bool, card: str) -> Iterat
                     why=GOOD if model in CEILING_SHARE else "")  # fmt: skip
     if graph:
         yield Asked(part, "over_launched", f"{what}, over launched steps, a wait after each")
+        yield Asked(part, "predicted_over_measured", f"{what}, peak of memory, predicted over measured", *PREDICTED)
     yield Asked(part, "p90_over_p50", f"{what}, step times p90/p50, a wait after each", most=STEADY)
 
 
@@ -207,7 +207,7 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _apart(ours: Figures, base: str, plain: Figures) -> str:
+def _apart(ours: dict[str, float], base: str, plain: dict[str, float]) -> str:
     """In which sizes two parts differ, that each took as they fit; empty where they are alike."""
     sizes = (("micro_batch", "rows at once"), ("executed_gflop_per_token", "GFLOP a token with what is made again"))
     there = [(name, words) for name, words in sizes if name in ours and name in plain]

@@ -130,6 +130,7 @@ def test_the_figures_that_were_asked_for_are_there(wanted: list[Asked]) -> None:
     small, graph = "pretrain smollm2-135m", "pretrain smollm2-135m, graph"
     for figure in ("tokens_per_s", "ceiling_share", "p90_over_p50"):
         assert found[graph, figure] == found[small, figure], "the same bounds, each judged by itself"
+    assert found[graph, "predicted_over_measured"] == (1.0, 1.10), "no other part has a graph's memory"
     assert found[graph, "over_launched"] == (None, None) and (small, "over_launched") not in found
     assert asked(["pretrain llama-3.1-8b"], None, "rtx-3060")[0].least is None, "a rate is of a card that is named"
 
@@ -254,6 +255,13 @@ def test_figures_of_a_comparison() -> None:
     assert figures["pipeline"] == result["pipeline_speedup"]["transformers_full"]["median"]
     assert figures["mfu"] == 0.31 and figures["ceiling_share"] == 0.4 and notes == {}
     assert figures["p90_over_p50"] == ours["step_s"]["p90"] / ours["step_s"]["median"]
+    kept = ours["memory"]
+    assert figures["predicted_over_measured"] == kept["predicted_bytes"] / kept["peak_allocated_bytes"]
+    assert figures["executed_gflop_per_token"] == 2.7 and "micro_batch" not in figures
+    kept |= {"peak_allocated_bytes": None}  # of the whole process nothing is predicted
+    ours["options"]["micro_batch"] = 4
+    figures, _ = figures_of(result)
+    assert "predicted_over_measured" not in figures and figures["micro_batch"] == 4
     for count in (FEWEST_STEPS, FEWEST_STEPS - 1):
         arms["elo_pretrain"] = ours | {"step_s": ours["step_s"] | {"count": count}}
         few, why = figures_of(result)

@@ -71,10 +71,10 @@ WIDE = replace(MODEL.spec, E=512)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"device": "cpu"}, "elo_pretrain: pretrain.graph: on, but CUDA graphs are of GPUs, and this is for cpu"),
-        ({"device": "cuda"}, "pretrain.graph: on, but flash attention takes bf16"),
-        ({"device": "cuda", "dtype": "bf16", "spec": LONG}, "pretrain.graph: on, but longrope chooses its angles"),
-        ({"device": "cuda", "dtype": "bf16", "spec": WIDE}, "pretrain.graph: on, but no fused attention here"),
+        ({"device": "cpu"}, "elo_pretrain: CUDA graphs are of GPUs, and this is for cpu"),
+        ({"device": "cuda"}, "flash attention takes bf16"),
+        ({"device": "cuda", "dtype": "bf16", "spec": LONG}, "longrope chooses its angles"),
+        ({"device": "cuda", "dtype": "bf16", "spec": WIDE}, "no fused attention here"),
     ],
 )
 def test_what_cannot_be_captured_is_refused_in_the_engines_words(change: dict[str, Any], said: str) -> None:
