@@ -127,6 +127,8 @@ def run_engine(setting: Setting, model: BenchModel, lr: float, device: torch.dev
         )  # fmt: skip
     if streamed:
         engine.flush()  # the last step's updates
+    if watched is not None:
+        watched.compare()
     conductor.evidence.compare(tensors, device)
 
 

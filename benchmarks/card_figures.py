@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from elo_engine.benchmarks.schemas import measured_peak
+
 Figures = dict[str, float]
 Notes = dict[str, str]  # of a figure that is not there, why
 _OURS = ("engine", "cce, filtered")  # arms that an engine's is not held against: its own, and one that leaves out terms
@@ -30,9 +32,13 @@ def _speedup(result: dict[str, Any]) -> tuple[Figures, Notes]:
         step = ours["step_s"]
         figures |= {
             "tokens_per_s": ours["tokens_per_s"]["median"], "ceiling_share": ours["ceiling_share"],
-            "steps": step["count"],
+            "steps": step["count"], "executed_gflop_per_token": ours["executed_gflop_per_token"],
             "matmul_tflop_per_s": result["ceilings"]["matmul_flop_per_s"] / 1e12,
         }  # fmt: skip
+        if rows := ours["options"].get("micro_batch"):  # the oldest records have none
+            figures["micro_batch"] = rows
+        if (peak := measured_peak(ours["memory"])) is not None and peak[2]:
+            figures["predicted_over_measured"] = ours["memory"]["predicted_bytes"] / peak[0]
         if step["count"] >= FEWEST_STEPS:
             figures["p90_over_p50"] = step["p90"] / step["median"]
         else:

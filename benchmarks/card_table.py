@@ -140,6 +140,7 @@ def _pretrain(part: str, model: str, fp8: str, graph: bool, card: str) -> Iterat
                     why=GOOD if model in CEILING_SHARE else "")  # fmt: skip
     if graph:
         yield Asked(part, "over_launched", f"{what}, over launched steps, a wait after each")
+        yield Asked(part, "predicted_over_measured", f"{what}, peak of memory, predicted over measured", *PREDICTED)
     yield Asked(part, "p90_over_p50", f"{what}, step times p90/p50, a wait after each", most=STEADY)
 
 
@@ -179,7 +180,8 @@ def _compile(part: str) -> Iterator[Asked]:
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows in which ELO pretraining with 8-bit operands, or with CUDA graphs, is also given over that without, where
-    both ran, and with 8-bit operands the pipeline: that of bf16 whose pretraining takes so much less.
+    both ran the same rows at once and made the same again, and with 8-bit operands the pipeline: that of bf16 whose
+    pretraining takes so much less.
     """
     figures = {row["part"]: row["figures"] for row in rows}
     found = []
@@ -189,7 +191,10 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         compared = "speedup " + base.removeprefix("pretrain ")
         over = ("over_launched",) if graph else ("over_bf16", "pipeline") if fp8 != "none" else ()
         ours, plain = row["figures"].get("tokens_per_s"), figures.get(base, {}).get("tokens_per_s")
-        if over and ours is not None and plain is not None:
+        apart = _apart(row["figures"], base, figures.get(base, {}))
+        if over and ours is not None and plain is not None and apart:
+            row = row | {"notes": row["notes"] | dict.fromkeys(over, apart)}
+        elif over and ours is not None and plain is not None:
             ratio, beside = ours / plain, figures.get(compared, {})
             row = row | {"figures": row["figures"] | {over[0]: ratio}}
             if "pipeline" in over and {"pipeline", *_OF_PIPELINE} <= beside.keys():
@@ -200,6 +205,15 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row = row | {"notes": row["notes"] | dict.fromkeys(over, f"{base} was not measured")}
         found.append(row)
     return found
+
+
+def _apart(ours: dict[str, float], base: str, plain: dict[str, float]) -> str:
+    """In which sizes two parts differ, that each took as they fit; empty where they are alike."""
+    sizes = (("micro_batch", "rows at once"), ("executed_gflop_per_token", "GFLOP a token with what is made again"))
+    there = [(name, words) for name, words in sizes if name in ours and name in plain]
+    said = [f"{ours[name]:g} {words} here, {plain[name]:g} in {base}" for name, words in there
+            if ours[name] != plain[name]]  # fmt: skip
+    return f"not of the same work: {'; '.join(said)}" if said else ""
 
 
 _OF_PIPELINE = ("split", "tokens_per_s", "trainer_tokens_per_s", "align_over_trainer")

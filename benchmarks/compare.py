@@ -113,15 +113,11 @@ def differences(first: Record, second: Record) -> list[str]:
     for fields in settings:
         fields["model"] = fields.get("model", {}).get("name")
         fields["device"] = fields.get("device", {}).get("name")
-        arms = fields.get("arms") or {}
-        graphs = [name for name, arm in arms.items() if (arm.get("options") or {}).get("graph", "off") != "off"]
-        fields["steps that are CUDA graphs"] = ", ".join(graphs) or "none"
         if loading := fields.pop("results", None):
             fields |= {name: loading.get(name) for name in ("model", "device", "wanted_bytes")}
-    essential = ("model", "device", "dtype", "sequence_length", "micro_batch", "split", "wanted_bytes",
-                 "steps that are CUDA graphs")  # fmt: skip
+    essential = ("model", "device", "dtype", "sequence_length", "micro_batch", "split", "wanted_bytes")
     lines = []
-    if found := pairs(essential, *settings):
+    if found := pairs(essential, *settings) + _options_apart(*settings):
         lines += ["NOT THE SAME SETTING: the ratios below are not of the code alone.", *found]
     shapes = [(record.result or {}).get("model") for record in (first, second)]
     if shapes[0] != shapes[1] and settings[0]["model"] == settings[1]["model"]:
@@ -135,6 +131,24 @@ def differences(first: Record, second: Record) -> list[str]:
         names = [f"{git['commit'][:7]}{' with changes' if git['dirty'] else ''}" for git in commits]
         other.append(f"  commit: {names[0]} in A, {names[1]} in B")
     return [*lines, *(["Also different:", *other] if other else [])]
+
+
+# Options of an arm that its time is of, and what a record that says nothing of one had.
+_OPTIONS = {"graph": "off", "fp8": "none", "state": None, "recompute": None}
+
+
+def _options_apart(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Of the arms that both records measured."""
+    lines = []
+    for name, arm in (first.get("arms") or {}).items():
+        other = (second.get("arms") or {}).get(name)
+        if other is None or not arm["status"] == other["status"] == "ran":
+            continue
+        for option, before in _OPTIONS.items():
+            left, right = ((one.get("options") or {}).get(option, before) for one in (arm, other))
+            if left != right and None not in (left, right):
+                lines.append(f"  {name}, {option}: {left} in A, {right} in B")
+    return lines
 
 
 def _withdrawn(record: Record) -> list[str]:

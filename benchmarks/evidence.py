@@ -41,6 +41,7 @@ class Evidence:
     held: dict[str, int] = field(default_factory=dict)  # bytes by component when the optimizer steps; {}: not counted
     captured: int = 0  # CUDA graphs of a step
     repeated: int = 0  # steps that were one
+    still: list[str] = field(default_factory=list)  # tensors that no repetition of a graph changed
     # bounds and labels of micro-batches that the device alone knows, until it is through with the step: `read_padded`
     padded: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -259,13 +260,18 @@ def faults(setting: Setting, evidence: dict[str, Any]) -> Iterator[str]:
             yield "no step was captured: all were launched kernel by kernel"
         elif evidence["repeated"] != steps - EAGER_STEPS:
             yield f"{evidence['repeated']} of {steps} steps were graphs, not {steps - EAGER_STEPS}"
+        still = [name for name in evidence["still"] if name in learns and not _is_vector(name)]
+        yield from (f"{name} learns, and the graphs did not change it" for name in still)
     for name in evidence["changed"]:
         if name not in learns:
             yield f"{name} is frozen and changed"
     for name in evidence["unchanged"]:
-        vector = "norm" in name or name.endswith("bias")
-        if name in learns and not vector:
+        if name in learns and not _is_vector(name):
             yield f"{name} learns and did not change"
+
+
+def _is_vector(name: str) -> bool:
+    return "norm" in name or name.endswith("bias")
 
 
 def require_engagement(setting: Setting, evidence: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@ runs, the engine, how many steps warm up, and what a graph does, seen from outsi
 
 Python runs a captured step once. Runs of layers and gradients are counted then, and entered for each repetition, which
 launches the same; documents and labels are read after each step, its clock stopped, in the memory where the captured
-step found them. So nothing is launched in a timed step but the engine's own.
+step found them. So nothing is launched in a timed step but the engine's own; one that is launched kernel by kernel has
+two small ones for each micro-batch beside it, which count its labels. The launched steps have changed every tensor
+before the first graph does, so of what graphs change a sample is kept from when one is captured.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ from torch import Tensor
 from elo_engine import graphs
 from elo_engine.benchmarks.evidence import Evidence
 from elo_engine.config import RunConfig, StageConfig, make_config
-from elo_engine.errors import RefusedError, UsageError
+from elo_engine.errors import FailedError, RefusedError, UsageError
 from elo_engine.measure.planner import STREAMED
 from elo_engine.measure.setting import GRAPHED, SHALLOW, Setting
 from elo_engine.model import ops
 from elo_engine.model.ops.adamw import AdamwState
-from elo_engine.train.graphed import EAGER_STEPS, Captures, GraphedEngine
+from elo_engine.train.graphed import EAGER_STEPS, Captures, GraphedEngine, first_cause
 from elo_engine.train.resident import ResidentEngine
 
 T = TypeVar("T")
 Way = Literal["launched", "captured", "repeated"]
+SAMPLE = 1 << 16  # elements of a tensor, over all of it; a step of 1e-4 changes most of them in bf16
 
 
 def warmup_steps(setting: Setting, usual: int) -> int:
@@ -75,10 +78,8 @@ def require(settings: Sequence[Setting]) -> None:
         dtype = torch.bfloat16 if setting.dtype == "bf16" else torch.float32
         reason = graphs.why_not(config, stage, spec, setting.device, setting.dtype)
         reason = reason or ops.why_not_padded(dtype, spec.E, spec.softcap)
-        try:
-            graphs.launched(config, stage, reason, torch.device(setting.device), lambda text: None)
-        except RefusedError as error:
-            raise RefusedError(f"--graph on, arm {setting.arm}: {error}; --graph off measures without") from None
+        if reason is not None:
+            raise RefusedError(f"--graph on, arm {setting.arm}: {reason}; --graph off measures without")
 
 
 def with_graphs(
@@ -92,7 +93,7 @@ def with_graphs(
     """
     how = graphs.graphing(config_of(setting), stage_of(setting), engine.model, print)
     assert how is not None and how.must
-    watched = Watched(how.captures, evidence)
+    watched = Watched(how.captures, evidence, engine.model.trainable())
     optimizer: Any = engine.optimizer
     made = GraphedEngine(engine.model, optimizer, section.rows_at_once, replace(how, captures=watched))
     return made, watched
@@ -108,16 +109,26 @@ class _Once:
     repeated: int = 0
 
 
+def sample_of(tensor: Tensor) -> Tensor:
+    """Elements of a tensor at even distances, SAMPLE or up to twice as many, or all; a copy on the host."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLE)].clone().cpu()
+
+
 class Watched:
     """`Captures` that are entered into the evidence.
+
+    Args:
+        tensors: what learns, by name.
 
     Attributes:
         way: how the last step was made: launched kernel by kernel, captured and then repeated for the first time, or
             repeated.
     """
 
-    def __init__(self, captures: Captures, evidence: Evidence) -> None:
-        self._captures, self._evidence = captures, evidence
+    def __init__(self, captures: Captures, evidence: Evidence, tensors: dict[str, Tensor]) -> None:
+        self._captures, self._evidence, self._tensors = captures, evidence, tensors
+        self._sampled: dict[str, Tensor] = {}
         self.way: Way = "launched"
 
     def eager(self, body: Callable[[], T]) -> T:
@@ -126,8 +137,13 @@ class Watched:
         return self._captures.eager(body)
 
     def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
-        """See `Captures`."""
+        """See `Captures`.
+
+        Raises:
+            FailedError: it cannot be captured, in one line that ends with what to do.
+        """
         once, evidence = _Once(), self._evidence
+        self._sampled = self._sampled or {name: sample_of(tensor) for name, tensor in self._tensors.items()}
 
         def counted() -> None:
             """The step, counted apart: that it is captured is no step of the training."""
@@ -139,7 +155,16 @@ class Watched:
                 once.layer_runs, once.padded, once.gradients = evidence.layer_runs, evidence.padded, evidence.gradients
                 evidence.layer_runs, evidence.padded, evidence.gradients = before
 
-        replay = self._captures.capture(counted, state)
+        try:
+            replay = self._captures.capture(counted, state)
+        except RuntimeError as error:
+            cause = first_cause(error)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise  # the engine's own
+            said = (str(cause).splitlines() or [type(cause).__name__])[0]
+            raise FailedError(
+                f"--graph on: the step cannot be captured: {said[:200]}; --graph off measures without"
+            ) from error
         evidence.captured += 1
 
         def repeat() -> None:
@@ -156,3 +181,9 @@ class Watched:
     def let_go(self) -> None:
         """See `Captures`."""
         self._captures.let_go()
+
+    def compare(self) -> None:
+        """After the last step: what is as it was when the first graph was captured."""
+        self._evidence.still = [
+            name for name, sample in self._sampled.items() if torch.equal(sample, sample_of(self._tensors[name]))
+        ]

@@ -168,6 +168,8 @@ def readme_faults(record: Record) -> list[str]:
         said.append("alignment was told whether to recompute")
     if settings.get("fp8", "none") != "none":
         said.append("ELO pretraining multiplied 8-bit operands")
+    if settings.get("graph", "off") != "off":
+        said.append("steps of this engine's arms were CUDA graphs")
     if git.get("dirty"):
         said.append("the source tree had changes that are in no commit")
     return said

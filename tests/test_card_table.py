@@ -130,6 +130,7 @@ def test_the_figures_that_were_asked_for_are_there(wanted: list[Asked]) -> None:
     small, graph = "pretrain smollm2-135m", "pretrain smollm2-135m, graph"
     for figure in ("tokens_per_s", "ceiling_share", "p90_over_p50"):
         assert found[graph, figure] == found[small, figure], "the same bounds, each judged by itself"
+    assert found[graph, "predicted_over_measured"] == (1.0, 1.10), "no other part has a graph's memory"
     assert found[graph, "over_launched"] == (None, None) and (small, "over_launched") not in found
     assert asked(["pretrain llama-3.1-8b"], None, "rtx-3060")[0].least is None, "a rate is of a card that is named"
 
@@ -191,6 +192,31 @@ def test_graphs_are_held_against_launched_steps_of_the_same_run() -> None:
     assert alone["notes"] == {"over_launched": "pretrain x was not measured"} and alone["figures"] == graph["figures"]
 
 
+@pytest.mark.parametrize(("way", "over"), [("graph", ["over_launched"]), ("fp8 head", ["over_bf16", "pipeline"])])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"micro_batch": 2.0}, "not of the same work: 2 rows at once here, 4 in pretrain x"),
+        ({"executed_gflop_per_token": 1.2}, "not of the same work: 1.2 GFLOP a token with what is made again here, 0.9 "
+         "in pretrain x"),
+        ({}, ""),
+    ],
+)  # fmt: skip
+def test_parts_that_fit_in_other_sizes_have_no_ratio(
+    way: str, over: list[str], changed: dict[str, float], said: str
+) -> None:
+    """On a small card one way takes fewer rows at once, or makes layers again: a row says so in place of a figure."""
+    figures = {"tokens_per_s": 100.0, "micro_batch": 4.0, "executed_gflop_per_token": 0.9}
+    parts = [("pretrain x", figures), (f"pretrain x, {way}", figures | {"tokens_per_s": 130.0} | changed)]
+    plain, other = with_ratios([row_of(Part(name, "speedup", (), 0, 0), "ran", "", figures=found)
+                                for name, found in parts])  # fmt: skip
+    assert plain["notes"] == {} and (over[0] in other["figures"]) is not bool(said)
+    if said:
+        assert other["notes"] == dict.fromkeys(over, said) and "pipeline" not in other["figures"]
+        (one,) = judged([Asked(f"pretrain x, {way}", over[0], "a ratio", 1.0)], [plain, other], "full")
+        assert (one["verdict"], one["why"]) == ("not run", said)
+
+
 def test_either_way_of_the_smallest_model_is_judged_by_itself() -> None:
     """Neither stands in for the other: a user has launched steps unless graphs are asked for."""
     names = ["pretrain smollm2-135m", "pretrain smollm2-135m, graph"]
@@ -229,6 +255,13 @@ def test_figures_of_a_comparison() -> None:
     assert figures["pipeline"] == result["pipeline_speedup"]["transformers_full"]["median"]
     assert figures["mfu"] == 0.31 and figures["ceiling_share"] == 0.4 and notes == {}
     assert figures["p90_over_p50"] == ours["step_s"]["p90"] / ours["step_s"]["median"]
+    kept = ours["memory"]
+    assert figures["predicted_over_measured"] == kept["predicted_bytes"] / kept["peak_allocated_bytes"]
+    assert figures["executed_gflop_per_token"] == 2.7 and "micro_batch" not in figures
+    kept |= {"peak_allocated_bytes": None}  # of the whole process nothing is predicted
+    ours["options"]["micro_batch"] = 4
+    figures, _ = figures_of(result)
+    assert "predicted_over_measured" not in figures and figures["micro_batch"] == 4
     for count in (FEWEST_STEPS, FEWEST_STEPS - 1):
         arms["elo_pretrain"] = ours | {"step_s": ours["step_s"] | {"count": count}}
         few, why = figures_of(result)

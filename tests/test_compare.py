@@ -233,6 +233,33 @@ def test_other_conditions_are_stated_before_any_ratio(tmp_path: Path) -> None:
     assert any("IS WITHDRAWN" in line and "disturbed" in line for line in compare(a, a))
 
 
+def test_options_of_an_arm_that_both_measured_are_of_the_setting(tmp_path: Path) -> None:
+    """An arm that one of them has not, or could not run, says nothing of the ratios of the others."""
+    result, raw = speedup()
+
+    def told(**options: dict[str, Any]) -> Path:
+        arms = {name: arm | {"options": arm.get("options", {}) | options.get(name, {})}
+                for name, arm in result["arms"].items()}  # fmt: skip
+        return keep(tmp_path, result | {"arms": arms}, raw)
+
+    plain = told(elo_pretrain={"state": "8bit"})
+    eight = told(elo_pretrain={"state": "fp32", "fp8": "head", "recompute": "layer"}, outer_unfrozen={"fp8": "all"})
+    lines = compare(plain, eight)
+    assert lines[2:6] == [
+        "NOT THE SAME SETTING: the ratios below are not of the code alone.",
+        "  elo_pretrain, fp8: none in A, head in B", "  elo_pretrain, state: 8bit in A, fp32 in B",
+        "  elo_pretrain, recompute: none in A, layer in B",
+    ]  # fmt: skip
+    assert not any(line.startswith("  outer_unfrozen, ") for line in lines)
+    older = keep(tmp_path, result, raw)  # says nothing of the optimizer's state
+    assert "NOT THE SAME" not in "\n".join(compare(older, plain))
+    alone = result | {"arms": {"elo_pretrain": result["arms"]["elo_pretrain"]}}
+    alone |= {"pipeline_speedup": {}, "stage_ratio": {}}
+    rounds = [{"elo_pretrain": turn["elo_pretrain"]} for turn in raw["rounds"]]
+    others = told(lora={"fp8": "all"})
+    assert "NOT THE SAME" not in "\n".join(compare(others, keep(tmp_path, alone, {"rounds": rounds})))
+
+
 def test_arms_of_one_record_alone_are_named(tmp_path: Path) -> None:
     result, raw = speedup()
     a = keep(tmp_path, result, raw)

@@ -159,6 +159,16 @@ def a_layer_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Decoder, "loss_sum", wrong)
 
 
+def no_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph makes every gradient, and its update changes nothing."""
+    right = MasterAdamW.step_given
+
+    def still(self: MasterAdamW, given: torch.Tensor) -> Any:
+        return right(self, torch.zeros_like(given) if Kept.made[-1].inside else given)  # at a learning rate of 0
+
+    monkeypatch.setattr(MasterAdamW, "step_given", still)
+
+
 def no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of which half the tokens carry no loss."""
     right = arm.random_rows
@@ -176,6 +186,7 @@ def no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (half_a_step, f"{64 * STEPS - 3 * 32} tokens passed in {STEPS} steps"),
         (a_layer_less, "parameters got a gradient"),
+        (no_update, "learns, and the graphs did not change it"),
         (no_labels, f"{32 * STEPS} tokens carried a loss"),
     ],
 )
@@ -188,6 +199,27 @@ def test_a_graph_that_does_less_is_caught(
     found, _ = run_arm(made, COMMANDS)
     with pytest.raises(FailedError, match=said):
         evidence.require_engagement(made, found)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (RuntimeError("CUDA error: not permitted\nCompile with"), FailedError,
+         "^--graph on: the step cannot be captured: CUDA error: not permitted; --graph off measures without$"),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
+    ],
+)  # fmt: skip
+def test_a_capture_that_fails_is_told_in_one_line(
+    error: RuntimeError, kind: type[Exception], said: str, on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last line of a process that died is all that a row has of it; short memory is an arm's own answer."""
+
+    def fail(*given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Kept, "capture", fail)
+    with pytest.raises(kind, match=said):
+        run_arm(made_of("elo_pretrain", graph=True), COMMANDS)
 
 
 def test_a_capture_is_no_step() -> None:
@@ -205,7 +237,7 @@ def test_a_capture_is_no_step() -> None:
         seen.saw_gradient("a", 7)
         seen.padded.append((bounds, labels))
 
-    watched = Watched(AtOnce(torch.device("cpu")), seen)
+    watched = Watched(AtOnce(torch.device("cpu")), seen, {})
     seen.saw_gradient("b", 9)
     watched.eager(body)
     replay = watched.capture(body, None)  # type: ignore[arg-type]
@@ -228,7 +260,7 @@ def test_what_is_captured_is_the_same_watched_or_not(whole: bool, on_meta: list[
         engine = make_graphed(fake, config=LLAMA, whole=whole)
         if watch:
             evidence.watch_engine(engine.model, seen)
-            engine._captures = Watched(fake, seen)
+            engine._captures = Watched(fake, seen, {})
         if plant:
             states = engine.model.hidden_states
             engine.model.hidden_states = lambda batch: (batch.labels_N >= 0, states(batch))[1]  # type: ignore
@@ -257,7 +289,7 @@ class Graphs(Scripted):
     def finish(self) -> dict[str, Any]:
         found = super().finish()
         graph = self.contestant.setting.graph
-        found["evidence"] |= {"captured": int(graph), "repeated": (self.steps - EAGER_STEPS) * graph}
+        found["evidence"] |= {"captured": int(graph), "repeated": (self.steps - EAGER_STEPS) * graph, "still": []}
         return found
 
 

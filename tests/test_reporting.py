@@ -191,6 +191,8 @@ def test_a_record_that_does_not_stand_for_the_default_stays_out_of_the_readme(tm
     assert said(interrupted=True) == ["it was interrupted"]
     assert said(rows_a_step=8) == said(rows_a_step=None) == ["it is not of the default size"]
     assert said(lambda result: result.update(sequence_length=64)) == ["it is not of the default size"]
+    assert said(fp8="head") == ["ELO pretraining multiplied 8-bit operands"] and said(fp8="none", graph="off") == []
+    assert said(graph="on") == ["steps of this engine's arms were CUDA graphs"]
     assert said(rounds=2) == ["it has 2 rounds of at least 3"]
     assert said(dirty=True) == ["the source tree had changes that are in no commit"]
 

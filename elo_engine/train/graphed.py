@@ -155,7 +155,7 @@ def _ended(graph: torch.cuda.CUDAGraph) -> bool:
     return True
 
 
-def _cause(error: BaseException) -> BaseException:
+def first_cause(error: BaseException) -> BaseException:
     """What went wrong first: ending a capture that was invalidated raises an error of its own."""
     while error.__context__ is not None:
         error = error.__context__
@@ -271,7 +271,7 @@ class GraphedEngine(ResidentEngine):
         try:
             replay = self._captures.capture(lambda: self._make(room), self.optimizer.states)
         except RuntimeError as error:  # whatever CUDA or a library finds wrong with it, memory too
-            cause = _cause(error)
+            cause = first_cause(error)
             if self._must and isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None  # explained where it arrives
             if self._must:
