@@ -136,7 +136,7 @@ class Watched:
         self.way = "launched"
         return self._captures.eager(body)
 
-    def capture(self, body: Callable[[], None], state: AdamwState) -> Callable[[], None]:
+    def capture(self, body: Callable[[], None], states: Sequence[AdamwState]) -> Callable[[], None]:
         """See `Captures`.
 
         Raises:
@@ -156,7 +156,7 @@ class Watched:
                 evidence.layer_runs, evidence.padded, evidence.gradients = before
 
         try:
-            replay = self._captures.capture(counted, state)
+            replay = self._captures.capture(counted, states)
         except RuntimeError as error:
             cause = first_cause(error)
             if isinstance(cause, torch.OutOfMemoryError):
