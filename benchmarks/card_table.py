@@ -74,6 +74,7 @@ PREDICTED = (1.0, 1.10)  # memory, over what was measured: nothing missing, and 
 PEAK_GIB = {"llama-3.1-8b": 7.2}  # one row of 8192, 8-bit state
 FIRST_STEP_S = 60.0
 GRAPH = "graph"  # behind a part's name: the same with its steps as CUDA graphs
+IN_TURNS = "smollm2-135m in turns"
 SMALL, USUAL = ("smollm2-135m small", "llama-3.2-1b small"), ("smollm2-135m usual", "llama-3.2-1b usual")
 
 
@@ -151,6 +152,11 @@ def _graph(part: str) -> Iterator[Asked]:
                     why="predicted 1.4 (SmolLM2)" if small else "predicted within 1 %")  # fmt: skip
         yield Asked(part, f"{case}, graph, p90/p50", f"p90/p50 of graphs, {case}", most=STEADY)
         yield Asked(part, f"{case}, launched, p90/p50", f"p90/p50 of launched steps, {case}", most=STEADY)
+    what = f"{IN_TURNS}, three shallow steps and a whole-model one"
+    yield Asked(part, f"{IN_TURNS}, launched over graph", f"launched steps over graphs, {what}", 1.0,
+                why="predicted 3.5")  # fmt: skip
+    for kind in ("graph", "launched"):  # a fit of the bridge is in each, which the host makes and waits for
+        yield Asked(part, f"{IN_TURNS}, {kind}, p90/p50", f"p90/p50, {kind}, {what}")
 
 
 def _memory(part: str) -> Iterator[Asked]:

@@ -1,11 +1,14 @@
-"""ELO pretraining with its steps as CUDA graphs and launched kernel by kernel, taking turns in one process:
-`python -m elo_engine.benchmarks.graph_turns OUT.json`.
+"""Steps as CUDA graphs and launched kernel by kernel, taking turns in one process, of ELO pretraining and of one run
+with whole-model steps among shallow ones: `python -m elo_engine.benchmarks.graph_turns OUT.json`.
 
 Two engines of the same weights are fed the same rows, documents of some 700 tokens. A turn is a run of steps as
 training makes them: a step's numbers are read when the next one is launched, and the time from one reading to the next
-is the step's, so that what the host does beside a busy device costs nothing, as in training.
+is the step's, so that what the host does beside a busy device costs nothing, as in training. Of whole-model steps among
+shallow ones, `in turns`, three shallow steps and a whole-model one that moves the bridge, as the demo has them, are
+timed as one.
 
-Predicted (docs/step.md): 1.4 times as fast at one row of 2048 of SmolLM2-135M, within 1 % at four rows of 8192.
+Predicted (docs/step.md): 1.4 times as fast at one row of 2048 of SmolLM2-135M, within 1 % at four rows of 8192, 3.5
+times in turns.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch
 
 from elo_engine.benchmarks.card_report import Cases, refusing
 from elo_engine.benchmarks.first_step import engine_of, setting_for
+from elo_engine.benchmarks.in_turns import Steps, engine_in_turns, rows_each, setting_in_turns, steps_in_turns, steps_of
 from elo_engine.data import RowBatch
 from elo_engine.data.rows import NO_LABEL, flat_starts
 from elo_engine.errors import FailedError, RefusedError
@@ -45,31 +49,43 @@ FEWEST_TURNS, MOST_TURNS = 3, 40
 # UNLABELLED.
 SAME_LOSS, UNLABELLED = 1e-2, 1 / 16
 
-Steps = Callable[[RowBatch, bool], Any]  # rows, first -> what reads the step's loss
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes: `rows` at once of `length` tokens, `micro_batches` of them a step."""
+    """Sizes: `rows` at once of `length` tokens, `micro_batches` of them a step; in turns those of shallow steps."""
 
     name: str
     model: str
     length: int
     rows: int
     micro_batches: int
+    in_turns: bool = False
+
+    def setting(self, device: torch.device) -> Setting:
+        """With this device's dtype and state; in turns with the demo's."""
+        alone = setting_for(self.model, self.length, device, self.rows, self.micro_batches)
+        return setting_in_turns(alone) if self.in_turns else alone
 
 
 CASES = (
     Case("smollm2-135m small", "smollm2-135m", 2048, 1, 1),
+    Case("smollm2-135m in turns", "smollm2-135m", 512, 3, 1, in_turns=True),
     Case("smollm2-135m usual", "smollm2-135m", 8192, 4, 2),
     Case("llama-3.2-1b small", "llama-3.2-1b", 512, 1, 1),
     Case("llama-3.2-1b usual", "llama-3.2-1b", 8192, 4, 2),
 )
 
 
+def with_graphs(setting: Setting) -> Setting:
+    """The same steps as graphs."""
+    turns = setting.turns
+    return replace(setting, graph=True, turns=None if turns is None else replace(turns, graph=True))
+
+
 def document_rows(setting: Setting, number: int) -> RowBatch:
-    """Rows of a step, cut into documents."""
-    T, count = setting.sequence_length, setting.micro_batch * setting.micro_batches
+    """Rows of what is timed as a step, cut into documents."""
+    T, count = setting.sequence_length, sum(rows_each(setting))
     chance = np.random.default_rng(number)
     starts_BT = np.zeros((count, T), bool)
     for row in starts_BT:
@@ -84,10 +100,11 @@ def document_rows(setting: Setting, number: int) -> RowBatch:
 
 
 def rows_of_turn(setting: Setting) -> list[RowBatch]:
-    """Rows of the steps of a turn; UNLABELLED of the last one's labels are none."""
+    """Rows of the steps of a turn; UNLABELLED of the last one's labels are none, in turns of each of its steps'."""
     batches = [document_rows(setting, step) for step in range(BATCHES)]
-    labels_N = batches[-1].labels_BT.reshape(-1)
-    labels_N[: round(UNLABELLED * len(labels_N))] = NO_LABEL
+    for first, last in pairwise(accumulate(rows_each(setting), initial=0)):
+        labels_N = batches[-1].labels_BT[first:last].reshape(-1)
+        labels_N[: round(UNLABELLED * len(labels_N))] = NO_LABEL
     return batches
 
 
@@ -154,19 +171,26 @@ def engines_of(setting: Setting, model: str, device: torch.device) -> tuple[dict
     """Both engines, each with a model of its own, and the check that graphs were captured."""
     from elo_engine.train.graphed import CudaCaptures, GraphedEngine, Graphing
 
+    how = Graphing(CudaCaptures(device), print, must=True)
+    if setting.turns is not None:
+        plain = engine_in_turns(setting, model, device)
+        both = engine_in_turns(setting, model, device, (how, how.beside(print, True, "align.graph")))
+        made = {"launched": steps_in_turns(plain, setting), "graph": steps_in_turns(both, setting)}
+        return made, must_be_captured([both.shallow, both.whole])
     launched = engine_of(setting, model, device)
     other = engine_of(setting, model, device)
-    how = Graphing(CudaCaptures(device), print, must=True)
     graphed = GraphedEngine(other.model, other.optimizer, setting.micro_batch, how)
+    return {"launched": steps_of(launched), "graph": steps_of(graphed)}, must_be_captured([graphed])
 
-    def steps(engine: Any) -> Steps:
-        return lambda rows, first: engine.step(rows, rows.tokens_loss, 1e-5, first=first, should_stop=lambda: False)
+
+def must_be_captured(engines: Sequence[Any]) -> Callable[[str], None]:
+    """What is called after `graph` has warmed up. It raises FailedError where one of its engines has no graph."""
 
     def captured(name: str) -> None:
-        if name == "graph" and not graphed._graphs:
-            raise FailedError("no step was captured: the engine with graphs launched all of them")
+        if name == "graph" and not all(engine._graphs for engine in engines):
+            raise FailedError("no step of a kind was captured: the engine with graphs launched all of them")
 
-    return {"launched": steps(launched), "graph": steps(graphed)}, captured
+    return captured
 
 
 def measure(case: Case, device: torch.device, seconds: float) -> dict[str, float]:
@@ -175,9 +199,9 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, float
     Raises:
         RefusedError: padded packing is not to be had, or both engines do not fit. FailedError: as `take_turns` does.
     """
-    setting = setting_for(case.model, case.length, device, case.rows, case.micro_batches)
+    setting = case.setting(device)
     why = ops.why_not_padded(torch.bfloat16, setting.spec.E, setting.spec.softcap)
-    need = predict_memory(setting).peak_bytes + predict_memory(replace(setting, graph=True)).peak_bytes
+    need = predict_memory(setting).peak_bytes + predict_memory(with_graphs(setting)).peak_bytes
     if why is None and need > device_room(device).bytes:
         why = f"both engines need {need / 2**30:.1f} GiB"
     if why is not None:

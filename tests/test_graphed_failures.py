@@ -12,7 +12,7 @@ import torch
 
 from elo_engine.errors import FailedError
 from elo_engine.model.ops.adamw import AdamwState
-from elo_engine.train.graphed import EAGER_STEPS
+from elo_engine.train.graphed import EAGER_STEPS, CudaCaptures
 
 pytest.importorskip("triton")
 
@@ -85,3 +85,14 @@ def test_a_capture_that_fails_where_it_must_not_is_an_error(on_meta: list[int]) 
     warm(engine)
     with pytest.raises(FailedError, match=r"pretrain.graph: on, but the step cannot be captured: no; set"):
         step(engine, rows(30))
+
+
+def test_memory_in_which_a_graph_may_still_compute_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of another kind, launched, finds the last replay under way."""
+    done = list[str]()
+    for name in ("synchronize", "graph_pool_handle", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, name=name: done.append(name))
+    captures = CudaCaptures.__new__(CudaCaptures)
+    vars(captures)["_stream"] = torch.Stream("cpu")
+    captures.let_go()
+    assert done == ["synchronize", "graph_pool_handle", "empty_cache"]

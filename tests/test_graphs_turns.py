@@ -17,7 +17,8 @@ from elo_engine.levers import stage_setting
 from elo_engine.measure.cards import find_card
 from elo_engine.measure.machine import Room
 from elo_engine.measure.memory_shapes import step_buffer_bytes
-from elo_engine.measure.planner import sums_bytes
+from elo_engine.measure.planner import predict_memory, shallow_of, sums_bytes
+from elo_engine.measure.setting import Setting, ShallowTurns
 from elo_engine.model.bridge import GapStatistics
 from elo_engine.plan import Subject, Target, make_plan
 from elo_engine.plan_refusals import STAGES, refusals
@@ -108,6 +109,24 @@ def test_graphs_of_both_kinds_have_one_memory(bridge: str, config: Path) -> None
         kept = launched["align"]["memory"]["components"][name] + launched["pretrain"]["memory"]["components"][name]
         assert made["off", "on"]["align"]["memory"]["components"][name] == kept, "beside a launched shallow step"
     assert made["off", "on"]["align"]["memory"]["moment"].startswith("shallow step")
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_bridge_is_fitted_beside_what_graphs_hold(rows: int) -> None:
+    """Of whole-model steps (1) or of shallow ones (16), whichever is more: launched steps have let go of theirs."""
+    turns = ShallowTurns((0, 31), micro_batch=rows, micro_batches=32 // rows, recompute="none", bridges=1, graph=True)
+    setting = Setting(
+        "elo_align", SPEC, tuple(range(32)), 8192, 1, 32, state="8bit", turns=turns, graph=True, recompute="layer"
+    )
+    both = predict_memory(setting)
+    none = predict_memory(replace(setting, graph=False, turns=replace(turns, graph=False)))
+    assert {both.moment.startswith("shallow"), none.moment.startswith("shallow")} == {rows == 16}
+    more = step_buffer_bytes(setting) + step_buffer_bytes(shallow_of(setting, turns))
+    if rows == 16:  # which whole-model steps count either way
+        more += sums_bytes(setting) + 8 * 8 * SPEC.D**2
+    found = both.components["activations"] - none.components["activations"]
+    sent = 2**21  # a launched step has a micro-batch of the same tokens, and ids, in place of the buffers
+    assert more - sent <= found <= more + 4 * 128 * 15 * SPEC.H * SPEC.E
 
 
 def test_the_sums_of_a_bridge_are_what_is_counted(config: Path) -> None:

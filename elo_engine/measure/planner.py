@@ -108,14 +108,15 @@ def _with_turns(setting: Setting, turns: ShallowTurns, whole: MemoryPlan) -> Mem
 
     D, kept, sums = setting.spec.D, between_turns(setting), sums_bytes(setting)
     first = {name: whole.components[name] + kept[name] for name in COMPONENTS}
-    if turns.bridges:  # the sums of the step; states in fp64 as they are counted, or what solving for a map takes
-        first["activations"] += sums + max(16 * min(setting.N * D, _FP64_CHUNK // 16), 8 * 8 * D**2)
+    solving = 8 * 8 * D**2 if turns.bridges else 0  # for a map
+    if turns.bridges:  # the sums of the step; states in fp64 as they are counted, or what solving takes
+        first["activations"] += sums + max(16 * min(setting.N * D, _FP64_CHUNK // 16), solving)
     alone = shallow_of(setting, turns)
     shallow = predict_memory(alone)
     second = dict(shallow.components)
     if turns.graph and setting.graph:
         first["activations"] += step_buffer_bytes(alone)
-        second["activations"] += step_buffer_bytes(setting) + sums
+        second["activations"] += step_buffer_bytes(setting) + sums + solving  # outside of what graphs hold
     elif turns.graph:
         first = {name: first[name] + (shallow.components[name] if name in _OF_GRAPHS else 0) for name in COMPONENTS}
     elif setting.graph:

@@ -54,6 +54,10 @@ T = TypeVar("T")
 # Steps of a process that are launched kernel by kernel before one is captured, so that kernels are compiled, libraries
 # have what they make at first use, and the optimizer has its plan: nothing of that can be captured.
 EAGER_STEPS = 3
+# Steps of a kind that are launched besides, waiting for those of another kind, each of which would let go of a graph
+# made before it: that many launched steps cost a small model less than one capture, and of whole-model steps among up
+# to 21 times as many shallow ones all are through by then. Rarer ones are not waited for.
+AWAITED_STEPS = 64
 
 
 class Captures(Protocol):
@@ -125,7 +129,10 @@ class CudaCaptures:
         return _Captured(graph, deliver()).replay
 
     def let_go(self) -> None:
-        """See `Captures`."""
+        """See `Captures`; waits for the device."""
+        # A replay may be under way, on another stream than the captures', and with expandable segments torch waits for
+        # that one alone before it unmaps memory.
+        torch.cuda.synchronize(self._stream.device)
         self._pool = torch.cuda.graph_pool_handle()  # one that nothing uses any more cannot be taken up again
         torch.cuda.empty_cache()
 
@@ -232,7 +239,7 @@ class GraphedEngine(ResidentEngine):
         self.model.round_fp8(self.optimizer.attempts)
         room = self._buffers.room(rows)
         self._buffers.fill(rows, room, self.optimizer.next_given(lr), tokens_loss)
-        replay = None if first or self._eager_left > 0 else self._graph(room)
+        replay = None if first or self._eager_left > 0 or self._awaits_others() else self._graph(room)
         if replay is not None:
             replay()
         else:
@@ -241,6 +248,11 @@ class GraphedEngine(ResidentEngine):
             self._captures.eager(lambda: self._make(room, first=first))
             self._eager_left -= 1
         return StepOutcome(self._numbers_3)
+
+    def _awaits_others(self) -> bool:
+        """Whether steps of another kind are still to be launched, for which a graph made now would be let go of."""
+        others = (engine for engine in self._sharing if engine is not self and engine._graphs is not None)
+        return self._eager_left > -AWAITED_STEPS and any(engine._eager_left > 0 for engine in others)
 
     def let_go(self) -> None:
         """Give the graphs' memory back, in which nothing but they can compute, before something else needs room: with
