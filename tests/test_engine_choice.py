@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plan_fixture import unmade_run
 
 from elo_engine.config import RunConfig, load_config, make_config
 from elo_engine.detach import open_source
@@ -169,9 +170,7 @@ def test_host_memory_below_the_plan_is_refused_with_numbers() -> None:
 
 
 def test_host_memory_below_the_plan_ends_a_command_with_three(tmp_path: Path, elo: Elo) -> None:
-    path = tmp_path / "plan.yaml"
-    path.write_text(f"model: none/such\noutput: {tmp_path / 'out'}\ndata: {{shards: {{ja: nowhere}}}}\n")
-    here = (path, *ROWS, "pretrain.optimizer.state=8bit", "--shapes", "llama-3.1-8b", "--gpu", "12GB")
+    here = (unmade_run(tmp_path), *ROWS, "pretrain.optimizer.state=8bit", "--shapes", "llama-3.1-8b", "--gpu", "12GB")
     status, shown = elo("plan", *here, "align.stream.store=memory", "--host", "32GB")
     assert status == 3 and "of host memory; there are" in shown and "--host 32GB" in shown
     assert "align.stream.store=disk saves" in shown and "Traceback" not in shown

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from forked import Forked
+from plan_fixture import unmade_run
 
 from elo_engine import plan
 from elo_engine.checkpoint import mover, writer
@@ -42,10 +43,7 @@ EIGHT_BIT = ("pretrain.optimizer.state=8bit", "align.optimizer.state=8bit")
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """The defaults with nothing left to choose, for shapes by name: neither model nor shards are there."""
-    path = tmp_path / "plan.yaml"
-    again = "pretrain: {recompute: none}\nalign: {recompute: layer}\n"
-    path.write_text(f"model: none/such\noutput: {tmp_path / 'out'}\ndata: {{shards: {{ja: nowhere}}}}\n{again}")
-    return path
+    return unmade_run(tmp_path, "pretrain: {recompute: none}\nalign: {recompute: layer}\n")
 
 
 def planned(elo: Elo, *arguments: object, status: int = 0) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from forked import ELO, Forked
+from plan_fixture import unmade_run
 from planner_process import CASES, GLOO_BYTES, STEPS
 from test_distributed import ROOT, environment, port
 from test_families_plan import spec_of
@@ -203,10 +204,9 @@ def test_a_hook_does_not_keep_a_leaf_alive(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    path = tmp_path / "plan.yaml"
-    stages = "pretrain: {micro_batch: 4}\nalign: {recompute: auto, tokens_per_step: 65536}\n"
-    path.write_text(f"model: none/such\noutput: {tmp_path / 'out'}\ndata: {{shards: {{ja: nowhere}}}}\n{stages}")
-    return path
+    return unmade_run(
+        tmp_path, "pretrain: {micro_batch: 4}\nalign: {recompute: auto, tokens_per_step: 65536}\n"
+    )
 
 
 def test_plan_of_several_processes(config: Path, elo: Elo) -> None:
