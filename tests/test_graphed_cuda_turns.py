@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from turns_cases import NAMED, Case, captures_of, differing, gradients_left, graphs_of
 
-from elo_engine.model import names, ops
+from elo_engine.model import names
 from elo_engine.model.spec import ModelSpec
 from elo_engine.train.graphed import EAGER_STEPS, CudaCaptures
 
 from . import test_graphed_cuda
-from .test_graphed_cuda import SHORT, SPEC
+from .test_graphed_cuda import SHORT, SPEC, gpu
+
+__all__ = ["gpu"]  # which skips where there is none
 
 DEVICE = torch.device("cuda")
 T, MICRO_BATCH = test_graphed_cuda.T, 2
@@ -33,15 +35,6 @@ CASES: dict[str, dict[str, Any]] = {
     "untied": {"tied": False}, "no bridge": {"bridge": False}, "recomputed": {"recompute": "layer"},
     "one micro-batch": {"micro_batch": test_graphed_cuda.ROWS, "state": "8bit"},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    reason = ops.why_not_padded(torch.bfloat16, SPEC.E, None)
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def captures() -> Any:
