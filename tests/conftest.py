@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import json
@@ -25,6 +26,7 @@ if _WORKERS != "1":
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(_WORKERS))))
 
 import torch  # noqa: E402
+import typer.main  # noqa: E402
 
 sys.path.insert(
     0, str(Path(__file__).parent)
@@ -104,6 +106,14 @@ def _plot() -> Iterator[Callable[..., bool]]:
     report._plot = lambda *of: False
     yield plain
     report._plot = plain
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_command() -> Iterator[None]:
+    """typer makes the whole command line anew for every call, from the same functions: a third of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.main.get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture
