@@ -143,8 +143,12 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
 
 @pytest.fixture
 def arms_fork(forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arms of `elo bench`, processes still, need not import torch."""
-    made = SimpleNamespace(**vars(subprocess) | {"Popen": forked.piped})
+    """The arms of `elo bench`, and what measures the machine, processes still, need not import torch."""
+
+    def run(command: list[str], **streams: Any) -> Any:
+        return forked(command[2], *command[3:])  # python -c program arguments
+
+    made = SimpleNamespace(**vars(subprocess) | {"Popen": forked.piped, "run": run})
     monkeypatch.setattr("elo_engine.benchmarks.processes.subprocess", made)
 
 

@@ -73,7 +73,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
     """In place of conftest.py's: FSDP2 is imported too, and what it imports with its first step, for seconds a process.
     """
     first = "import torch.distributed.fsdp, torch.distributed.tensor, torch.distributed.launcher.api, torch._dynamo"
-    made = Forked(tmp_path_factory.mktemp("forked"), first)
+    made = Forked(tmp_path_factory.mktemp("forked"), first, environment())
     yield made
     made.close()
 
