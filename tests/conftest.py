@@ -57,9 +57,10 @@ SLOWEST = (
     "test_speedup_of_a_checkpoint_keeps_a_record", "test_killed_without_warning_resumes_bit_for_bit",
     "test_demo_with_own_model_and_text", "test_the_loader_runs_under_pytest_benchmark",
     "test_memory_does_not_depend_on_sizes", "test_memory_does_not_grow_with_the_input",
-    "test_interrupted_killed_and_resumed_is_bit_for_bit_what_it_was", "test_the_way_of_a_gpu",
-    "test_every_method_ran_on_its_tokens_from_one_base", "test_a_short_soak_and_a_planted_leak",
+    "test_interrupted_killed_and_resumed_is_bit_for_bit_what_it_was", "test_a_short_soak_and_a_planted_leak",
 )  # fmt: skip
+# Files whose tests share one costly thing, before those: one worker takes all of them, where two would make it twice.
+TOGETHER = ("test_fake_cuda.py", "test_kernels_compile.py", "test_quality.py", "test_planner_processes.py")
 # What computes in several threads is tested with several, however few a worker is given; the beginnings of ids.
 IN_THREADS = (
     "test_cpu_", "test_csrc.py", "test_tensor_trace.py",
@@ -68,8 +69,12 @@ IN_THREADS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest tests come first, the others in their order."""
-    items.sort(key=lambda item: getattr(item, "originalname", item.name) not in SLOWEST)
+    """Files that stay together come first, then the slowest tests, then the others in their order."""
+
+    def rank(item: pytest.Item) -> int:
+        return 0 if item.path.name in TOGETHER else 1 if getattr(item, "originalname", item.name) in SLOWEST else 2
+
+    items.sort(key=rank)
 
 
 # What is there for good, the imports and the tests themselves, is no longer looked through by every gc.collect() of the
