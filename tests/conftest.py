@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import json
@@ -25,6 +26,7 @@ if _WORKERS != "1":
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(_WORKERS))))
 
 import torch  # noqa: E402
+import typer.main  # noqa: E402
 
 sys.path.insert(
     0, str(Path(__file__).parent)
@@ -55,9 +57,10 @@ SLOWEST = (
     "test_speedup_of_a_checkpoint_keeps_a_record", "test_killed_without_warning_resumes_bit_for_bit",
     "test_demo_with_own_model_and_text", "test_the_loader_runs_under_pytest_benchmark",
     "test_memory_does_not_depend_on_sizes", "test_memory_does_not_grow_with_the_input",
-    "test_interrupted_killed_and_resumed_is_bit_for_bit_what_it_was", "test_the_way_of_a_gpu",
-    "test_every_method_ran_on_its_tokens_from_one_base", "test_a_short_soak_and_a_planted_leak",
+    "test_interrupted_killed_and_resumed_is_bit_for_bit_what_it_was", "test_a_short_soak_and_a_planted_leak",
 )  # fmt: skip
+# Files whose tests share one costly thing, before those: one worker takes all of them, where two would make it twice.
+TOGETHER = ("test_fake_cuda.py", "test_kernels_compile.py", "test_quality.py", "test_planner_processes.py")
 # What computes in several threads is tested with several, however few a worker is given; the beginnings of ids.
 IN_THREADS = (
     "test_cpu_", "test_csrc.py", "test_tensor_trace.py",
@@ -66,8 +69,12 @@ IN_THREADS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest tests come first, the others in their order."""
-    items.sort(key=lambda item: getattr(item, "originalname", item.name) not in SLOWEST)
+    """Files that stay together come first, then the slowest tests, then the others in their order."""
+
+    def rank(item: pytest.Item) -> int:
+        return 0 if item.path.name in TOGETHER else 1 if getattr(item, "originalname", item.name) in SLOWEST else 2
+
+    items.sort(key=rank)
 
 
 # What is there for good, the imports and the tests themselves, is no longer looked through by every gc.collect() of the
@@ -106,6 +113,14 @@ def _plot() -> Iterator[Callable[..., bool]]:
     report._plot = plain
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_command() -> Iterator[None]:
+    """typer makes the whole command line anew for every call, from the same functions: a third of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.main.get_command", functools.cache(typer.main.get_command))
+        yield
+
+
 @pytest.fixture
 def draws(_plot: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw their report.png."""
@@ -133,8 +148,12 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
 
 @pytest.fixture
 def arms_fork(forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arms of `elo bench`, processes still, need not import torch."""
-    made = SimpleNamespace(**vars(subprocess) | {"Popen": forked.piped})
+    """The arms of `elo bench`, and what measures the machine, processes still, need not import torch."""
+
+    def run(command: list[str], **streams: Any) -> Any:
+        return forked(command[2], *command[3:])  # python -c program arguments
+
+    made = SimpleNamespace(**vars(subprocess) | {"Popen": forked.piped, "run": run})
     monkeypatch.setattr("elo_engine.benchmarks.processes.subprocess", made)
 
 

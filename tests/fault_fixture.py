@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from forked import WARM
 from safetensors.torch import load_file
 
 # A process that has imported everything, and forks one of itself for each line that it reads.
@@ -16,9 +17,8 @@ SERVER = """
 import gc, json, os, sys, time
 import torch
 torch.set_num_threads(1)
-import elo_engine.cli, elo_engine.align, elo_engine.pipeline, elo_engine.pretrain, elo_engine.stage
-import elo_engine.stream.step
 import torch.fx.experimental.symbolic_shapes, torch.utils.tensorboard  # the first: as a backward pass does, and sympy
+""" + WARM + """
 elo_engine.report._plot = lambda *of: False  # as conftest.py has it
 gc.collect()
 gc.freeze()

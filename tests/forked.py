@@ -1,6 +1,6 @@
-"""Processes that start with torch imported: forks of one that did nothing else, for one import in all.
+"""Processes that start with torch and elo_engine imported: forks of one that did nothing else, for one import in all.
 
-`import torch` takes seconds of a core, and what most tests of processes run takes tenths of one. A fork is a process
+The imports take seconds of a core, and what most tests of processes run takes tenths of one. A fork is a process
 like any other: it has its own environment, folder, arguments and output, may be killed, and ends as an interpreter
 does. Its parent has no threads, so none is missing in it. What looks at the memory of a whole process, at a fresh
 interpreter, or at what is imported, starts one of its own instead.
@@ -20,8 +20,20 @@ from typing import IO, Any
 
 import torch
 
-# Third parties alone: a fork imports elo_engine itself, after its environment was set.
-SERVER = """
+# What a run imports, and makes once: its command line, the versions of packages. `WARM` is run where that is to be had.
+WARM = """
+import elo_engine.align, elo_engine.cli, elo_engine.pipeline, elo_engine.pretrain, elo_engine.stage
+import elo_engine.measure.environment, elo_engine.measure.planner, elo_engine.stream.step
+import elo_engine.measure.memory_sharded, elo_engine.measure.memory_slack, elo_engine.measure.memory_transformers
+import functools, numpy.ctypeslib, numpy.random, pydantic.type_adapter, typer.main
+typer.main.get_command = functools.cache(typer.main.get_command)
+typer.main.get_command(elo_engine.cli.app)
+for package in elo_engine.measure.environment.PACKAGES:
+    elo_engine.measure.environment._version(package)
+"""
+# Of the environment, what elo_engine reads while it is imported: a fork in which that is otherwise imports it anew.
+READ = "TRITON_INTERPRET", "ELO_FAULT", "COLUMNS"
+SERVER = f"""
 import gc, json, os, sys, time
 import numpy, pydantic, requests, rich.console, safetensors.torch, torch, torch.distributed, typer, yaml
 from pydantic import BaseModel, TypeAdapter  # both bring most of pydantic, which its own name does not
@@ -31,9 +43,11 @@ try:
 except ImportError:
     pass
 torch.set_num_threads(1)
+{WARM}
+read = {{name: os.environ.get(name) for name in {READ}}}
 gc.collect()
 gc.freeze()
-children = {}
+children = {{}}
 for line in sys.stdin:
     asked = json.loads(line)
     if "wait" in asked:
@@ -66,14 +80,18 @@ for line in sys.stdin:
     for folder in reversed(asked["environment"].get("PYTHONPATH", "").split(os.pathsep)):
         sys.path.insert(1, folder)
     os.chdir(asked["folder"])
+    if any(os.environ.get(name) != value for name, value in read.items()):
+        for module in [name for name in sys.modules if name.partition(".")[0] == "elo_engine"]:
+            if module != "elo_engine._csrc":  # what is compiled is there once, and reads nothing
+                del sys.modules[module]
     torch.set_num_threads(asked["threads"])
     sys.argv = asked["arguments"]
     program = asked["program"]
     break
 else:
     sys.exit()
-del children, line, number, streams, stream, place, folder
-exec(compile(program, "<forked>", "exec"), {"__name__": "__main__"})
+del children, line, number, package, read, streams, stream, place, folder
+exec(compile(program, "<forked>", "exec"), {{"__name__": "__main__"}})
 """
 NO_PICTURE = "from elo_engine import report; report._plot = lambda *of: False\n"  # as conftest.py has it
 PYTEST = "import sys, pytest; sys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
@@ -139,11 +157,13 @@ class Piped:
 class Forked:
     """`forked(program, *arguments)` runs a program as `python -c program *arguments` would.
 
-    first: what is imported too before anything is forked, for programs that all need it.
+    first: what is imported too before anything is forked, for programs that all need it; environment: what theirs has
+    beside this process's.
     """
 
-    def __init__(self, folder: Path, first: str = "") -> None:
+    def __init__(self, folder: Path, first: str = "", environment: Mapping[str, str] | None = None) -> None:
         self._folder, self._number, self._first = folder, 0, first
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {})
         self._server: subprocess.Popen[str] | None = None
 
     def ask(self, **what: Any) -> Any:
@@ -151,8 +171,7 @@ class Forked:
         if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, "-c", f"{self._first}\n{SERVER}"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment,
             )  # fmt: skip
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(what) + "\n")
@@ -168,22 +187,26 @@ class Forked:
         """
         self._number += 1
         environment = dict(os.environ if environment is None else environment)
-        out, err = (self._folder / f"{self._number}.{kind}" for kind in ("out", "err"))
+        own = {place: str(self._folder / f"{self._number}.{place}") for place in ("out", "err")} | dict(places or {})
         number = self.ask(
             program=program, arguments=["-c", *map(str, arguments)], environment=environment,
             folder=str(folder or Path.cwd()),
-            threads=int(environment.get("OMP_NUM_THREADS") or torch.get_num_threads()),
-            **({"out": str(out), "err": str(err)} | dict(places or {})),
+            threads=int(environment.get("OMP_NUM_THREADS") or torch.get_num_threads()), **own,
         )  # fmt: skip
-        return Child(self, number, out, err)
+        return Child(self, number, Path(own["out"]), Path(own["err"]))
 
-    def popen(self, command: list[str], *, env: Mapping[str, str], first: str = "", **streams: Any) -> Child:
-        """In place of subprocess.Popen for `python -m module arguments`, with a program that runs first; what it prints
-        is kept here.
+    def popen(
+        self, command: list[str], *, env: Mapping[str, str], stdout: IO[bytes] | None = None,
+        stderr: IO[bytes] | None = None, first: str = "", **streams: Any,
+    ) -> Child:  # fmt: skip
+        """In place of subprocess.Popen for `python -m module arguments`, with a program that runs first.
+
+        stdout, stderr: files that what it prints goes to, else it is kept here.
         """
         module, *arguments = command[2:]
         program = f"{first}\nimport runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-        return self.start(program, *arguments, environment=env)
+        places = {place: stream.name for place, stream in (("out", stdout), ("err", stderr)) if stream is not None}
+        return self.start(program, *arguments, environment=env, places=places)
 
     def piped(self, command: list[str], *, env: Mapping[str, str], stderr: IO[bytes], **streams: Any) -> Piped:
         """In place of subprocess.Popen for `python -m module arguments` that is asked and answers through pipes."""

@@ -1,4 +1,5 @@
-"""Several processes on one CPU, started by torchrun or as it starts them, joined by gloo: the same training as one.
+"""Several processes on one CPU, started by torchrun, by its agent or as it starts them, joined by gloo: the same
+training as one.
 
 What may differ is the order in which numbers are added. With two processes that take one micro-batch each, a gradient
 is a + b in both worlds, and fp32 addition commutes: ELO pretraining then gives the same bits.
@@ -72,7 +73,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
     """In place of conftest.py's: FSDP2 is imported too, and what it imports with its first step, for seconds a process.
     """
     first = "import torch.distributed.fsdp, torch.distributed.tensor, torch.distributed.launcher.api, torch._dynamo"
-    made = Forked(tmp_path_factory.mktemp("forked"), first)
+    made = Forked(tmp_path_factory.mktemp("forked"), first, environment())
     yield made
     made.close()
 
@@ -83,14 +84,11 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture
 def elo(forked: Forked) -> Start:
-    """`elo(processes, verb, ...)`; by="torchrun": started by torchrun itself."""
+    """`elo(processes, verb, ...)`; by="agent": two that torchrun's agent starts and watches."""
 
     def call(processes: int, *arguments: object, by: str = "forks") -> subprocess.CompletedProcess[str]:
-        if by == "torchrun":
-            return subprocess.run(
-                torchrun(processes, "-m", "elo_engine", *arguments), env=environment(), capture_output=True, text=True,
-                timeout=180,
-            )  # fmt: skip
+        if by == "agent":
+            return forked(AGENT, port(), *arguments, environment=environment(), timeout_s=180)
         if processes == 1:
             return forked(ELO, *arguments, environment=environment(), timeout_s=180)
         return forked.ranks(processes, ELO, *arguments, port=port(), environment=environment())
@@ -153,7 +151,7 @@ def start(tree: Tree, write_config: Callable[..., Path], tmp_path: Path, elo: St
 def test_pretraining_on_two_processes_gives_the_bits_of_one(start: Start, tmp_path: Path, bridge: str) -> None:
     overrides = (f"detach.bridge={bridge}", "detach.bridge_tokens=1024", "evaluate.every=0")
     start(1, "pretrain", "one", *overrides)
-    done = start(2, "pretrain", "two", *overrides, by="torchrun" if bridge == "none" else "forks")
+    done = start(2, "pretrain", "two", *overrides, by="agent" if bridge == "none" else "forks")
     one, two = tmp_path / "one", tmp_path / "two"
     assert differing(snapshot(one / "pretrain"), snapshot(two / "pretrain")) == []
     assert losses(one, "pretrain") == losses(two, "pretrain")
@@ -263,7 +261,7 @@ def test_what_goes_with_one_process_alone_is_refused(
 def test_an_error_of_rank_0_is_said_once(start: Start, tmp_path: Path, elo: Start) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "something").write_text("")
-    done = elo(2, "run", tmp_path / "config.yaml", by="torchrun")
+    done = elo(2, "run", tmp_path / "config.yaml", by="agent")
     assert done.returncode != 0 and done.stderr.count("nothing is ever written over") == 1
     assert "cli.py" not in done.stderr, "a traceback of this package"  # torchrun ends with one of its own
 

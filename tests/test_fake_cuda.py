@@ -11,15 +11,15 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_cuda_cases import CASES
+from forked import Forked
 
 from elo_engine import doctor
 
@@ -57,18 +57,29 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def answers(script: str, library: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What a script in a process of its own printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, HERE / script, library, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=HERE, env=environment)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+Answers = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def found(library: Path) -> dict[str, dict[str, Any]]:
+def answers(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
+    """`answers(script, *arguments)`: what it printed, in a fork of a process that loaded the library before torch."""
+    forked = Forked(tmp_path_factory.mktemp("forked"), f"import ctypes; ctypes.CDLL({str(library)!r})")
+
+    def call(script: str, *arguments: str) -> list[dict[str, Any]]:
+        program = f"import runpy, sys; sys.path[:0] = [{str(HERE)!r}]; runpy.run_path({script!r}, run_name='__main__')"
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = forked(program, library, *arguments, environment=environment, folder=HERE, timeout_s=590)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    yield call
+    forked.close()
+
+
+@pytest.fixture(scope="module")
+def found(answers: Answers) -> dict[str, dict[str, Any]]:
     """What each case came to."""
-    return {line["case"]: line for line in answers("fake_cuda_cases.py", library)}
+    return {line["case"]: line for line in answers("fake_cuda_cases.py")}
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("planted")])
@@ -94,7 +105,7 @@ def test_no_planted_error_is_left_out() -> None:
 
 
 def test_the_method_from_the_command_line(
-    library: Path, run_tree: dict[str, Any], write_config: Callable[..., Path]
+    answers: Answers, run_tree: dict[str, Any], write_config: Callable[..., Path]
 ) -> None:
     """Planned, trained resident and streamed, written and scored as on a card, with numbers that mean nothing."""
     run_tree |= {"device": "cuda", "dtype": "auto"}
@@ -104,7 +115,7 @@ def test_the_method_from_the_command_line(
     run_tree["evaluate"]["every"] = 1
     run_tree["snapshot"]["every"] = 1
     calls = ["doctor"], ["run", str(write_config(run_tree))]
-    said, run = answers("fake_cuda_run.py", library, *map(json.dumps, calls))
+    said, run = answers("fake_cuda_run.py", *map(json.dumps, calls))
     assert said["status"] == run["status"] == 0
     assert all(part in said["said"] for part in ("gpu: NVIDIA H200", "default: cuda, bf16", "C compiler: "))
     folder = Path(run_tree["output"])

@@ -4,6 +4,7 @@ record.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -77,14 +78,18 @@ def device_name(kind: Literal["cpu", "cuda"] | str) -> str:
     return torch.cuda.get_device_name() if kind == "cuda" else f"{_cpu_name()}, {os.cpu_count()} cores"
 
 
+@functools.cache
+def _version(package: str) -> str | None:
+    """None: it is not installed. Read once in a process, which has one of each: the files are several a package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, processor, memory, GPU: what a reader of a record needs to judge its figures."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    versions = {name: _version(name) for name in PACKAGES}
     flags = cpu_flags()
     record: dict[str, Any] = {
         "python": platform.python_version(),

@@ -23,6 +23,12 @@ Tree = dict[str, Any]
 Elo = Callable[..., tuple[int, str]]
 
 
+@pytest.fixture
+def children_fork(forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that train need not import torch."""
+    monkeypatch.setattr(verify_resume, "subprocess", SimpleNamespace(Popen=forked.popen, DEVNULL=None))
+
+
 @pytest.mark.parametrize(
     ("override", "stages"),
     [
@@ -33,10 +39,10 @@ Elo = Callable[..., tuple[int, str]]
 )
 def test_a_run_that_continues_exactly(
     override: str, stages: list[tuple[str, int, int]], elo: Elo, run_tree: Tree, write_config: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch, forked: Forked,
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     if override != "align.when=interleaved":  # once its processes are interpreters of their own
-        monkeypatch.setattr(verify_resume, "subprocess", SimpleNamespace(Popen=forked.popen, DEVNULL=None))
+        request.getfixturevalue("children_fork")
     monkeypatch.setattr(console, "PLAIN_INTERVAL_S", math.inf)  # else a slow machine's progress, on stderr, is behind
     run_tree["pretrain"]["tokens_per_step"] = run_tree["pretrain"]["tokens"]  # a trial has shorter steps
     run_tree["align"] |= {"recompute": "auto", "micro_batch": "auto"}
@@ -63,11 +69,11 @@ state.restore = restore
 # A device that adds in another order each time.
 SHAKES = """
 import os
-import elo_engine.train.resident as resident
-class Engine(resident.ResidentEngine):
-    def step(self, rows, tokens_loss, lr, **options):
-        return super().step(rows, tokens_loss, lr * (1 + os.getpid() % 1000 * 1e-3), **options)
-resident.ResidentEngine = Engine
+from elo_engine.train.resident import ResidentEngine
+plain = ResidentEngine.step
+def step(self, rows, tokens_loss, lr, **options):
+    return plain(self, rows, tokens_loss, lr * (1 + os.getpid() % 1000 * 1e-3), **options)
+ResidentEngine.step = step
 """
 
 
@@ -90,7 +96,9 @@ def test_a_run_that_does_not(
     assert status == 3 and str(work) in shown
 
 
-def test_a_process_that_fails_is_quoted(elo: Elo, run_tree: Tree, write_config: Callable[..., Path]) -> None:
+def test_a_process_that_fails_is_quoted(
+    elo: Elo, run_tree: Tree, write_config: Callable[..., Path], children_fork: None
+) -> None:
     run_tree["pretrain"]["optimizer"]["lr"] = 1e30
     run_tree["pretrain"]["schedule"] = {"decay": "constant", "warmup": 0}
     status, shown = elo("verify-resume", write_config(run_tree), "--stage", "pretrain", "--steps", "16")
@@ -160,7 +168,7 @@ def rewrite_commit(folder: Path) -> None:
 
 
 def test_a_child_that_was_not_killed_in_time_is_no_success(
-    run_tree: Tree, write_config: Callable[..., Path], tmp_path: Path
+    run_tree: Tree, write_config: Callable[..., Path], tmp_path: Path, children_fork: None
 ) -> None:
     """A kill that does not come would compare a straight run with itself."""
     config = load_config(write_config(run_tree))
