@@ -50,7 +50,6 @@ FEWEST_TURNS, MOST_TURNS = 3, 40
 SAME_LOSS, UNLABELLED = 1e-2, 1 / 16
 
 
-
 @dataclass(frozen=True)
 class Case:
     """Sizes: `rows` at once of `length` tokens, `micro_batches` of them a step; in turns those of shallow steps."""
