@@ -117,16 +117,12 @@ class _WholeLaunched(_Launched):
         self, rows: RowBatch, tokens_loss: int, lr: float, *, first: bool, should_stop: Callable[[], bool]
     ) -> StepOutcome | None:
         """See `Engine`. A step that is given up, or skipped, leaves the bridge as it was."""
-
-        def make() -> StepOutcome | None:
-            return super(_WholeLaunched, self).step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
-
         if self._bridge is None:
-            return make()
+            return super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
         seen = Collector(self._bridge.fresh())
         self.model.observers = seen.observers
         try:
-            outcome = make()
+            outcome = super().step(rows, tokens_loss, lr, first=first, should_stop=should_stop)
         finally:
             self.model.observers = {}
         if outcome is not None and outcome.updated:

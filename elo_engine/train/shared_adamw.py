@@ -90,11 +90,8 @@ class SharedAdamW(SharedState):
         """Of both groups, in parts: one norm, and what depends on the count of steps for each."""
         there = [[grad for grad in part if grad is not None] for part in own]
         assert [len(part) for part in there] == [len(places) for places in self._places], "everything learns"
-        if rates["given"] is None:
-            norms = leaf_norms([*there[0], *there[1]])
-        else:  # group by group, since each has a table of its own; a gradient's norm knows no other gradient
-            groups = zip(self._groups, there, strict=True)
-            norms = [norm for group, part in groups for norm in leaf_norms(part, group.state)]
+        groups = zip(self._groups, there, strict=True)
+        norms = [norm for group, part in groups for norm in leaf_norms(part, group.state)]
         first, result = 0, None
         for group, part in zip(self._groups, there, strict=True):
             state = group.state
